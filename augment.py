@@ -1,0 +1,205 @@
+"""SimCLR's training views, batched on the device that holds the images: every image with parameters of its own.
+
+    images = torch.randint(256, (512, 3, 96, 96), dtype=torch.uint8)
+    p = draw(512, 96, 96, torch.Generator().manual_seed(0))
+    views = apply(images, p, size=32)                                 # (512, 3, 32, 32), normalised
+
+The operations and the distributions of their parameters are those of utils.reference_transform, which goes
+image by image through PIL and OpenCV: RandomResizedCrop, horizontal flip, ColorJitter in random order,
+grayscale, Gaussian blur. Drawing is apart from applying, and both are plain torch operations without a
+synchronisation, for CPU and CUDA, eager and compiled.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from utils import BLUR_SIGMA, CROP_RATIO, CROP_SCALE, JITTER, MEAN, STD, blur_kernel_size, epoch_batches, seeded
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL converts to grayscale
+
+
+def draw(n, height, width, generator):
+    """Parameters of n views of (height, width) images, each drawn by itself, on the generator's device.
+
+    Returns a dict of (n,) tensors: top, left, h, w of the crop in pixels; flip; brightness, contrast,
+    saturation (factors, 1 = unchanged) and hue (turns, in [-0.5, 0.5]); order (n, 4), the jitter operations
+    in the order they act (0 brightness, 1 contrast, 2 saturation, 3 hue); gray; sigma of the blur in pixels
+    (0 = none). The distributions are torchvision's: RandomResizedCrop's ten tries with its fall-back included.
+    """
+    device = generator.device
+
+    def uniform(low, high, *shape):
+        return torch.rand(n, *shape, generator=generator, device=device) * (high - low) + low
+
+    area = height * width * uniform(*CROP_SCALE, 10)  # (n, 10): ten tries each
+    ratio = uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]), 10).exp()
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    w, h, fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
+    top = (uniform(0, 1) * (height - h + 1)).floor().minimum(height - h)
+    left = (uniform(0, 1) * (width - w + 1)).floor().minimum(width - w)
+    # none of the ten fits: the largest central crop with an allowed ratio
+    w0 = min(width, round(height * CROP_RATIO[1]))
+    h0 = min(height, round(width / CROP_RATIO[0]))
+    w, h = torch.where(fits, w, w0), torch.where(fits, h, h0)
+    top, left = torch.where(fits, top, (height - h0) // 2), torch.where(fits, left, (width - w0) // 2)
+
+    jitter = uniform(0, 1) < 0.8
+    factors = [torch.where(jitter, uniform(1 - s, 1 + s), 1) for s in JITTER[:3]]
+    hue = torch.where(jitter, uniform(-JITTER[3], JITTER[3]), 0)
+    order = uniform(0, 1, 4).argsort(1)
+    sigma = torch.where(uniform(0, 1) < 0.5, uniform(*BLUR_SIGMA), 0)
+    return dict(top=top, left=left, h=h, w=w, flip=uniform(0, 1) < 0.5, brightness=factors[0], contrast=factors[1],
+                saturation=factors[2], hue=hue, order=order, gray=uniform(0, 1) < 0.2, sigma=sigma)
+
+
+def apply(images, p, size):
+    """(n, 3, H, W) uint8 images and draw()'s parameters -> (n, 3, size, size) float32 views, normalised."""
+    x = resized_crop(images.float(), p, size) / 255  # (n, 3, H, W) -> (n, 3, size, size)
+    x = color_jitter(x, p)
+    x = torch.where(p['gray'].view(-1, 1, 1, 1), luma(x), x)
+    x = gaussian_blur(x, p['sigma'], blur_kernel_size(size))
+    return normalize(x)
+
+
+def normalize(x):
+    """(n, 3, h, w) in [0, 1] -> the same by the mean and standard deviation of each channel, channels last."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def resized_crop(x, p, size):
+    """Crop, antialiased resize and flip: (n, 3, H, W) -> (n, 3, size, size), as W_y · x · W_xᵀ for each image."""
+    still = torch.zeros_like(p['flip'])
+    W_y = resize_weights(p['top'], p['h'], still, x.shape[2], size)  # (n, size, H)
+    W_x = resize_weights(p['left'], p['w'], p['flip'], x.shape[3], size)  # (n, size, W)
+    return W_y[:, None] @ (x.flatten(1, 2) @ W_x.mT).unflatten(1, x.shape[1:3])  # (n, 3H, size) -> (n, 3, size, size)
+
+
+def resize_weights(start, length, flip, in_size, size):
+    """(n, size, in_size) rows of PIL's triangle filter that resize [start, start + length) to size pixels.
+
+    The filter is as wide as an output pixel, at least one input pixel, and ends where the crop ends, as after
+    a crop in PIL.
+    """
+    scale = (length / size).view(-1, 1, 1)
+    out = torch.arange(size, device=start.device)
+    out = torch.where(flip[:, None], size - 1 - out, out)[:, :, None]  # (n, size, 1)
+    pixel = torch.arange(in_size, device=start.device) - start.view(-1, 1, 1)  # (n, 1, in_size), 0 at the crop's edge
+    weights = (1 - (pixel + 0.5 - (out + 0.5) * scale).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel >= 0) & (pixel < length.view(-1, 1, 1)))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def color_jitter(x, p):
+    """Brightness, contrast, saturation and hue in each image's own order: (n, 3, h, w) in [0, 1] -> the same.
+
+    Each image meets hue once, so three blends before it and three after it hold any order; a blend that an
+    image does not have at that place has factor 1.
+    """
+    factors = torch.stack([p['brightness'], p['contrast'], p['saturation']], 1)  # (n, 3)
+    rank = p['order'].argsort(1)  # (n, 4): the place of each operation
+    hue_place = rank[:, 3]
+    for place in range(3):
+        x = blend(x, p['order'][:, place], factors, place < hue_place)
+    x = shift_hue(x, p['hue'])
+    for place in range(1, 4):
+        x = blend(x, p['order'][:, place], factors, place > hue_place)
+    return x
+
+
+def blend(x, operation, factors, active):
+    """Mix x with black (operation 0), with its mean gray (1) or with its gray (2), clipped to [0, 1]."""
+    factor = factors.gather(1, operation.clamp(max=2)[:, None])[:, 0]
+    factor = torch.where(active, factor, 1).view(-1, 1, 1, 1)
+    contrast, saturation = (operation == 1).view(-1, 1, 1, 1), (operation == 2).view(-1, 1, 1, 1)
+    gray = luma(x)  # (n, 1, h, w)
+    base = gray * saturation + gray.mean((2, 3), keepdim=True) * contrast
+    return torch.lerp(base, x, factor).clamp_(0, 1)
+
+
+def luma(x):
+    """(n, 3, h, w) -> (n, 1, h, w)"""
+    return LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]
+
+
+def shift_hue(x, hue):
+    """Turn the hue by (n,) turns, keeping HSV's value and saturation: (n, 3, h, w) -> the same."""
+    r, g, b = x.unbind(1)
+    top = x.amax(1)
+    chroma = top - x.amin(1)
+    turn = torch.where(top == r, g - b, torch.where(top == g, b - r, r - g)) / (6 * chroma).clamp_(min=1e-8)
+    turn += torch.where(top == r, 0, torch.where(top == g, 1 / 3, 2 / 3)) + hue.view(-1, 1, 1)
+    distance = torch.stack([turn, turn - 1 / 3, turn - 2 / 3], 1)  # (n, 3, h, w) from red, green and blue
+    distance -= distance.round()
+    return top[:, None] - chroma[:, None] * distance.abs_().mul_(6).sub_(1).clamp_(0, 1)
+
+
+def gaussian_blur(x, sigma, kernel_size):
+    """OpenCV's GaussianBlur, border mirrored without its edge pixel, sigma (n,) in pixels: (n, 3, h, w) -> the same."""
+    r, h, w = kernel_size // 2, x.shape[2], x.shape[3]
+    offset = torch.arange(-r, r + 1, device=x.device)
+    kernel = (-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2).exp()  # sigma 0: all weight in the middle
+    kernel = (kernel / kernel.sum(1, keepdim=True)).T.reshape(kernel_size, -1, 1, 1, 1)
+    x = F.pad(x, (r, r, r, r), mode='reflect')
+    x = sum(k * x[:, :, i:i + h] for i, k in enumerate(kernel))
+    return sum(k * x[:, :, :, i:i + w] for i, k in enumerate(kernel))
+
+
+class DeviceViews:
+    """What utils.ReferenceViews yields, made in batches on the device.
+
+    The images are kept on the device, or, with resident=False, in host memory: then each batch is copied from
+    pinned memory on a stream of its own while the batch before it trains.
+    """
+
+    def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, drop_last=True,
+                 resident=True, compile=False):
+        self.device, self.resident = torch.device(device), resident
+        self.images = images.to(self.device) if resident else images
+        self.size, self.views, self.seed = size, views, seed
+        self.batches = lambda epoch: epoch_batches(len(images), batch_size, seed, epoch, drop_last)
+        self.part = lambda x: x.tensor_split(world)[rank]
+        self.apply = torch.compile(apply, dynamic=False) if compile else apply
+        self.stream = None if resident else torch.cuda.Stream(self.device)
+
+    def epoch(self, epoch, start=0):
+        batches = self.batches(epoch)
+        sizes = [len(batch) for batch in batches]
+        order = torch.cat(batches).to(self.device if self.resident else 'cpu')  # (steps * batch_size,), moved once
+        parts = [self.part(batch) for batch in order.split(sizes)]
+        ahead = self.fetch(parts[start]) if start < len(parts) else None
+        for step in range(start, len(parts)):
+            images, index = self.arrived(ahead)
+            if step + 1 < len(parts):
+                ahead = self.fetch(parts[step + 1])
+            generator = seeded(self.seed, epoch, step, device=self.device)
+            yield [self.view(images, sizes[step], generator) for _ in range(self.views)], index
+
+    def fetch(self, index):
+        """Start bringing the images (b, 3, H, W) of index (b,) to the device."""
+        if self.resident:
+            return self.images[index], index
+        batch = self.images[index].pin_memory(), index.pin_memory()
+        with torch.cuda.stream(self.stream):
+            return [x.to(self.device, non_blocking=True) for x in batch]
+
+    def arrived(self, batch):
+        """Let the current stream wait for a batch that fetch() started."""
+        if not self.resident:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            for x in batch:
+                x.record_stream(current)
+        return batch
+
+    def view(self, images, whole, generator):
+        """A random view of each image; parameters are drawn for the whole batch, the same for any number of ranks."""
+        p = {name: self.part(values) for name, values in draw(whole, *images.shape[2:], generator).items()}
+        n = max(1, len(images))
+        some = 48 if self.device.type == 'cpu' else n  # images at a time: few enough for a core's cache
+        return torch.cat([self.apply(images[i:i + some], {name: values[i:i + some] for name, values in p.items()},
+                                     self.size) for i in range(0, n, some)])

@@ -1,0 +1,272 @@
+"""The data sets, as uint8 arrays, and the reference views: PIL and OpenCV in DataLoader workers."""
+
+import fcntl
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
+
+DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, on every data set, as published
+CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+JITTER = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+BLUR_SIGMA = (0.1, 2.0)  # pixels
+
+
+class DataError(ValueError):
+    """The data cannot be used, for a reason that its one line tells the user."""
+
+
+@dataclass
+class Data:
+    """Images (N, 3, H, W) uint8, labels (N,) int64 with -1 where there is none, and the names of the classes."""
+
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+    classes: list
+
+
+def load_data(name, root='data', store_size=96, unlabeled=True):
+    """Load one of DATASETS from root, downloading it where torchvision can.
+
+    Args:
+        store_size: side in pixels at which a `folder`'s images are kept.
+        unlabeled: whether the training images include those without labels (stl10, folder).
+
+    Raises:
+        DataError: data missing, damaged or unusable; it says what, where, and what to do.
+    """
+    if name == 'shapes':
+        return _shapes()
+    if name == 'folder':
+        return _folder(Path(root), store_size, unlabeled)
+    if name == 'stl10':
+        train = _torchvision('STL10', root, split='train+unlabeled' if unlabeled else 'train')
+        test = _torchvision('STL10', root, split='test')
+        images, labels = (train.data, test.data), (train.labels, test.labels)
+    else:
+        train, test = (_torchvision(name.upper(), root, train=flag) for flag in (True, False))
+        images = [s.data.transpose(0, 3, 1, 2) for s in (train, test)]  # (N, H, W, 3) -> (N, 3, H, W)
+        labels = (train.targets, test.targets)
+    images = [torch.from_numpy(np.ascontiguousarray(x)) for x in images]
+    labels = [torch.as_tensor(y, dtype=torch.int64) for y in labels]
+    return Data(images[0], labels[0], images[1], labels[1], list(train.classes))
+
+
+def _torchvision(name, root, **split):
+    """A torchvision data set, downloaded when nothing of it is there; files that are there are never replaced."""
+    cls = getattr(torchvision.datasets, name)
+    folder = Path(root, cls.base_folder)
+    try:
+        return cls(root, download=False, **split)
+    except RuntimeError:  # missing or damaged: which is it?
+        pass
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with open(Path(root, '.download.lock'), 'w') as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)  # of several processes one downloads, the others find the files
+            for file, md5 in cls.train_list + cls.test_list:
+                if (folder / file).exists() and not check_integrity(folder / file, md5):
+                    raise DataError(f'{folder / file} is truncated or damaged (its MD5 is not {md5}): delete it, '
+                                    f'and {name} is downloaded again')
+            return cls(root, download=True, **split)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f'{name} is not in {folder} and could not be downloaded ({error}). Unpack {cls.url} in '
+                        f'{root}, point --root at it, or use --dataset_name shapes, which needs no files') from error
+
+
+def _folder(root, store_size, unlabeled):
+    """root/train/<class>/*, root/test/<class>/* (or root/val), and images anywhere below root/unlabeled."""
+    test = root / 'test' if (root / 'test').is_dir() or not (root / 'val').is_dir() else root / 'val'
+    for split in (root / 'train', test):
+        if not split.is_dir():
+            raise DataError(f'{split} is not a directory: a folder data set is {root}/train/<class>/*, {root}/test/'
+                            f'<class>/* and, if wanted, {root}/unlabeled/**. --dataset_name shapes needs no files')
+    classes = sorted(d.name for d in (root / 'train').iterdir() if d.is_dir())
+    other = sorted(d.name for d in test.iterdir() if d.is_dir())
+    if classes != other:
+        raise DataError(f'classes differ: only in {root / "train"}: {sorted({*classes} - {*other}) or "none"}; '
+                        f'only in {test}: {sorted({*other} - {*classes}) or "none"}')
+    if len(classes) < 2:
+        raise DataError(f'{root / "train"} holds {len(classes)} class directories; at least 2 are needed')
+    splits, problems = [], []
+    for split in (root / 'train', test):
+        files = [(path, label) for label, c in enumerate(classes) for path in _image_files(split / c)]
+        problems += [f'{split / c}: no image in it' for label, c in enumerate(classes)
+                     if label not in {found for _, found in files}]
+        splits.append(files)
+    if unlabeled and (root / 'unlabeled').is_dir():
+        splits[0] += [(path, -1) for path in _image_files(root / 'unlabeled')]
+    needed, memory = sum(map(len, splits)) * 3 * store_size**2, os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    if needed > 0.8 * memory:
+        raise DataError(f'{root}: {needed / 1e9:.1f} GB at --store_size {store_size}, and this machine has '
+                        f'{memory / 1e9:.1f} GB of memory: lower --store_size')
+    images = []
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        for files in splits:
+            out = torch.empty(len(files), 3, store_size, store_size, dtype=torch.uint8)
+            jobs = pool.map(_decode_into, out, [path for path, _ in files])
+            problems += filter(None, tqdm(jobs, f'Reading {root}', len(files), leave=False, disable=None))
+            images.append(out)
+    if problems:
+        raise DataError('\n  '.join([f'{root}: {len(problems)} problems:', *problems]))
+    labels = [torch.tensor([label for _, label in files]) for files in splits]
+    return Data(images[0], labels[0], images[1], labels[1], classes)
+
+
+def _image_files(folder):
+    return sorted(p for p in folder.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS and not p.is_dir())
+
+
+def _decode_into(out, path):
+    """Read an image as torchvision does (first frame, no alpha) into out (3, S, S); returns what is wrong, if anything."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith('I'):  # 16 bits a pixel, which convert('RGB') would clip to white
+                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            image = ImageOps.fit(image.convert('RGB'), (out.shape[1],) * 2, Image.Resampling.BILINEAR)
+        out.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))  # (H, W, 3) -> (3, H, W)
+    except Exception as error:  # whatever a decoder makes of a damaged file
+        return f'{path}: {error or type(error).__name__}'
+
+
+def _outlines():
+    """The ten shapes of the embedded data set as rings of points in about [-1, 1], filled by the even-odd rule."""
+    angle = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
+    arm = np.array([[-1, 1], [-1, 3], [1, 3], [1, 1]]) / 3
+    quarter = np.array([[0, 1], [-1, 0]])
+    heart = 13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle)
+    return {
+        'disk': [circle],
+        'ring': [circle, 0.55 * circle],
+        'square': [0.85 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])],
+        'triangle': [1.15 * circle[[5, 25, 45]]],
+        'star': [circle[3::6] * np.array([1.15, 0.42] * 5)[:, None]],
+        'plus': [np.concatenate([arm @ np.linalg.matrix_power(quarter, turns) for turns in (0, 3, 2, 1)])],
+        'crescent': [np.concatenate([circle[8:53], circle[52:7:-1] * [0.62, 0.8] + [0.5, 0]]) - [0.2, 0]],
+        'arrow': [np.array([[-1, -1 / 3], [0, -1 / 3], [0, -1], [1, 0], [0, 1], [0, 1 / 3], [-1, 1 / 3]])],
+        'stripes': [np.array([[-1, y], [1, y], [1, y + 0.4], [-1, y + 0.4]]) for y in (-1, -0.2, 0.6)],
+        'heart': [np.stack([np.sin(angle) ** 3, -heart / 16], 1)],
+    }
+
+
+def _shapes(train=4000, test=1000, size=96, seed=0):
+    """Ten classes of drawn images: the class is the shape; colours, place, size, turn, background and noise are not."""
+    rng, outlines = np.random.default_rng(seed), _outlines()
+    labels = rng.integers(len(outlines), size=train + test)
+    images = np.stack([_draw(list(outlines.values())[label], size, rng) for label in labels])
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    return Data(images[:train], labels[:train], images[train:], labels[train:], list(outlines))
+
+
+def _draw(rings, size, rng):
+    """(3, size, size) uint8: the rings filled, somewhere, in some colour, on some background."""
+    ground, far, colour = rng.uniform(0, 255, (3, 3)).astype(np.float32)
+    while np.abs(colour - (ground + far) / 2).max() < 90:  # a shape that can be seen
+        colour = rng.uniform(0, 255, 3).astype(np.float32)
+    ramp = np.linspace(0, 1, size, dtype=np.float32).reshape((1, size, 1) if rng.random() < 0.5 else (size, 1, 1))
+    turn, radius = rng.uniform(-0.5, 0.5), size * rng.uniform(0.25, 0.45)
+    centre = rng.uniform(radius, size - radius, 2)
+    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    points = [np.rint(16 * (radius * ring @ rotation + centre)).astype(np.int32) for ring in rings]
+    mask = cv2.fillPoly(np.zeros((size, size, 1), np.float32), points, 1, cv2.LINE_8, shift=4)
+    noise = rng.uniform(0, 15) * rng.standard_normal((3, size, size), np.float32)
+    image = (ground + (far - ground) * ramp) * (1 - mask) + colour * mask
+    return (image.transpose(2, 0, 1) + noise).clip(0, 255).astype(np.uint8)
+
+
+def seeded(*key, device='cpu'):
+    """A generator whose stream is a function of the key, integers such as (seed, epoch, step), alone."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed >> 1)
+
+
+def epoch_batches(n, batch_size, seed, epoch, drop_last=True):
+    """The epoch's shuffle of n images, cut into whole batches of indices: a function of (seed, epoch) alone."""
+    batches = torch.randperm(n, generator=seeded(seed, epoch)).split(batch_size)
+    return batches[:n // batch_size] if drop_last else batches
+
+
+def blur_kernel_size(size):
+    """The published 0.1 of the image, made odd, which OpenCV needs: 3 pixels at 32."""
+    return int(0.1 * size) | 1
+
+
+class GaussianBlur(torch.nn.Module):
+    """OpenCV's blur of a PIL image, with probability 0.5 and sigma uniform in BLUR_SIGMA (pixels)."""
+
+    def __init__(self, kernel_size):
+        super().__init__()
+        self.kernel_size = kernel_size
+
+    def forward(self, image):
+        if torch.rand(()) >= 0.5:
+            return image
+        sigma = torch.empty(()).uniform_(*BLUR_SIGMA).item()
+        return Image.fromarray(cv2.GaussianBlur(np.array(image), (self.kernel_size,) * 2, sigma))
+
+
+def reference_transform(size):
+    """SimCLR's training view as published, PIL image -> (3, size, size) float32, normalised."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(size, CROP_SCALE, CROP_RATIO),
+        transforms.RandomHorizontalFlip(0.5),
+        transforms.RandomApply([transforms.ColorJitter(*JITTER)], p=0.8),
+        transforms.RandomGrayscale(0.2),
+        GaussianBlur(blur_kernel_size(size)),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ])
+
+
+class ReferenceViews:
+    """`views` random views of every image, batch after batch, through PIL: the slow path that defines the fast one.
+
+    epoch(e) yields ([x_1 ... x_V], index): views (b, 3, size, size) and indices (b,), on the device, for this
+    rank's part of each whole batch. Views are a function of (seed, epoch, place in the shuffle) alone, whatever
+    the number of workers and ranks.
+    """
+
+    def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, drop_last=True,
+                 workers=0):
+        self.images, self.views, self.seed, self.device = images, views, seed, device
+        self.transform = reference_transform(size)
+        self.batches = lambda epoch: epoch_batches(len(images), batch_size, seed, epoch, drop_last)
+        self.part = lambda batch: batch.tensor_split(world)[rank]
+        self.keys = []  # (epoch, place, index) of each image of each batch to come, read by the loader's sampler
+        self.loader = DataLoader(self, batch_sampler=self.keys, num_workers=workers, persistent_workers=workers > 0,
+                                 pin_memory=torch.device(device).type == 'cuda')
+
+    def epoch(self, epoch, start=0):
+        place, self.keys[:] = 0, []
+        for step, batch in enumerate(self.batches(epoch)):
+            if step >= start:
+                keys = torch.stack([torch.full_like(batch, epoch), place + torch.arange(len(batch)), batch], 1)
+                self.keys.append(self.part(keys).tolist())
+            place += len(batch)
+        for *views, index in self.loader:
+            yield ([x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last) for x in views],
+                   index.to(self.device, non_blocking=True))
+
+    def __getitem__(self, key):
+        epoch, place, index = key
+        image = Image.fromarray(self.images[index].permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+        with torch.random.fork_rng(devices=[]):
+            torch.random.set_rng_state(seeded(self.seed, epoch, place).get_state())
+            return *(self.transform(image) for _ in range(self.views)), index
