@@ -79,8 +79,7 @@ def arguments(argv=None):
     train.add_argument('--epochs', default=400, type=runtime.positive_int, help='passes over the training images')
     train.add_argument('--lr', default=1e-3, type=runtime.positive, help='learning rate of Adam')
     train.add_argument('--weight_decay', default=1e-6, type=runtime.non_negative, help='weight decay of Adam')
-    train.add_argument('--seed', default=0, help='of weights, shuffles and views',
-                       type=number(int, 'from 0 to 4294967295', lambda x: 0 <= x < 2**32))
+    train.add_argument('--seed', default=0, type=runtime.seed, help='of weights, shuffles and views')
     train.add_argument('--precision', choices=('bf16', 'fp32'),
                        help='bf16 autocast, the loss in float32; or float32 (default: bf16 on CUDA)')
     train.add_argument('--compile', action=argparse.BooleanOptionalAction,
@@ -97,7 +96,7 @@ def arguments(argv=None):
         parser.error(f'--batch_size {args.batch_size} does not divide evenly over {WORLD} ranks')
     if args.sync_bn and not torch.cuda.is_available():
         parser.error('--sync_bn needs CUDA: PyTorch has no SyncBatchNorm for CPUs')
-    args.precision = args.precision or ('bf16' if torch.cuda.is_available() else 'fp32')
+    args.precision = args.precision or runtime.default_precision()
     args.compile = torch.cuda.is_available() if args.compile is None else args.compile
     return args, parser
 
@@ -166,11 +165,11 @@ def main(argv=None):
         net.compile(dynamic=False)  # in place: the names of the weights stay as they are
     # Views go through the network one by one, and DDP must not overwrite BatchNorm's buffers between two forwards.
     ddp = DistributedDataParallel(net, [device] if cuda else None, broadcast_buffers=False) if WORLD > 1 else net
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == 'bf16')
+    autocast = runtime.autocast(device, args.precision)
 
     common = dict(batch_size=args.batch_size, size=args.image_size, views=args.views, seed=args.seed, device=device,
                   rank=RANK, world=WORLD)
-    resident = not cuda or data.train.nbytes + data.test.nbytes < 0.4 * torch.cuda.mem_get_info(device)[0]
+    resident = runtime.fits(device, data.train, data.test)
     if args.augment == 'pil':
         batches = ReferenceViews(data.train, **common, workers=args.workers)
     else:
@@ -295,9 +294,9 @@ class Progress:
         if not losses.isfinite().all():
             self.close()
             bad = int(losses.isfinite().logical_not().nonzero()[0]) + 1
-            raise SystemExit(f'error: the loss is {losses[bad - 1]} at epoch {epoch}, step {bad}; the last good state in '
-                             f'{args.results_dir} is untouched. Common causes: --lr {args.lr} too high, --temperature '
-                             f'{args.temperature} too low, --precision {args.precision}' if RANK == 0 else 1)
+            raise SystemExit(f'error: the loss is {losses[bad - 1]} at epoch {epoch}, step {bad}; the last good state '
+                             f'in {args.results_dir} is untouched. Common causes: --lr {args.lr} too high, '
+                             f'--temperature {args.temperature} too low, --precision {args.precision}' if RANK == 0 else 1)
         pace = (time.monotonic() - self.began) / self.done
         left = duration(pace * ((args.epochs - epoch + 1) * self.steps - step))
         if self.bar is None:
@@ -336,8 +335,8 @@ def open_run(results, args, data, device):
                              '--results_dir, or repeat its settings to continue it')
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
     if missing and (kept or state_file.exists()):
-        raise ValueError(f'{results} holds {", ".join(kept) or state_file.name} but no {" and no ".join(missing)}, so the '
-                         'run there cannot be continued: choose another --results_dir')
+        raise ValueError(f'{results} holds {", ".join(kept) or state_file.name} but no {" and no ".join(missing)}, so '
+                         'the run there cannot be continued: choose another --results_dir')
     if state_file.exists():
         try:
             state = read_checkpoint(state_file)

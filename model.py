@@ -63,7 +63,8 @@ def read_checkpoint(path):
     except pickle.UnpicklingError as error:
         raise ValueError(f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run') from error
     except Exception as error:  # torch.load and zipfile raise many kinds for a damaged file
-        raise ValueError(f'{path}: damaged or not a checkpoint ({str(error).splitlines()[0]})') from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f'{path}: damaged or not a checkpoint ({reason})') from error
 
 
 def load_model(path):

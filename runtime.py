@@ -53,6 +53,7 @@ def number(kind, text, valid):
 positive_int = number(int, 'an integer of at least 1', lambda x: x >= 1)
 positive = number(float, 'a positive number', lambda x: 0 < x < float('inf'))
 non_negative = number(float, 'a number of at least 0', lambda x: 0 <= x < float('inf'))
+seed = number(int, 'an integer from 0 to 4294967295', lambda x: 0 <= x < 2**32)
 
 
 def boolean(value):
@@ -82,6 +83,21 @@ def start():
     if 'RANK' in os.environ and not dist.is_initialized():
         dist.init_process_group('nccl' if cuda else 'gloo', timeout=TIMEOUT, device_id=device if cuda else None)
     return device
+
+
+def autocast(device, precision):
+    """The autocast of --precision: bf16, fp32 (none), or None for bf16 on CUDA and fp32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=(precision or default_precision()) == 'bf16')
+
+
+def default_precision():
+    return 'bf16' if torch.cuda.is_available() else 'fp32'
+
+
+def fits(device, *tensors):
+    """Whether the tensors, kept on the device, leave most of its free memory to the training."""
+    needed = sum(x.nbytes for x in tensors)
+    return device.type == 'cpu' or needed < 0.4 * torch.cuda.mem_get_info(device)[0]
 
 
 def on_rank0(function):

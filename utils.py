@@ -134,7 +134,7 @@ def _image_files(folder):
 
 
 def _decode_into(out, path):
-    """Read an image as torchvision does (first frame, no alpha) into out (3, S, S); returns what is wrong, if anything."""
+    """Read an image as torchvision does (first frame, no alpha) into out (3, S, S); returns what is wrong with it."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith('I'):  # 16 bits a pixel, which convert('RGB') would clip to white
@@ -243,23 +243,20 @@ class ReferenceViews:
     the number of workers and ranks.
     """
 
-    def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, drop_last=True,
-                 workers=0):
+    def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, workers=0):
         self.images, self.views, self.seed, self.device = images, views, seed, device
         self.transform = reference_transform(size)
-        self.batches = lambda epoch: epoch_batches(len(images), batch_size, seed, epoch, drop_last)
+        self.batches = lambda epoch: epoch_batches(len(images), batch_size, seed, epoch)
         self.part = lambda batch: batch.tensor_split(world)[rank]
         self.keys = []  # (epoch, place, index) of each image of each batch to come, read by the loader's sampler
         self.loader = DataLoader(self, batch_sampler=self.keys, num_workers=workers, persistent_workers=workers > 0,
                                  pin_memory=torch.device(device).type == 'cuda')
 
     def epoch(self, epoch, start=0):
-        place, self.keys[:] = 0, []
-        for step, batch in enumerate(self.batches(epoch)):
-            if step >= start:
-                keys = torch.stack([torch.full_like(batch, epoch), place + torch.arange(len(batch)), batch], 1)
-                self.keys.append(self.part(keys).tolist())
-            place += len(batch)
+        batches = self.batches(epoch)
+        order = torch.cat(batches)
+        keys = torch.stack([torch.full_like(order, epoch), torch.arange(len(order)), order], 1)  # (steps * B, 3)
+        self.keys[:] = [self.part(batch).tolist() for batch in keys.split(len(batches[0]))[start:]]
         for *views, index in self.loader:
             yield ([x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last) for x in views],
                    index.to(self.device, non_blocking=True))

@@ -1,0 +1,137 @@
+"""Train a linear probe on a frozen encoder and report its accuracy on the test images.
+
+    python linear.py --model_path results/model_400.pth               # frozen BatchNorm statistics
+    python linear.py --model_path results/model_400.pth --bn train    # the published protocol: they drift
+
+Data set, root and sizes come from the config.json beside the checkpoint unless a flag says otherwise. Each epoch
+adds a row to a CSV beside the checkpoint; the result is the last epoch's accuracy, not the best on the test set.
+"""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import runtime
+from augment import DeviceViews
+from main import encode
+from model import load_model
+from runtime import RANK, WORLD, number
+from utils import DATASETS, load_data
+
+FALLBACK = dict(dataset_name='stl10', root='data', store_size=96, image_size=32, test_size=None, precision=None)
+COLUMNS = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5')
+
+
+def arguments(argv=None):
+    parser = runtime.Parser(prog='linear.py', description=__doc__.partition('\n')[0])
+    data = parser.add_argument_group('encoder and data (default: as in the config.json beside the checkpoint)')
+    data.add_argument('--model_path', default='results/model_400.pth', help='checkpoint of the encoder')
+    data.add_argument('--root', help='directory of the data set')
+    data.add_argument('--dataset_name', choices=DATASETS, help='what to train and test the probe on')
+    data.add_argument('--image_size', type=number(int, 'from 8 to 512', lambda x: 8 <= x <= 512),
+                      help='pixels of the training views')
+    data.add_argument('--test_size', type=number(int, 'from 8 to 1024', lambda x: 8 <= x <= 1024),
+                      help='pixels of the test images')
+    train = parser.add_argument_group('probe')
+    train.add_argument('--bn', default='eval', choices=('eval', 'train'),
+                       help='freeze BatchNorm\'s statistics too, or let them drift as in the published code')
+    train.add_argument('--batch_size', default=512, type=runtime.positive_int, help='images in a batch, over all ranks')
+    train.add_argument('--epochs', default=100, type=runtime.positive_int, help='passes over the labelled images')
+    train.add_argument('--lr', default=1e-3, type=runtime.positive, help='learning rate of Adam')
+    train.add_argument('--weight_decay', default=1e-6, type=runtime.non_negative, help='weight decay of Adam')
+    train.add_argument('--seed', default=0, help='of the probe\'s weights, shuffles and views', type=runtime.seed)
+    args = parser.parse_args(argv)
+    if args.batch_size < WORLD:
+        parser.error(f'--batch_size {args.batch_size} leaves some of {WORLD} ranks without an image')
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    path = Path(args.model_path)
+    with runtime.one_line_errors():
+        net = load_model(path)
+        config = read_config(path.with_name('config.json'))
+        for name, fallback in FALLBACK.items():
+            if getattr(args, name, None) is None:
+                setattr(args, name, config.get(name, fallback))
+        data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=False)
+        device = runtime.start()
+
+    torch.manual_seed(args.seed)
+    net.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    frozen = {name: value.clone() for name, value in net.state_dict().items()
+              if args.bn == 'eval' or name in dict(net.named_parameters())}
+    probe = torch.nn.Linear(net.width, len(data.classes), device=device)
+    optimizer = torch.optim.Adam(probe.parameters(), args.lr, weight_decay=args.weight_decay)
+    autocast = runtime.autocast(device, args.precision)
+    resident = runtime.fits(device, data.train, data.test)
+    batches = DeviceViews(data.train, args.batch_size, args.image_size, views=1, seed=args.seed, device=device,
+                          rank=RANK, world=WORLD, drop_last=False, resident=resident)
+    test = data.test.to(device) if resident else data.test
+    train_labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
+
+    rows, features = [], None
+    bar = tqdm(range(1, args.epochs + 1), 'linear probe', disable=None if RANK == 0 else True, leave=False)
+    for epoch in bar:
+        sums = torch.zeros(3, device=device)
+        net.train(args.bn == 'train')
+        for (x,), index in batches.epoch(epoch):
+            with torch.no_grad(), autocast:
+                feature = net.f(x).flatten(1).float()  # (b, 3, h, w) -> (b, width)
+            output, target = probe(runtime.gather(feature)), runtime.gather(train_labels[index])
+            loss = F.cross_entropy(output, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            sums += score(output, target)
+        if features is None or args.bn == 'train':
+            features = encode(net, test, torch.arange(len(test)), args.test_size, autocast, device)
+        with torch.no_grad():
+            scores = [*(sums / len(train_labels)).tolist(),
+                      *(score(probe(features), test_labels) / len(test_labels)).tolist()]
+        rows.append(dict(zip(COLUMNS, [epoch, *scores])))
+        bar.set_postfix_str(f'train {scores[1]:.2f} %, test {scores[4]:.2f} %')
+        with runtime.one_line_errors():
+            if RANK == 0:
+                csv = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False)
+                runtime.write(path.with_name(f'{path.stem}_linear.csv'), csv.encode())
+    bar.close()
+
+    after = net.state_dict()
+    moved = [name for name, value in frozen.items() if not torch.equal(value, after[name])]
+    assert not moved, f'the probe moved the encoder: {moved}'
+    runtime.say(f'{knn_accuracy(path)}linear probe {rows[-1]["test_acc@1"]:.2f} % (@5 {rows[-1]["test_acc@5"]:.2f} %), '
+                f'files in {path.parent}')
+
+
+def score(output, target):
+    """Sums over a batch of cross-entropy, and of hits @1 and @5 in percent: (n, classes), (n,) -> (3,)"""
+    hits = output.topk(min(5, output.shape[1])).indices == target[:, None]
+    return torch.stack([F.cross_entropy(output, target, reduction='sum'), 100 * hits[:, 0].sum(), 100 * hits.sum()])
+
+
+def read_config(path):
+    """The settings of the run that wrote the checkpoint, or none if it has no config.json."""
+    try:
+        return json.loads(path.read_text())['settings']
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{path} is damaged: restore it, or remove it and give data set and sizes as flags') from None
+
+
+def knn_accuracy(path):
+    """'kNN x %, ' from the log beside the checkpoint, if it has one for the checkpoint's epoch."""
+    log = path.with_name('log.csv')
+    rows = pd.read_csv(log) if log.exists() else pd.DataFrame(columns=['epoch'])
+    row = rows[rows['epoch'].astype(str) == path.stem.rpartition('_')[2]]
+    return f'kNN {row["test_acc@1"].iloc[0]:.2f} %, ' if len(row) and row['test_acc@1'].notna().all() else ''
+
+
+if __name__ == '__main__':
+    runtime.run(main)

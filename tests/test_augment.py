@@ -1,0 +1,254 @@
+"""The batched views are PIL's and OpenCV's: the same pixels for the same parameters, the same distribution of them."""
+
+import itertools
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+import augment
+from augment import DeviceViews, apply, draw
+from utils import BLUR_SIGMA, CROP_RATIO, CROP_SCALE, JITTER, MEAN, STD, ReferenceViews, blur_kernel_size, seeded
+
+SIZES = [(32, 32), (96, 96), (72, 120)]
+COUNT = 180  # images and parameter sets of each size: 540 together
+
+
+def photographs(n, height, width, seed=0):
+    """(n, 3, height, width) uint8 with a photograph's 1/f spectrum, edges and a little noise; correlated channels."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]).clip(1 / max(height, width))
+    spectrum = np.fft.rfft2(rng.standard_normal((n, 4, height, width))) / frequency
+    field = np.fft.irfft2(spectrum, (height, width))
+    field = field / field.std((2, 3), keepdims=True)
+    image = 128 + 45 * (0.7 * field[:, :1] + 0.5 * field[:, 1:])
+    image += 60 * (field[:, :1] > 0.7) * rng.uniform(-1, 1, (n, 3, 1, 1)) + rng.normal(0, 3, image.shape)
+    return torch.from_numpy(image.clip(0, 255).astype(np.uint8))
+
+
+def pil(x):
+    return Image.fromarray(x.permute(1, 2, 0).numpy())
+
+
+def levels(images):
+    """PIL images -> (n, 3, h, w) in grey levels"""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
+
+
+def one(p, i):
+    return {name: value[i].item() if value.ndim == 1 else value[i].tolist() for name, value in p.items()}
+
+
+def crop_pil(image, q, size):
+    box = [int(q[name]) for name in ('top', 'left', 'h', 'w')]
+    image = TF.resized_crop(image, *box, [size, size], TF.InterpolationMode.BILINEAR)
+    return TF.hflip(image) if q['flip'] else image
+
+
+def blur_pil(image, sigma, size):
+    if sigma == 0:
+        return image
+    return Image.fromarray(cv2.GaussianBlur(np.array(image), (blur_kernel_size(size),) * 2, sigma))
+
+
+OPERATIONS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+NAMES = ('brightness', 'contrast', 'saturation', 'hue')
+
+
+def chain_pil(image, q, size):
+    image = crop_pil(image, q, size)
+    for operation in q['order']:
+        image = OPERATIONS[operation](image, q[NAMES[operation]])
+    if q['gray']:
+        image = TF.rgb_to_grayscale(image, 3)
+    return blur_pil(image, q['sigma'], size)
+
+
+@pytest.fixture(scope='module', params=SIZES, ids=str)
+def case(request):
+    height, width = request.param
+    return photographs(COUNT, height, width), draw(COUNT, height, width, seeded(height, width))
+
+
+@pytest.mark.parametrize('size', [16, 32, 64])
+def test_crop_resize_flip_within_one_level_of_pil(case, size):
+    images, p = case
+    ours = augment.resized_crop(images.float(), p, size).round()
+    theirs = levels([crop_pil(pil(x), one(p, i), size) for i, x in enumerate(images)])
+    assert (ours - theirs).abs().max() <= 1  # PIL rounds to 8 bits after each of its two passes
+
+
+@pytest.mark.parametrize('name', ['brightness', 'contrast', 'saturation', 'hue', 'gray', 'flip', 'blur'])
+def test_each_operation_is_pils(case, name):
+    images, p = case
+    x, n = images.float() / 255, len(images)
+    if name == 'flip':
+        whole = {'top': torch.zeros(n), 'left': torch.zeros(n), 'h': torch.full((n,), 32), 'w': torch.full((n,), 32)}
+        ours = augment.resized_crop(x, whole | {'flip': torch.ones(n, dtype=torch.bool)}, 32)
+        theirs = [TF.hflip(pil(y[:, :32, :32])) for y in images]
+    elif name == 'blur':
+        sigma = torch.empty(n).uniform_(*BLUR_SIGMA, generator=seeded(1))
+        ours = augment.gaussian_blur(x, sigma, 3)
+        theirs = [blur_pil(pil(y), s.item(), 32) for y, s in zip(images, sigma)]
+    elif name == 'gray':
+        ours = augment.luma(x).expand(-1, 3, -1, -1)
+        theirs = [TF.rgb_to_grayscale(pil(y), 3) for y in images]
+    else:
+        alone = {other: torch.full((n,), float(other != 'hue')) for other in NAMES} | {'order': p['order']}
+        low, high = (-0.1, 0.1) if name == 'hue' else (0.6, 1.4)
+        alone[name] = torch.empty(n).uniform_(low, high, generator=seeded(2))
+        ours = augment.color_jitter(x, alone)
+        theirs = [OPERATIONS[NAMES.index(name)](pil(y), alone[name][i].item()) for i, y in enumerate(images)]
+    difference = (255 * ours - levels(theirs)).abs()
+    if name == 'hue':  # PIL's HSV has 8 bits: a level of hue is 6 levels of a saturated colour
+        assert difference.mean() < 2
+    else:  # PIL blends to the level below, converts to gray by rounding, OpenCV blurs in fixed point
+        assert difference.max() <= 2
+
+
+def test_whole_chain_is_pils(case):
+    images, p = case
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    ours = 255 * (apply(images, p, 32) * std + mean)
+    theirs = levels([chain_pil(pil(x), one(p, i), 32) for i, x in enumerate(images)])
+    difference = (ours - theirs).abs()  # rounding to 8 bits after up to seven operations, and hue's
+    assert difference.mean() < 1.5
+    assert (difference <= 6).float().mean() > 0.99
+
+
+def test_reference_transform_is_the_chain():
+    """The reference pipeline is made of the operations that the chain above calls, and is deterministic."""
+    image, size = pil(photographs(1, 96, 96)[0]), 32
+    from utils import reference_transform
+    transform = reference_transform(size)
+    names = [type(t).__name__ for t in transform.transforms]
+    assert names == ['RandomResizedCrop', 'RandomHorizontalFlip', 'RandomApply', 'RandomGrayscale', 'GaussianBlur',
+                     'ToTensor', 'Normalize']
+    torch.manual_seed(3)
+    first = transform(image)
+    torch.manual_seed(3)
+    assert torch.equal(transform(image), first) and not torch.equal(transform(image), first)
+
+
+def same_distribution(ours, theirs):
+    """Kolmogorov-Smirnov at a significance of 1e-5 and means within 4.5 standard errors."""
+    ours, theirs = (torch.as_tensor(x, dtype=torch.float64).sort().values for x in (ours, theirs))
+    n, m = len(ours), len(theirs)
+    both = torch.cat([ours, theirs])
+    gap = (torch.searchsorted(ours, both, right=True) / n - torch.searchsorted(theirs, both, right=True) / m).abs()
+    error = (ours.var() / n + theirs.var() / m).sqrt()
+    return gap.max() < math.sqrt(math.log(2 / 1e-5) / 2 * (n + m) / (n * m)) and \
+        (ours.mean() - theirs.mean()).abs() <= 4.5 * error + 1e-12
+
+
+N = 100_000
+
+
+@pytest.mark.parametrize('height, width', [(96, 96), (32, 32), (40, 120), (12, 200)])
+def test_crops_are_distributed_as_torchvisions(height, width):
+    p = draw(N, height, width, seeded(4))
+    assert (p['top'] + p['h'] <= height).all() and (p['left'] + p['w'] <= width).all()
+    torch.manual_seed(5)
+    image = torch.empty(1, height, width)
+    theirs = np.array([transforms.RandomResizedCrop.get_params(image, CROP_SCALE, CROP_RATIO) for _ in range(N // 5)])
+    for i, name in enumerate(('top', 'left', 'h', 'w')):
+        assert same_distribution(p[name], theirs[:, i]), name
+    assert same_distribution(p['h'] * p['w'], theirs[:, 2] * theirs[:, 3])
+    assert same_distribution(p['w'].double() / p['h'].double(), theirs[:, 3] / theirs[:, 2])
+
+
+def fraction(x, expected):
+    return abs(x.double().mean().item() - expected) < 4.5 * math.sqrt(expected * (1 - expected) / len(x))
+
+
+def test_branches_orders_and_factors_are_distributed_as_torchvisions():
+    p = draw(N, 96, 96, seeded(6))
+    assert fraction(p['flip'], 0.5) and fraction(p['gray'], 0.2) and fraction(p['sigma'] > 0, 0.5)
+    jittered = p['hue'] != 0
+    assert fraction(jittered, 0.8)
+    orders = (p['order'] * torch.tensor([64, 16, 4, 1])).sum(1)
+    for order in itertools.permutations(range(4)):
+        assert fraction(orders == sum(o * w for o, w in zip(order, (64, 16, 4, 1))), 1 / 24)
+    torch.manual_seed(7)
+    jitter = transforms.ColorJitter(*JITTER)
+    theirs = [transforms.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+              for _ in range(N // 5)]
+    for i, name in enumerate(NAMES):
+        assert same_distribution(p[name][jittered], [factors[i + 1] for factors in theirs]), name
+        assert (p[name][~jittered] == (name != 'hue')).all()
+    assert same_distribution(p['sigma'][p['sigma'] > 0], np.random.default_rng(8).uniform(*BLUR_SIGMA, N))
+
+
+def test_images_and_views_have_parameters_of_their_own():
+    generator = seeded(9)
+    first, second = draw(N, 96, 96, generator), draw(N, 96, 96, generator)
+    for name in ('top', 'left', 'h', 'flip', 'brightness', 'hue', 'sigma', 'gray'):
+        x, y = first[name].double(), second[name].double()
+        for a, b in ((x, y), (x[:-1], x[1:])):  # two views of one image; two images of one batch
+            assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 4.5 / math.sqrt(N), name
+
+
+IMAGES = photographs(50, 40, 40)
+
+
+@pytest.mark.parametrize('Views', [DeviceViews, ReferenceViews])
+def test_views_are_a_function_of_seed_and_epoch_and_step(Views):
+    def epoch(number, start=0, seed=0):
+        return list(Views(IMAGES, 16, 16, views=3, seed=seed).epoch(number, start))
+
+    whole, again = epoch(2), epoch(2)
+    assert len(whole) == 3 and [len(views) for views, _ in whole] == [3, 3, 3]
+    assert whole[0][0][0].shape == (16, 3, 16, 16)
+    index = torch.cat([index for _, index in whole])
+    assert len(index.unique()) == 48  # drop_last: 2 of 50 are left out
+
+    def equal(a, b):
+        return all(torch.equal(i, j) and all(map(torch.equal, v, w)) for (v, i), (w, j) in zip(a, b, strict=True))
+
+    assert equal(whole, again)
+    assert equal(whole[1:], epoch(2, start=1))  # as after a resumption
+    assert not equal(whole, epoch(3)) and not equal(whole, epoch(2, seed=1))
+    assert not torch.equal(whole[0][0][0], whole[0][0][1])
+
+
+@pytest.mark.parametrize('Views, world, images', [(ReferenceViews, 4, 48), (DeviceViews, 4, 48), (DeviceViews, 3, 50),
+                                                  (DeviceViews, 16, 50)])
+def test_the_whole_batch_does_not_depend_on_the_number_of_ranks(Views, world, images):
+    """50 images leave a last batch of 2 (kept for a probe), of which some ranks have no image."""
+    def last_batch(**ranks):
+        keep = {} if images == 48 else {'drop_last': False}
+        *_, (views, index) = Views(IMAGES[:images], 16, 16, **keep, **ranks).epoch(1)
+        return torch.cat([torch.stack(views, 1).flatten(1), index[:, None]], 1)
+
+    parts = [last_batch(rank=rank, world=world) for rank in range(world)]
+    assert len(parts[0]) == math.ceil((images - 32) / world)
+    assert torch.equal(torch.cat(parts), last_batch())
+
+
+def test_workers_change_nothing():
+    alone, two = (list(ReferenceViews(IMAGES, 16, 16, workers=workers).epoch(1)) for workers in (0, 2))
+    assert all(torch.equal(v[0], w[0]) and torch.equal(i, j) for (v, i), (w, j) in zip(alone, two, strict=True))
+
+
+def test_compiled_and_eager_views_agree():
+    p = draw(8, 40, 40, seeded(1))
+    compiled = torch.compile(apply, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(IMAGES[:8], p, 16), apply(IMAGES[:8], p, 16), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('size, width', [(16, 1), (20, 3), (32, 3), (40, 5), (64, 7), (96, 9)])
+def test_blur_kernel_is_a_tenth_of_the_image_and_odd(size, width):
+    assert blur_kernel_size(size) == width
+
+
+def test_blur_has_opencvs_border_and_any_kernel():
+    image = photographs(1, 48, 48)
+    for width in (1, 3, 5, 9):
+        ours = 255 * augment.gaussian_blur(image.float() / 255, torch.tensor([1.3]), width)
+        theirs = cv2.GaussianBlur(image[0].permute(1, 2, 0).numpy(), (width, width), 1.3)
+        assert (ours[0].permute(1, 2, 0) - torch.from_numpy(theirs)).abs().max() <= 2

@@ -1,0 +1,129 @@
+"""The network is the published one, and a checkpoint loads entirely or not at all."""
+
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from model import ARCHS, Model, load_model, read_checkpoint
+
+
+@pytest.fixture(scope='module')
+def small():
+    torch.manual_seed(0)
+    return Model(16, 'resnet18')
+
+
+def saved(tmp_path, state, name='model.pth'):
+    torch.save(state, tmp_path / name)
+    return tmp_path / name
+
+
+def test_size_and_names_are_the_published_ones():
+    state = Model().state_dict()
+    assert sum(p.numel() for p in Model().parameters()) == 24_615_616
+    assert state['f.0.weight'].shape == (64, 3, 3, 3)
+    assert state['g.0.weight'].shape == (512, 2048) and 'g.0.bias' not in state
+    assert state['g.3.weight'].shape == (128, 512) and state['g.3.bias'].shape == (128,)
+    modules = {'.'.join(name.split('.')[:2]) for name in state}
+    assert modules == {'f.0', 'f.1', 'f.3', 'f.4', 'f.5', 'f.6', 'g.0', 'g.1', 'g.3'}
+
+
+def test_stride_is_8_and_rows_have_unit_length(small):
+    x = torch.randn(4, 3, 32, 32)
+    assert small.f[:-1](x).shape == (4, 512, 4, 4)
+    feature, z = small(x)
+    assert feature.shape == (4, 512) and z.shape == (4, 16)
+    torch.testing.assert_close(torch.cat([feature.norm(dim=1), z.norm(dim=1)]), torch.ones(8))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert {x.dtype for x in small(x)} == {torch.float32}
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
+def test_checkpoints_of_wrappers_and_profilers_load(tmp_path, small, prefix):
+    state = {prefix + name: value for name, value in small.state_dict().items()}
+    state |= {f'{prefix}f.0.total_ops': torch.zeros(1), f'{prefix}total_params': torch.zeros(1)}
+    loaded = load_model(saved(tmp_path, state)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    small.eval()
+    torch.testing.assert_close(loaded(x), small(x), rtol=0, atol=0)
+
+
+def test_resnet50_saved_under_dataparallel_gives_the_same_features(tmp_path):
+    torch.manual_seed(1)
+    net = Model().eval()
+    loaded = load_model(saved(tmp_path, nn.DataParallel(net).state_dict())).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), net(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_architecture_and_widths_are_read_off_the_tensors(tmp_path, arch):
+    with torch.device('meta'):
+        state = Model(24, arch).state_dict()
+    state = {name: torch.zeros((), dtype=x.dtype).expand(x.shape) for name, x in state.items()}  # a small file
+    loaded = load_model(saved(tmp_path, state))
+    assert loaded.g[3].out_features == 24 and loaded.width == (512 if arch in ('resnet18', 'resnet34') else 2048)
+    assert len(loaded.f[5]) == ARCHS[arch][1][2]
+
+
+def test_state_of_a_run_and_the_old_format_load(tmp_path, small):
+    whole = {'model': small.state_dict(), 'optimizer': {}, 'epoch': 3}
+    assert load_model(saved(tmp_path, whole)).g[3].out_features == 16
+    torch.save(small.state_dict(), tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
+    assert load_model(tmp_path / 'old.pth').g[3].out_features == 16
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda s: s.pop('f.4.1.conv2.weight'), 'f.4.1.conv2.weight is missing for resnet18'),
+    (lambda s: s.pop('f.0.weight'), 'f.0.weight is missing'),
+    (lambda s: s.update({'f.1.weight': torch.zeros(63)}), r'f.1.weight has shape \(63,\), resnet18 needs \(64,\)'),
+    (lambda s: s.update(extra=torch.zeros(1)), 'extra is unexpected for resnet18'),
+    (lambda s: s.update({'f.6.2.conv1.weight': torch.zeros(1)}), r'have \(2, 2, 2, 3\) blocks, which is none of'),
+    (lambda s: s.clear(), 'f.0.weight is missing'),
+])
+def test_what_does_not_fit_is_named(tmp_path, small, change, message):
+    state = dict(small.state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        load_model(saved(tmp_path, state))
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path, small):
+    whole = saved(tmp_path, small.state_dict()).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # torch.load itself would not notice
+    for name, content in (('truncated', whole[:-1000]), ('flipped', flipped), ('empty', b''), ('text', b'not a model')):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f'{name}: (damaged|not a checkpoint)'):
+            load_model(tmp_path / name)
+    with pytest.raises(ValueError, match='nowhere: no such file'):
+        load_model(tmp_path / 'nowhere')
+    with pytest.raises(ValueError, match='no model weights'):
+        load_model(saved(tmp_path, {'epoch': 3}))
+    with pytest.raises(ValueError, match='no model weights'):
+        load_model(saved(tmp_path, [1, 2]))
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+@pytest.mark.parametrize('new_format', [True, False])
+def test_pickled_objects_are_refused_and_not_run(tmp_path, new_format):
+    torch.save({'f.0.weight': Payload(tmp_path / 'ran')}, tmp_path / 'evil.pth',
+               _use_new_zipfile_serialization=new_format)
+    (tmp_path / 'plain.pth').write_bytes(pickle.dumps(Payload(tmp_path / 'ran')))
+    for name in ('evil.pth', 'plain.pth'):
+        with pytest.raises(ValueError, match=name):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / 'ran').exists()
+    torch.load(io.BytesIO((tmp_path / 'evil.pth').read_bytes()), weights_only=False)  # the payload does work
+    assert (tmp_path / 'ran').exists()
