@@ -231,8 +231,8 @@ def train_step(net, views, labels, optimizer, objective, autocast, joint=False):
 
 def annealed(beta, epoch, epochs, steps=9):
     """beta falls to 0 in 9 values, each for epochs // 9 epochs, the first for twice that, as published."""
-    length = epochs // steps or epochs / steps
-    return beta * (1 - min(max(epoch // length - 1, 0), steps - 1) / (steps - 1))
+    part = epoch // (epochs // steps) if epochs >= steps else epoch * steps // epochs
+    return beta * (1 - min(max(part - 1, 0), steps - 1) / (steps - 1))
 
 
 def average_buffers(net):
@@ -296,7 +296,8 @@ class Progress:
             bad = int(losses.isfinite().logical_not().nonzero()[0]) + 1
             raise SystemExit(f'error: the loss is {losses[bad - 1]} at epoch {epoch}, step {bad}; the last good state '
                              f'in {args.results_dir} is untouched. Common causes: --lr {args.lr} too high, '
-                             f'--temperature {args.temperature} too low, --precision {args.precision}' if RANK == 0 else 1)
+                             f'--temperature {args.temperature} too low, --precision {args.precision}'
+                             if RANK == 0 else 1)
         pace = (time.monotonic() - self.began) / self.done
         left = duration(pace * ((args.epochs - epoch + 1) * self.steps - step))
         if self.bar is None:

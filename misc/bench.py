@@ -1,0 +1,220 @@
+"""The project's timings, as ratios between two pieces of code in one run on one machine.
+
+    python misc/bench.py loss       # the objective against its textbook form
+    python misc/bench.py augment    # views in batches on the device against PIL's, one CPU thread each
+    python misc/bench.py step       # a training step against the published configuration's
+    python misc/bench.py epoch      # the whole training loop against bare steps on one fixed batch
+
+Reference and ours take turns; each row holds their medians. --csv FILE keeps the rows.
+"""
+
+import math
+import resource
+import statistics
+import sys
+import time
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import pandas as pd
+import PIL
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import runtime
+from augment import DeviceViews
+from losses import contrastive_loss
+from main import device_name, train_step
+from model import ARCHS, Model
+from utils import ReferenceViews, load_data
+
+COLUMNS = ('what', 'size', 'device', 'reference_ms', 'ours_ms', 'ratio')
+FLOP_PER_VIEW, BYTES_PER_VIEW = 7.8e9, 131e6  # ResNet-50 at 32 px, a training step; bytes in bf16, BatchNorm+ReLU fused
+
+
+def main(argv=None):
+    parser = runtime.Parser(prog='bench.py', description=__doc__.partition('\n')[0])
+    parser.add_argument('what', choices=('loss', 'augment', 'step', 'epoch'), help='what to time')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=('cuda', 'cpu'),
+                        help='where')
+    parser.add_argument('--arch', choices=ARCHS, help='backbone of step and epoch (default: resnet50; 18 on a CPU)')
+    parser.add_argument('--image_size', type=runtime.positive_int, help='pixels of views (default: 32; 16 on a CPU)')
+    parser.add_argument('--batch_size', type=runtime.positive_int, help='images (default: 256; 32 on a CPU)')
+    parser.add_argument('--repeat', default=9, type=runtime.positive_int, help='timings of which the median is taken')
+    parser.add_argument('--csv', help='file for the rows')
+    args = parser.parse_args(argv)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda, and there is no CUDA device')
+    device, cuda = torch.device(args.device), args.device == 'cuda'
+    args.arch = args.arch or ('resnet50' if cuda else 'resnet18')
+    args.image_size, args.batch_size = args.image_size or (32 if cuda else 16), args.batch_size or (256 if cuda else 32)
+    print(f'{device_name(device)}; torch {torch.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}')
+    rows = []
+    for what, size, reference, ours, views in BENCHES[args.what](args, device):
+        ratio = reference / ours
+        rows.append(dict(zip(COLUMNS, (what, size, device_name(device), reference, ours, ratio))))
+        rate = f', {1e3 * views / ours:.0f} views/s' if views else ''
+        print(f'{what}, {size}: reference {reference:.3g} ms, ours {ours:.3g} ms, ratio {ratio:.2f}{rate}', flush=True)
+    if args.csv:
+        with runtime.one_line_errors():
+            runtime.write(args.csv, pd.DataFrame(rows).to_csv(index=False).encode())
+
+
+def alternate(repeat, device, *functions):
+    """Median milliseconds of each function, called in turn; the first call of each is a warm-up."""
+    times = [[] for _ in functions]
+    for i in range(repeat + 1):
+        for function, seen in zip(functions, times):
+            if device.type == 'cuda':
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                function()
+                end.record()
+                end.synchronize()
+                elapsed = start.elapsed_time(end)
+            else:
+                start = time.perf_counter()
+                function()
+                elapsed = 1e3 * (time.perf_counter() - start)
+            if i:
+                seen.append(elapsed)
+    return [statistics.median(seen) for seen in times]
+
+
+def textbook(z1, z2, temperature=0.5, tau_plus=0.1, beta=1.0):
+    """HCL's objective as usually written: the whole matrix of exponentials, and a mask that selects from it."""
+    z, B = torch.cat([z1, z2]), len(z1)
+    other = ~torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)
+    neg = (z @ z.T / temperature).exp().masked_select(other).view(2 * B, -1)
+    pos = ((z1 * z2).sum(1) / temperature).exp().repeat(2)
+    N = 2 * B - 2
+    weight = (beta * neg.log()).exp()
+    R = (weight * neg).sum(1) / weight.mean(1)
+    Ng = ((R - tau_plus * N * pos) / (1 - tau_plus)).clamp(min=N * math.exp(-1 / temperature))
+    return -(pos / (pos + Ng)).log().mean()
+
+
+def bench_loss(args, device):
+    def views(B):
+        return [F.normalize(torch.randn(B, 128, device=device), dim=1).requires_grad_() for _ in range(2)]
+
+    def step(loss, z):
+        return lambda: loss(*z).backward()
+
+    hard, standard = contrastive_loss, partial(contrastive_loss, tau_plus=0, beta=0)
+    for B in (256, 2048):
+        z = views(B)
+        yield ('loss forward + backward against textbook', f'B={B}',
+               *alternate(args.repeat, device, step(textbook, z), step(hard, z)), None)
+    z = views(2048)
+    standard_ms, hard_ms = alternate(args.repeat, device, step(standard, z), step(hard, z))
+    yield 'loss, hard against standard', 'B=2048', standard_ms, hard_ms, None
+    z = views(16384)
+    for x in z:
+        x.grad = torch.zeros_like(x)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    elapsed, = alternate(1, device, step(hard, z))
+    after = (torch.cuda.max_memory_allocated() if device.type == 'cuda'
+             else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(f'loss, B=16384: {elapsed:.0f} ms, at most {(after - before) / 1e9:.2f} GB beyond inputs and gradients; '
+          f'the textbook form is not run: one of its matrices is {4 * (2 * 16384) ** 2 / 1e9:.1f} GB')
+
+
+def bench_augment(args, device):
+    if device.type == 'cpu':
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+    images = load_data('shapes').train  # (4000, 3, 96, 96)
+    batch = 256
+
+    def consume(loader, batches):
+        epochs = iter(range(1, 10**9))
+        stream = (item for epoch in epochs for item in loader.epoch(epoch))
+        return lambda: list(islice(stream, batches))
+
+    reference = consume(ReferenceViews(images, batch, 32), 1)
+    ours = consume(DeviceViews(images, batch, 32, device=device, compile=device.type == 'cuda'), 1)
+    yield ('views of 96 px images against PIL, one thread', f'{2 * batch} views of 32 px',
+           *alternate(args.repeat, device, reference, ours), 2 * batch)
+
+
+def training(args, device, published=False):
+    """A network, its optimizer and one step, as main.py makes them or in the published configuration."""
+    torch.manual_seed(0)
+    cuda = device.type == 'cuda'
+    net = Model(arch=args.arch).to(device)
+    if not published:
+        net.to(memory_format=torch.channels_last)
+        if cuda:
+            net.compile(dynamic=False)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-6, fused=not published)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda and not published)
+    objective = textbook if published else contrastive_loss
+
+    def step(views):
+        torch.backends.cudnn.conv.fp32_precision = 'ieee' if published else 'tf32'
+        return train_step(net, views, None, optimizer, lambda *z, labels: objective(*z), autocast)
+    return step
+
+
+def fixed_views(args, device):
+    return [torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device) for _ in range(2)]
+
+
+def bench_step(args, device):
+    torch.backends.cudnn.benchmark = True
+    views, n = fixed_views(args, device), 2 * args.batch_size
+    last = [x.contiguous(memory_format=torch.channels_last) for x in views]
+    published, ours = training(args, device, published=True), training(args, device)
+    for _ in range(3):
+        ours(last)  # compile before timing
+    reference_ms, ours_ms = alternate(args.repeat, device, partial(published, views), partial(ours, last))
+    yield (f'{args.arch} step against the published configuration', f'{n} views of {args.image_size} px', reference_ms,
+           ours_ms, n)
+    if device.type == 'cuda' and args.arch == 'resnet50' and args.image_size == 32:
+        rate, bandwidth = ceilings(device)
+        arithmetic, memory = 1e3 * n * FLOP_PER_VIEW / rate, 1e3 * n * BYTES_PER_VIEW / bandwidth
+        print(f'measured here: {rate / 1e12:.0f} TFLOP/s bf16 matmul, {bandwidth / 1e12:.2f} TB/s copy; floors of the '
+              f'step: arithmetic {arithmetic:.1f} ms, memory {memory:.1f} ms; ours is at '
+              f'{100 * max(arithmetic, memory) / ours_ms:.0f} % of the higher one')
+
+
+def ceilings(device):
+    """Measured bf16 matmul rate (FLOP/s) and copy bandwidth (bytes/s, read and written)."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    x, y = (torch.empty(2**30, dtype=torch.uint8, device=device) for _ in range(2))
+    matmul, copy = alternate(20, device, lambda: a @ a, lambda: y.copy_(x))
+    return 2 * 8192**3 / (matmul / 1e3), 2 * 2**30 / (copy / 1e3)
+
+
+def bench_epoch(args, device):
+    torch.backends.cudnn.benchmark = True
+    images, n, steps = load_data('shapes').train, 2 * args.batch_size, 10 if device.type == 'cuda' else 3
+    loader = DeviceViews(images, args.batch_size, args.image_size, device=device, compile=device.type == 'cuda')
+    step = training(args, device)
+    fixed, _ = next(loader.epoch(1))
+    stream = (views for epoch in range(1, 10**9) for views, _ in loader.epoch(epoch))
+
+    def bare():
+        for _ in range(steps):
+            step(fixed)
+
+    def loop():
+        for views in islice(stream, steps):
+            step(views)
+
+    bare_ms, loop_ms = (t / steps for t in alternate(args.repeat, device, bare, loop))
+    yield (f'{args.arch} training loop against bare steps', f'{n} views of {args.image_size} px', bare_ms, loop_ms, n)
+
+
+BENCHES = {'loss': bench_loss, 'augment': bench_augment, 'step': bench_step, 'epoch': bench_epoch}
+
+if __name__ == '__main__':
+    runtime.run(main)

@@ -1,0 +1,89 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)  # the tests' tensors are too small to share, and their bits must not depend on the machine
+HOME = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='session')
+def tree(tmp_path_factory):
+    """A folder data set of 3 classes that colour tells apart: 30 training and 9 test images of 16 px."""
+    root, rng = tmp_path_factory.mktemp('tree'), np.random.default_rng(0)
+    for split, count in (('train', 10), ('test', 3)):
+        for c, name in enumerate('abc'):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(120, size=(16, 16, 3), dtype=np.uint8)
+                image[..., c] += 120
+                Image.fromarray(image).save(root / split / name / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='session')
+def tiny(tree):
+    """The flags of a run of seconds: 3 steps an epoch."""
+    return ['--dataset_name', 'folder', '--root', str(tree), '--store_size', '16', '--image_size', '8', '--batch_size',
+            '8', '--arch', 'resnet18', '--k', '5', '--knn_every', '2', '--save_every', '1']
+
+
+class Job:
+    """One of the scripts as a process of its own."""
+
+    def __init__(self, script, flags, torchrun=(), **kwargs):
+        start = [sys.executable]
+        if torchrun:
+            start += ['-m', 'torch.distributed.run', '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', *torchrun]
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        self.process = subprocess.Popen([*start, str(HOME / script), *map(str, flags)], stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, env=environment, **kwargs)
+
+    def finish(self, timeout=120):
+        try:
+            self.out, self.err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGKILL)
+            raise
+        return self
+
+    @property
+    def code(self):
+        return self.process.returncode
+
+
+@pytest.fixture(scope='session')
+def run():
+    """run(script, flags) -> the finished Job"""
+    return lambda script, flags, **kwargs: Job(script, flags, **kwargs).finish()
+
+
+def outcome(results):
+    """What a run on a CPU determines bit by bit: its log without times, and its tensors."""
+    log = pd.read_csv(results / 'log.csv').drop(columns=['images/s', 'seconds'])
+    states = {}
+    for path in sorted(results.glob('model_*.pth')):
+        states[path.name] = torch.load(path, weights_only=True)
+    last = torch.load(results / 'last.pth', weights_only=True)
+    states['last'] = last['model']
+    states['optimizer'] = {f'{i}.{name}': value for i, values in last['optimizer']['state'].items()
+                           for name, value in values.items()}
+    return log, states
+
+
+def assert_same_outcome(results, expected):
+    log, states = outcome(results)
+    other_log, other_states = expected
+    pd.testing.assert_frame_equal(log, other_log, check_exact=True)
+    assert states.keys() == other_states.keys()
+    for file, state in states.items():
+        assert state.keys() == other_states[file].keys()
+        for name, value in state.items():
+            assert torch.equal(value, other_states[file][name]), (file, name)

@@ -1,0 +1,129 @@
+"""Every command line is accepted, or refused at once in one line with exit code 2."""
+
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import linear
+import main
+import runtime
+
+VALUES = ['0', '1', '-1', '2', '0.1', '0.5', '1.5', '256', '99999999999', 'nan', 'inf', '1e-3', 'abc', '', 'True', 'no',
+          'maybe', 'hard', 'easy', 'debiased', 'standard', 'down', 'none', 'eval', 'train', 'shapes', 'stl10', 'folder',
+          'resnet18', 'vgg', 'bf16', 'pil', 'device', 'ü', '1_0', '0x10', '１']
+
+
+def flags_of(script, monkeypatch):
+    """Every flag of a script, from its own parser, with some values that it takes (None: without a value)."""
+    seen = {}
+
+    class Spy(runtime.Parser):
+        def parse_args(self, argv=None):
+            for action in self._actions:
+                values = [None] if action.nargs == 0 else list(map(str, action.choices or [action.default, 64]))
+                seen.update({option: values for option in action.option_strings if 'help' not in option})
+            return super().parse_args(argv)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, 'Parser', Spy)
+        script.arguments([])
+    seen.pop('-h', None)
+    return seen
+
+
+def refused(arguments, argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments(argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ''
+    assert err.count('\n') == 1 and err.endswith('\n') and ': error: ' in err, err
+    return err
+
+
+@pytest.mark.parametrize('script', [main, linear], ids=['main', 'linear'])
+def test_random_command_lines(script, capsys, monkeypatch):
+    flags, verdicts = flags_of(script, monkeypatch), {'accepted': 0, 'refused': 0}
+    assert len(flags) >= 11
+    good = st.sampled_from(sorted(flags)).flatmap(lambda flag: st.tuples(st.just(flag), st.sampled_from(flags[flag])))
+    any_pair = st.tuples(st.sampled_from(sorted(flags)), st.sampled_from([None, *VALUES]))
+
+    @settings(max_examples=400, deadline=None, derandomize=True)
+    @given(st.lists(good | good | good | any_pair, max_size=4))
+    def check(pairs):
+        argv = [word for pair in pairs for word in pair if word is not None]
+        try:
+            script.arguments(argv)
+            verdicts['accepted'] += 1
+            capsys.readouterr()
+        except SystemExit as stop:
+            out, err = capsys.readouterr()
+            assert stop.code == 2 and out == ''
+            assert err.count('\n') == 1 and err.startswith(f'{script.__name__}.py: error: '), err
+            verdicts['refused'] += 1
+
+    check()
+    assert min(verdicts.values()) > 40, verdicts
+
+
+@pytest.mark.parametrize('line, message', [
+    ('--tau_plus 1', 'argument --tau_plus: must be in [0, 1), got \'1\''),
+    ('--tau_plus -0.1', 'must be in [0, 1)'),
+    ('--beta -1', 'argument --beta: must be a number of at least 0'),
+    ('--beta nan', 'at least 0'),
+    ('--temperature 0', 'argument --temperature: must be a positive number'),
+    ('--batch_size 1', 'must be at least 2'),
+    ('--epochs 0', 'must be an integer of at least 1'),
+    ('--views 1', 'from 2 to 16'),
+    ('--dataset_name imagenet', 'invalid choice'),
+    ('--estimator medium', 'invalid choice'),
+    ('--debiased maybe', 'must be True/False, yes/no or 1/0, got \'maybe\''),
+    ('--debiased False --estimator hard', '--debiased False contradicts --estimator hard'),
+    ('--debiased True --estimator easy', '--debiased True contradicts --estimator standard'),
+    ('--estimator standard --tau_plus 0.1', '--tau_plus 0.1 has no effect'),
+    ('--estimator debiased --beta 1', '--beta 1.0 has no effect'),
+    ('--estimator debiased --anneal down', '--anneal down needs --estimator hard'),
+    ('--oracle --estimator debiased', 'contradicts --oracle'),
+    ('--oracle --tau_plus 0.1', 'has no effect with --oracle'),
+    ('--temp 1', 'unrecognized arguments: --temp 1'),
+    ('--sync_bn', 'needs CUDA'),
+])
+def test_wrong_flags_of_main(line, message, capsys, monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    assert message in refused(main.arguments, line.split(), capsys)
+
+
+@pytest.mark.parametrize('line, resolved', [
+    ('', ('hard', 0.1, 1.0)),
+    ('--tau_plus 0.05 --beta 2', ('hard', 0.05, 2.0)),
+    ('--debiased True', ('hard', 0.1, 1.0)),
+    ('--debiased no', ('standard', 0.0, 0.0)),
+    ('--estimator easy', ('standard', 0.0, 0.0)),
+    ('--debiased False --estimator standard --tau_plus 0 --beta 0', ('standard', 0.0, 0.0)),
+    ('--estimator debiased', ('debiased', 0.1, 0.0)),
+    ('--oracle', ('standard', 0.0, 0.0)),
+    ('--oracle --estimator hard --beta 0.5', ('hard', 0.0, 0.5)),
+])
+def test_objective_that_flags_name(line, resolved):
+    args, _ = main.arguments(line.split())
+    assert (args.estimator, args.tau_plus, args.beta) == resolved
+
+
+def test_defaults_are_the_published_recipe():
+    args, _ = main.arguments([])
+    recipe = {'dataset_name': 'stl10', 'arch': 'resnet50', 'feature_dim': 128, 'temperature': 0.5, 'tau_plus': 0.1,
+              'beta': 1.0, 'batch_size': 256, 'epochs': 400, 'lr': 1e-3, 'weight_decay': 1e-6, 'k': 200,
+              'image_size': 32, 'test_size': None, 'views': 2, 'anneal': 'none', 'joint_views': False}
+    assert {name: getattr(args, name) for name in recipe} == recipe
+    probe = linear.arguments([])
+    assert (probe.batch_size, probe.epochs, probe.lr, probe.weight_decay, probe.bn) == (512, 100, 1e-3, 1e-6, 'eval')
+
+
+def test_beta_is_annealed_as_published():
+    """400 epochs: the next of linspace(beta, 0, 9) at every 44th epoch, the first of them beta itself."""
+    betas = [main.annealed(1.0, epoch, 400) for epoch in range(1, 401)]
+    assert betas[:87] == [1.0] * 87 and betas[87] == 1 - 1 / 8 and betas[394] == 1 / 8 and betas[395:] == [0.0] * 5
+    for epochs in (1, 2, 5, 9, 10, 50):
+        short = [main.annealed(2.0, epoch, epochs) for epoch in range(1, epochs + 1)]
+        assert short == sorted(short, reverse=True) and short[-1] == 0 and max(short) <= 2
+    assert sum(betas) == 241  # 87 + 44 (7/8 + ... + 1/8)

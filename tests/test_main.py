@@ -1,0 +1,302 @@
+"""Training and probe in one process: the step, the monitor, what is written, and what is refused."""
+
+import hashlib
+import json
+import math
+import shutil
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_same_outcome, outcome
+from torchvision.datasets import STL10
+
+import linear
+import main
+import model
+import runtime
+from losses import contrastive_loss
+
+CPU, NO_AUTOCAST = torch.device('cpu'), torch.autocast('cpu', enabled=False)
+
+
+@pytest.fixture(autouse=True)
+def restore_signals():
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture(scope='module')
+def finished(tiny, tmp_path_factory):
+    """A finished run of 3 epochs."""
+    results = tmp_path_factory.mktemp('runs') / 'finished'
+    main.main([*tiny, '--epochs', '3', '--results_dir', str(results)])
+    return results
+
+
+def equations(z1, z2, t, tau_plus, beta):
+    """HCL, eq. 4, on the whole matrix of exponentials."""
+    B, z = len(z1), torch.cat([z1, z2])
+    neg = (z @ z.T / t).exp()[~torch.eye(B, dtype=torch.bool).repeat(2, 2)].view(2 * B, -1)
+    pos = ((z1 * z2).sum(1) / t).exp().repeat(2)
+    N = 2 * B - 2
+    R = N * (neg ** (1 + beta)).sum(1) / (neg ** beta).sum(1)
+    Ng = ((R - tau_plus * N * pos) / (1 - tau_plus)).clamp(min=N * math.exp(-1 / t))
+    return -(pos / (pos + Ng)).log().mean()
+
+
+@pytest.mark.parametrize('dtype, lr, tolerance', [(torch.float32, 3e-6, 1e-4), (torch.float64, 1e-3, 1e-10)])
+def test_a_dozen_steps_are_the_plain_loop(dtype, lr, tolerance):
+    """main.py's own step against views one after the other, the equations above and plain Adam.
+
+    Adam divides tiny gradients by their size, so that rounding in float32 grows tenfold a step at the default
+    learning rate, between any two orders of summation; float64 shows that the steps are the same there too.
+    """
+    torch.manual_seed(0)
+    net, plain = (model.Model(16, 'resnet18').to(dtype) for _ in range(2))
+    plain.load_state_dict(net.state_dict())
+    net.to(memory_format=torch.channels_last)
+    views = list(torch.randn(2, 16, 3, 8, 8, dtype=dtype))
+    optimizer = torch.optim.Adam(net.parameters(), lr, weight_decay=1e-6, fused=True)
+    other = torch.optim.Adam(plain.parameters(), lr, weight_decay=1e-6, fused=False, foreach=False)
+    losses = []
+    for _ in range(12):
+        losses.append(main.train_step(net, views, None, optimizer, contrastive_loss, NO_AUTOCAST).item())
+        expected = equations(plain(views[0])[1], plain(views[1])[1], 0.5, 0.1, 1.0)
+        other.zero_grad()
+        expected.backward()
+        other.step()
+        assert losses[-1] == pytest.approx(expected.item(), rel=tolerance)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_joint_views_share_one_batchnorm_batch():
+    torch.manual_seed(0)
+    net, views = model.Model(16, 'resnet18'), torch.randn(2, 4, 3, 8, 8)
+    losses = [main.train_step(net, list(views), None, torch.optim.SGD(net.parameters(), 0.0), contrastive_loss,
+                              NO_AUTOCAST, joint) for joint in (False, True)]
+    z1, z2 = net(torch.cat(list(views)))[1].chunk(2)
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[1], contrastive_loss(z1, z2).detach())
+
+
+def test_knn_is_the_weighted_vote():
+    generator = torch.Generator().manual_seed(0)
+    memory, queries = (torch.randn(n, 8, generator=generator) for n in (60, 30))
+    memory_labels, labels = (torch.randint(7, (n,), generator=generator) for n in (60, 30))
+    hits = np.zeros(2)
+    for query, label in zip(queries, labels):
+        similarity = F.cosine_similarity(query[None], memory)
+        votes = np.zeros(7)
+        for j in similarity.argsort(descending=True)[:30]:
+            votes[memory_labels[j]] += math.exp(similarity[j] / 0.5)
+        ranked = list(np.argsort(-votes))
+        hits += [ranked[0] == label, label.item() in ranked[:5]]
+    assert main.knn(memory, queries, memory_labels, labels, k=30) == pytest.approx(list(100 * hits / 30))
+
+
+def test_encode_is_f_in_eval_mode_at_the_size_asked_for():
+    torch.manual_seed(0)
+    net = model.Model(16, 'resnet18')
+    images = torch.randint(256, (10, 3, 24, 24), dtype=torch.uint8)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    index = torch.tensor([7, 3, 3])
+    features = main.encode(net, images, index, None, NO_AUTOCAST, CPU, batch_size=2)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
+    expected = net.eval().f((images[index] / 255 - mean) / std).flatten(1)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(main.encode(net, images, index, 16, NO_AUTOCAST, CPU), expected)
+
+
+def test_files_of_a_run(finished, tiny):
+    assert {path.name for path in finished.iterdir()} == {'.lock', 'config.json', 'last.pth', 'log.csv', 'model_1.pth',
+                                                          'model_2.pth', 'model_3.pth'}
+    log = pd.read_csv(finished / 'log.csv')
+    assert list(log) == ['epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'seconds']
+    assert list(log['epoch']) == [1, 2, 3] and log['train_loss'].notna().all()
+    assert log['test_acc@1'].isna().tolist() == [True, False, False]  # every second epoch and the last
+    config = json.loads((finished / 'config.json').read_text())
+    assert config['settings']['beta'] == 1.0 and config['classes'] == ['a', 'b', 'c']
+    assert config['images'] == {'train': 30, 'test': 9} and config['versions']['torch'] == torch.__version__
+    state = model.read_checkpoint(finished / 'model_3.pth')
+    assert all(torch.equal(value, state[name]) for name, value in model.load_model(finished / 'last.pth')
+               .state_dict().items())
+
+
+def test_same_seed_same_bits_and_another_seed_others(finished, tiny, tmp_path):
+    for name, seed in (('again', 0), ('other', 1)):
+        main.main([*tiny, '--epochs', '3', '--results_dir', str(tmp_path / name), '--seed', str(seed)])
+    assert_same_outcome(tmp_path / 'again', outcome(finished))
+    assert not outcome(tmp_path / 'other')[0].equals(outcome(finished)[0])
+
+
+@pytest.mark.parametrize('augment', ['device', 'pil'])
+def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, monkeypatch, capsys):
+    """Stopped after steps 1, 3 (a whole epoch, before its kNN) and 4 of 6: mid-epoch states resume exactly."""
+    flags = [*tiny, '--epochs', '2', '--augment', augment, '--workers', '0', '--results_dir']
+    main.main([*flags, str(tmp_path / 'whole')])
+    check, calls = runtime.Signals.check, []
+
+    def check_and_stop(self):
+        calls.append(1)
+        if len(calls) in (1, 3, 5):
+            raise runtime.Stopped(signal.SIGTERM)
+        check(self)
+
+    monkeypatch.setattr(runtime.Signals, 'check', check_and_stop)
+    for step in (1, 3, 2):
+        with pytest.raises(SystemExit) as stop:
+            main.main([*flags, str(tmp_path / 'parts')])
+        assert stop.value.code == 143 and f'after step {step}, saved' in capsys.readouterr().out
+    main.main([*flags, str(tmp_path / 'parts')])
+    assert_same_outcome(tmp_path / 'parts', outcome(tmp_path / 'whole'))
+
+
+def snapshot(results):
+    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in results.iterdir() if path.name != '.lock'}
+
+
+def refuses(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        main.main(argv)
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny, capsys):
+    flags, before = [*tiny, '--epochs', '3', '--results_dir', str(finished)], snapshot(finished)
+    main.main([*flags, '--workers', '1'])
+    assert 'holds this run, finished: loss' in capsys.readouterr().out
+    refuses([*flags, '--beta', '2', '--lr', '0.01'], r'other settings \(--beta 1.0 there, 2.0 here; --lr 0.001 there')
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda r: (r / 'last.pth').write_bytes((r / 'last.pth').read_bytes()[:-100]),
+     r'last.pth: damaged .* cannot be continued; intact beside it: model_1.pth'),
+    (lambda r: torch.save({'a': torch.zeros(1)}, r / 'last.pth'), 'last.pth: not the state of a run'),
+    (lambda r: (r / 'last.pth').unlink(), 'holds model_1.pth.* but no last.pth'),
+    (lambda r: (r / 'config.json').unlink(), 'but no config.json'),
+    (lambda r: (r / 'config.json').write_text('{'), 'config.json is damaged'),
+])
+def test_no_run_starts_over_what_it_cannot_continue(finished, tiny, tmp_path, damage, message):
+    results = tmp_path / 'copy'
+    results.mkdir()
+    for name in ('config.json', 'log.csv', 'last.pth', 'model_1.pth'):
+        shutil.copy(finished / name, results / name)
+    damage(results)
+    before = snapshot(results)
+    refuses([*tiny, '--epochs', '3', '--results_dir', str(results)], message)
+    assert snapshot(results) == before
+
+
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_state(tiny, tmp_path, monkeypatch):
+    step, calls = main.train_step, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return step(*args, **kwargs) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(main, 'train_step', broken)
+    refuses([*tiny, '--epochs', '3', '--results_dir', str(tmp_path)],
+            r'loss is nan at epoch 2, step 2; the last good state .* --lr 0.001 .* --temperature 0.5')
+    assert model.read_checkpoint(tmp_path / 'last.pth')['epoch'] == 1
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
+    step, calls = main.train_step, []
+
+    def broken(net, *args, **kwargs):
+        loss = step(net, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 6:
+            net.g[3].bias.data.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(main, 'train_step', broken)
+    refuses([*tiny, '--epochs', '3', '--results_dir', str(tmp_path)], 'weights are not finite after epoch 2')
+    assert model.read_checkpoint(tmp_path / 'last.pth')['epoch'] == 1 and not (tmp_path / 'model_2.pth').exists()
+
+
+@pytest.mark.parametrize('flags, message', [(['--batch_size', '31'], 'larger than the data set, 30 images'),
+                                            (['--k', '31'], 'larger than the kNN memory, 30 images')])
+def test_flags_that_do_not_fit_the_data(tiny, tmp_path, flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main([*tiny, '--results_dir', str(tmp_path / 'new'), *flags])
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('flags', [['--estimator', 'standard'], ['--estimator', 'debiased', '--views', '3'],
+                                   ['--oracle'], ['--anneal', 'down', '--joint_views'], ['--precision', 'bf16'],
+                                   ['--temperature', '0.05', '--feature_dim', '16']], ids=' '.join)
+def test_every_objective_trains_and_differs(finished, tiny, tmp_path, flags):
+    main.main([*tiny, '--epochs', '1', '--results_dir', str(tmp_path), *flags])
+    loss = pd.read_csv(tmp_path / 'log.csv')['train_loss'][0]
+    assert math.isfinite(loss) and loss != pd.read_csv(finished / 'log.csv')['train_loss'][0]
+
+
+@pytest.mark.parametrize('bn', ['eval', 'train'])
+def test_probe(finished, capsys, bn, tmp_path):
+    checkpoint = finished / 'model_3.pth'
+    linear.main(['--model_path', str(checkpoint), '--epochs', '30', '--bn', bn, '--lr', '0.01'])
+    last = capsys.readouterr().out.splitlines()[-1]
+    table, log = pd.read_csv(finished / 'model_3_linear.csv'), pd.read_csv(finished / 'log.csv')
+    assert list(table['epoch']) == list(range(1, 31))
+    assert list(table) == ['epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5']
+    assert last == (f'kNN {log["test_acc@1"][2]:.2f} %, linear probe {table["test_acc@1"][29]:.2f} % '
+                    f'(@5 100.00 %), files in {finished}')
+    assert table['train_loss'][29] < 0.7 * table['train_loss'][0]
+    if bn == 'eval':  # features of the test images are fixed: a probe can be trained on them again to the same end
+        linear.main(['--model_path', str(checkpoint), '--epochs', '30', '--lr', '0.01'])
+        assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_probe_notices_a_moved_encoder(finished, monkeypatch):
+    encode = main.encode
+
+    def moving(net, *args, **kwargs):
+        net.f[0].weight.data += 1e-3
+        return encode(net, *args, **kwargs)
+
+    monkeypatch.setattr(linear, 'encode', moving)
+    with pytest.raises(AssertionError, match=r"moved the encoder: \['f.0.weight'\]"):
+        linear.main(['--model_path', str(finished / 'model_3.pth'), '--epochs', '1'])
+
+
+def test_probe_says_what_is_wrong(tmp_path, finished):
+    for path, message in ((tmp_path / 'none.pth', 'no such file'), (finished / 'log.csv', 'log.csv: ')):
+        with pytest.raises(SystemExit, match=message):
+            linear.main(['--model_path', str(path)])
+
+
+def test_stl10_is_trained_on_and_probed_at_96_pixels(tmp_path, monkeypatch, capsys):
+    """Files of STL10's format through training, monitor and probe; only their checksums are the test's own."""
+    folder, rng = tmp_path / 'stl10_binary', np.random.default_rng(0)
+    folder.mkdir()
+    for name, count in (('train', 20), ('test', 10), ('unlabeled', 12)):
+        rng.integers(256, size=(count, 3, 96, 96), dtype=np.uint8).tofile(folder / f'{name}_X.bin')
+        if name != 'unlabeled':
+            (np.arange(count) % 10 + 1).astype(np.uint8).tofile(folder / f'{name}_y.bin')
+    (folder / 'class_names.txt').write_text('\n'.join('abcdefghij'))
+    for files in ('train_list', 'test_list'):
+        monkeypatch.setattr(STL10, files, [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+                                           for name, _ in getattr(STL10, files)])
+    sizes, encode = [], main.encode
+
+    def spy(net, images, index, size, *args, **kwargs):
+        sizes.append((len(index), *images.shape[2:], size))
+        return encode(net, images, index, size, *args, **kwargs)
+
+    monkeypatch.setattr(main, 'encode', spy)
+    monkeypatch.setattr(linear, 'encode', spy)
+    results = tmp_path / 'results'
+    main.main(['--root', str(tmp_path), '--arch', 'resnet18', '--batch_size', '16', '--epochs', '1', '--k', '20',
+               '--results_dir', str(results)])
+    assert json.loads((results / 'config.json').read_text())['images'] == {'train': 32, 'test': 10}
+    linear.main(['--model_path', str(results / 'model_1.pth'), '--epochs', '1'])
+    assert sizes == [(20, 96, 96, None), (10, 96, 96, None), (10, 96, 96, None)]  # memory, test, and the probe's test
+    assert 'linear probe' in capsys.readouterr().out
