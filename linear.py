@@ -78,7 +78,7 @@ def main(argv=None):
     rows, features = [], None
     bar = tqdm(range(1, args.epochs + 1), 'linear probe', disable=None if RANK == 0 else True, leave=False)
     for epoch in bar:
-        sums = torch.zeros(3, device=device)
+        sums = torch.zeros(3, device=device, dtype=torch.float64)
         net.train(args.bn == 'train')
         for (x,), index in batches.epoch(epoch):
             with torch.no_grad(), autocast:
@@ -112,7 +112,8 @@ def main(argv=None):
 def score(output, target):
     """Sums over a batch of cross-entropy, and of hits @1 and @5 in percent: (n, classes), (n,) -> (3,)"""
     hits = output.topk(min(5, output.shape[1])).indices == target[:, None]
-    return torch.stack([F.cross_entropy(output, target, reduction='sum'), 100 * hits[:, 0].sum(), 100 * hits.sum()])
+    sums = F.cross_entropy(output, target, reduction='sum'), 100 * hits[:, 0].sum(), 100 * hits.sum()
+    return torch.stack([x.double() for x in sums])
 
 
 def read_config(path):

@@ -173,5 +173,5 @@ def _gather(x):
         return x
     whole = x.new_empty(x.shape[0], x.shape[1] * dist.get_world_size(), *x.shape[2:])
     for mine, all_ranks in zip(x, whole):
-        dist.all_gather_into_tensor(all_ranks, mine.contiguous())
+        dist.all_gather(list(all_ranks.chunk(dist.get_world_size())), mine.contiguous())
     return whole

@@ -1,7 +1,7 @@
 """Train an encoder by contrastive learning with hard negatives (HCL), debiased (DCL) or standard (SimCLR).
 
     python main.py --tau_plus 0.1 --beta 1.0                                  # the published run: STL10, ResNet-50
-    python main.py --dataset_name shapes --arch resnet18 --image_size 16 --test_size 32 --epochs 8  # minutes on a CPU
+    python main.py --dataset_name shapes --arch resnet18 --image_size 16      # embedded images, small enough for a CPU
     torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0             # the same batch over eight GPUs
 
 Everything that a run leaves is in --results_dir; the same command continues a run that was stopped.
@@ -34,7 +34,8 @@ from model import ARCHS, Model, read_checkpoint
 from runtime import RANK, WORLD, number
 from utils import DATASETS, ReferenceViews, load_data
 
-SMALL = 'python main.py --dataset_name shapes --arch resnet18 --image_size 16 --test_size 32 --epochs 8'
+SMALL = ('python main.py --dataset_name shapes --arch resnet18 --image_size 16 --test_size 16 --batch_size 64 '
+         '--temperature 0.2 --k 20 --knn_every 1 --epochs 3')
 COLUMNS = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'seconds')
 FREE = ('root', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # a resumed run may change these
 
@@ -267,7 +268,8 @@ def knn(memory, queries, memory_labels, labels, k, temperature=0.5):
 
     memory (n, d) and queries (m, d) are features of any length, with integer labels (n,) and (m,).
     """
-    memory, classes, hits = F.normalize(memory, dim=1), int(memory_labels.max()) + 1, torch.zeros(2)
+    memory, classes = F.normalize(memory, dim=1), int(memory_labels.max()) + 1
+    hits = torch.zeros(2, dtype=torch.float64)
     for query, label in zip(F.normalize(queries, dim=1).split(512), labels.split(512)):
         similarity, nearest = (query @ memory.T).topk(k)  # (b, k)
         votes = query.new_zeros(len(query), classes)

@@ -166,8 +166,8 @@ def _outlines():
     }
 
 
-def _shapes(train=4000, test=1000, size=96, seed=0):
-    """Ten classes of drawn images: the class is the shape; colours, place, size, turn, background and noise are not."""
+def _shapes(train=3000, test=1000, size=96, seed=0):
+    """Ten classes of drawn images: the class is the shape; place, size, turn, colours and noise are random."""
     rng, outlines = np.random.default_rng(seed), _outlines()
     labels = rng.integers(len(outlines), size=train + test)
     images = np.stack([_draw(list(outlines.values())[label], size, rng) for label in labels])
@@ -176,19 +176,16 @@ def _shapes(train=4000, test=1000, size=96, seed=0):
 
 
 def _draw(rings, size, rng):
-    """(3, size, size) uint8: the rings filled, somewhere, in some colour, on some background."""
-    ground, far, colour = rng.uniform(0, 255, (3, 3)).astype(np.float32)
-    while np.abs(colour - (ground + far) / 2).max() < 90:  # a shape that can be seen
-        colour = rng.uniform(0, 255, 3).astype(np.float32)
-    ramp = np.linspace(0, 1, size, dtype=np.float32).reshape((1, size, 1) if rng.random() < 0.5 else (size, 1, 1))
-    turn, radius = rng.uniform(-0.5, 0.5), size * rng.uniform(0.25, 0.45)
+    """(3, size, size) uint8: the rings filled, somewhere, in one of four colours on dark or bright, under noise."""
+    colour = np.array([[230, 60, 60], [60, 200, 80], [70, 110, 240], [240, 200, 60]])[rng.integers(4)]
+    ground, colour = (np.float32(c + rng.normal(0, 10, 3))[:, None, None] for c in (rng.choice([30, 225]), colour))
+    turn, radius = rng.uniform(-0.5, 0.5), size * rng.uniform(0.35, 0.48)
     centre = rng.uniform(radius, size - radius, 2)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     points = [np.rint(16 * (radius * ring @ rotation + centre)).astype(np.int32) for ring in rings]
-    mask = cv2.fillPoly(np.zeros((size, size, 1), np.float32), points, 1, cv2.LINE_8, shift=4)
-    noise = rng.uniform(0, 15) * rng.standard_normal((3, size, size), np.float32)
-    image = (ground + (far - ground) * ramp) * (1 - mask) + colour * mask
-    return (image.transpose(2, 0, 1) + noise).clip(0, 255).astype(np.uint8)
+    mask = cv2.fillPoly(np.zeros((size, size), np.uint8), points, 1, shift=4)
+    image = np.where(mask, colour, ground) + 8 * rng.standard_normal((3, size, size), np.float32)
+    return image.clip(0, 255).astype(np.uint8)
 
 
 def seeded(*key, device='cpu'):

@@ -50,7 +50,8 @@ def equations(z1, z2, t, tau_plus, beta):
     return -(pos / (pos + Ng)).log().mean()
 
 
-@pytest.mark.parametrize('dtype, lr, tolerance', [(torch.float32, 3e-6, 1e-4), (torch.float64, 1e-3, 1e-10)])
+@pytest.mark.parametrize('dtype, lr, tolerance', [(torch.float32, 3e-6, 1e-4), (torch.float64, 1e-3, 1e-10)],
+                         ids=['float32', 'float64'])
 def test_a_dozen_steps_are_the_plain_loop(dtype, lr, tolerance):
     """main.py's own step against views one after the other, the equations above and plain Adam.
 
@@ -61,7 +62,7 @@ def test_a_dozen_steps_are_the_plain_loop(dtype, lr, tolerance):
     net, plain = (model.Model(16, 'resnet18').to(dtype) for _ in range(2))
     plain.load_state_dict(net.state_dict())
     net.to(memory_format=torch.channels_last)
-    views = list(torch.randn(2, 16, 3, 8, 8, dtype=dtype))
+    views = list(torch.randn(2, 8, 3, 8, 8, dtype=dtype))
     optimizer = torch.optim.Adam(net.parameters(), lr, weight_decay=1e-6, fused=True)
     other = torch.optim.Adam(plain.parameters(), lr, weight_decay=1e-6, fused=False, foreach=False)
     losses = []
@@ -130,16 +131,16 @@ def test_files_of_a_run(finished, tiny):
 
 
 def test_same_seed_same_bits_and_another_seed_others(finished, tiny, tmp_path):
-    for name, seed in (('again', 0), ('other', 1)):
-        main.main([*tiny, '--epochs', '3', '--results_dir', str(tmp_path / name), '--seed', str(seed)])
+    main.main([*tiny, '--epochs', '3', '--results_dir', str(tmp_path / 'again')])
     assert_same_outcome(tmp_path / 'again', outcome(finished))
-    assert not outcome(tmp_path / 'other')[0].equals(outcome(finished)[0])
+    main.main([*tiny, '--epochs', '1', '--results_dir', str(tmp_path / 'other'), '--seed', '1'])
+    assert outcome(tmp_path / 'other')[0]['train_loss'][0] != outcome(finished)[0]['train_loss'][0]
 
 
 @pytest.mark.parametrize('augment', ['device', 'pil'])
 def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, monkeypatch, capsys):
     """Stopped after steps 1, 3 (a whole epoch, before its kNN) and 4 of 6: mid-epoch states resume exactly."""
-    flags = [*tiny, '--epochs', '2', '--augment', augment, '--workers', '0', '--results_dir']
+    flags = [*tiny, '--epochs', '2', '--save_every', '2', '--augment', augment, '--workers', '0', '--results_dir']
     main.main([*flags, str(tmp_path / 'whole')])
     check, calls = runtime.Signals.check, []
 

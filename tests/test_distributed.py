@@ -1,0 +1,232 @@
+"""Several processes compute what one would: the objective, its gradients, features and whole runs under torchrun."""
+
+import os
+import resource
+import signal
+import time
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Job
+from torch import nn
+from torch.multiprocessing import spawn
+
+
+def everything(rank, world):
+    """All that this file compares, on one rank."""
+    return {'losses': [losses_and_gradients(rank, world, V) for V in (2, 3)],
+            'training': [parameter_gradients(rank, world, *case) for case in TRAININGS],
+            'features': features_and_gathered(rank, world)}
+
+
+def joined(rank, world, function, store, out, args):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world)
+    torch.save(function(rank, world, *args), f'{out}/{rank}.pt')
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def on_ranks(world, function, out, *args):
+    """function(rank, world, *args) in `world` processes that form a gloo group -> the list of what they return."""
+    spawn(joined, (world, function, out / 'store', out, args), nprocs=world)
+    return [torch.load(out / f'{rank}.pt') for rank in range(world)]
+
+
+@pytest.fixture(scope='module')
+def one():
+    return everything(0, 1)
+
+
+@pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory):
+    return on_ranks(request.param, everything, tmp_path_factory.mktemp('ranks'))
+
+
+SETTINGS = [dict(), dict(beta=0, tau_plus=0), dict(beta=2.5, tau_plus=0.3, temperature=0.1), dict(beta=0),
+            dict(chunk_size=1), dict(tau_plus=0, labelled=True), dict(tau_plus=0, beta=0, labelled=True)]
+BATCH = 8
+
+
+def losses_and_gradients(rank, world, V):
+    from losses import contrastive_loss
+    whole = F.normalize(torch.randn(V, BATCH, 6, generator=torch.Generator().manual_seed(V)), dim=-1)
+    all_labels = torch.tensor([0, 0, 0, 0, 0, 1, 2, 2])  # some ranks hold one class alone
+    results = []
+    for setting in SETTINGS:
+        part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        views = [z[part].clone().requires_grad_() for z in whole]
+        setting = dict(setting)
+        labels = all_labels[part] if setting.pop('labelled', False) else None
+        loss = contrastive_loss(*views, labels=labels, **setting)
+        loss.backward()
+        results.append((loss.detach(), torch.stack([z.grad for z in views])))
+    return results
+
+
+@pytest.mark.parametrize('V', [2, 3])
+def test_loss_and_gradient_are_those_of_the_whole_batch(one, ranks, V):
+    for i, (loss, gradient) in enumerate(one['losses'][V - 2]):
+        parts = [rank['losses'][V - 2][i] for rank in ranks]
+        assert all(abs(part[0] - loss) < 1e-6 for part in parts)
+        torch.testing.assert_close(torch.cat([part[1] for part in parts], 1), gradient, rtol=0, atol=1e-6)
+
+
+class WholeBatchNorm(nn.BatchNorm2d):
+    """BatchNorm with the statistics of all ranks: what SyncBatchNorm, which has no CPU kernels, computes on GPUs."""
+
+    def forward(self, x):
+        from torch.distributed.nn.functional import all_reduce
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        sums = torch.stack([x.mean(dims), (x**2).mean(dims)])
+        if torch.distributed.is_initialized():
+            sums = all_reduce(sums) / torch.distributed.get_world_size()
+        mean, var = sums[0], sums[1] - sums[0]**2
+        x = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+
+def parameter_gradients(rank, world, kind, joint):
+    """The gradients of two steps of main.py's own train_step, under DDP if there are several ranks."""
+    import main
+    from losses import contrastive_loss
+    torch.manual_seed(0)
+    net = main.Model(16, 'resnet18').double()
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                new = WholeBatchNorm(child.num_features) if kind == 'whole' else nn.Identity()
+                setattr(parent, name, new.double())
+    views = torch.randn(2, BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    ddp = main.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
+    autocast = torch.autocast('cpu', enabled=False)
+    losses = [main.train_step(ddp, [x[part] for x in views], None, optimizer, contrastive_loss, autocast, joint)
+              for _ in range(2)]
+    return torch.stack(losses), {name: p.grad for name, p in net.named_parameters()}
+
+
+TRAININGS = [('none', False), ('whole', False), ('whole', True)]
+
+
+@pytest.mark.parametrize('case', range(len(TRAININGS)), ids=str)
+def test_parameter_gradients_are_those_of_one_process(one, ranks, case):
+    """Without BatchNorm, and with BatchNorm over the whole batch, DDP's training is that of one process."""
+    losses, gradients = one['training'][case]
+    for rank in ranks:
+        rank_losses, rank_gradients = rank['training'][case]
+        torch.testing.assert_close(rank_losses, losses, rtol=0, atol=1e-6)
+        for name, gradient in gradients.items():
+            assert (rank_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
+
+
+def features_and_gathered(rank, world):
+    import main
+    import runtime
+    torch.manual_seed(0)
+    net = main.Model(16, 'resnet18')
+    images = torch.randint(256, (23, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = main.encode(net, images, torch.arange(23), None, torch.autocast('cpu', enabled=False),
+                           torch.device('cpu'), batch_size=5)
+    gathered = runtime.gather(torch.arange(7).tensor_split(world)[rank])
+    return features, gathered
+
+
+def test_features_are_identical_and_no_image_counts_twice(one, ranks):
+    for features, gathered in (rank['features'] for rank in ranks):
+        assert torch.equal(features, one['features'][0]) and torch.equal(gathered, torch.arange(7))
+
+
+def memory_of_the_loss(rank, world, B):
+    from losses import contrastive_loss
+    views = [F.normalize(torch.randn(B // world, 128), dim=1).requires_grad_() for _ in range(2)]
+    contrastive_loss(*[x[:64] for x in views]).backward()  # libraries are loaded
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    contrastive_loss(*views, chunk_size=B // world // 16).backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+@pytest.mark.slow
+def test_memory_of_the_loss_is_shared_out(tmp_path):
+    for world in (1, 4):
+        (tmp_path / str(world)).mkdir()
+    one, four = (max(on_ranks(world, memory_of_the_loss, tmp_path / str(world), 16384)) for world in (1, 4))
+    print(f'{one:.0f} MB on one process, {four:.0f} MB on each of four')
+    assert one < 1500 and 0.2 < four / one < 0.35
+
+
+def flags(tiny, results, epochs=3):
+    return [*tiny, '--epochs', str(epochs), '--results_dir', str(results)]
+
+
+def test_torchrun_trains_logs_and_saves_once_and_one_process_continues(tiny, tmp_path, run):
+    results = tmp_path / 'r'
+    job = Job('main.py', flags(tiny, results), torchrun=['--nproc_per_node=2'])
+    while job.process.poll() is None and not (results / 'model_1.pth').exists():
+        time.sleep(0.01)
+    job.process.send_signal(signal.SIGTERM)
+    job.finish()
+    assert job.code != 0 and job.out.count('saved in') == 1 and job.out.count('epoch 1/3:') == 1, job.err
+    again = run('main.py', flags(tiny, results))
+    assert again.code == 0 and 'Continuing' in again.out
+    log = pd.read_csv(results / 'log.csv')
+    assert list(log['epoch']) == [1, 2, 3] and log['train_loss'].notna().all()
+
+
+@pytest.mark.slow
+def test_probe_under_torchrun_is_that_of_one_process(tiny, tmp_path, run):
+    assert run('main.py', flags(tiny, tmp_path, 1)).code == 0
+    tables, probing = [], ['--model_path', tmp_path / 'model_1.pth', '--epochs', '3', '--batch_size', '7']
+    for torchrun in ([], ['--nproc_per_node=2']):
+        job = run('linear.py', probing, torchrun=torchrun)
+        assert job.code == 0 and job.out.count('linear probe') == 1
+        tables.append(pd.read_csv(tmp_path / 'model_1_linear.csv'))
+    pd.testing.assert_frame_equal(*tables, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_errors_are_shown_once(tiny, tmp_path, run):
+    job = run('main.py', [*flags(tiny, tmp_path / 'r'), '--beta', '-1'], torchrun=['--nproc_per_node=2'])
+    assert job.code != 0 and job.err.count('main.py: error: argument --beta') == 1
+    job = run('main.py', [*flags(tiny, tmp_path / 'r'), '--batch_size', '9'], torchrun=['--nproc_per_node=2'])
+    assert job.err.count('does not divide evenly over 2 ranks') == 1
+    job = run('main.py', flags(tiny, '/proc/r'), torchrun=['--nproc_per_node=2'])
+    assert job.code != 0 and job.err.count('choose another --results_dir') == 1 and 'Traceback' not in job.out
+
+
+def kill_a_rank(job, results):
+    while job.process.poll() is None and not (results / 'model_1.pth').exists():
+        time.sleep(0.01)
+    ranks = [p for p in psutil.Process(job.process.pid).children() if 'main.py' in ' '.join(p.cmdline())]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    return time.monotonic()
+
+
+@pytest.mark.slow
+def test_killed_rank_ends_the_run_and_the_command_again_continues(tiny, tmp_path, run):
+    results = tmp_path / 'r'
+    job = Job('main.py', flags(tiny, results, 6), torchrun=['--nproc_per_node=2'])
+    killed = kill_a_rank(job, results)
+    job.finish()
+    assert job.code != 0 and time.monotonic() - killed < 45  # torchrun gives the others 30 seconds
+    again = run('main.py', flags(tiny, results, 6), torchrun=['--nproc_per_node=2'])
+    assert again.code == 0 and 'Continuing' in again.out and list(pd.read_csv(results / 'log.csv')['epoch']) == [
+        1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_where_it_stopped(tiny, tmp_path):
+    results = tmp_path / 'r'
+    job = Job('main.py', flags(tiny, results, 6), torchrun=['--nproc_per_node=2', '--max_restarts=1'])
+    kill_a_rank(job, results)
+    job.finish()
+    assert job.code == 0 and 'Continuing' in job.out and 'Finished' in job.out
+    assert list(pd.read_csv(results / 'log.csv')['epoch']) == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,181 @@
+"""Faults against the real scripts as processes: kills, signals, full disks, two runs in one place."""
+
+import os
+import random
+import resource
+import signal
+import time
+
+import pandas as pd
+import pytest
+import torch
+from conftest import Job, assert_same_outcome, outcome
+
+from model import read_checkpoint
+
+
+def wait_for(condition, job, timeout=60):
+    end = time.monotonic() + timeout
+    while not condition() and job.process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope='module')
+def flags(tiny):
+    return [*tiny, '--epochs', '3', '--results_dir']
+
+
+@pytest.fixture(scope='module')
+def whole(flags, run, tmp_path_factory):
+    """An uninterrupted run, and how long it took."""
+    results, began = tmp_path_factory.mktemp('drills') / 'whole', time.monotonic()
+    assert run('main.py', [*flags, results]).code == 0
+    return results, time.monotonic() - began
+
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143),
+                                          pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+def test_train_stop_resume_probe(flags, run, whole, tmp_path, signum, code):
+    job = Job('main.py', [*flags, tmp_path / 'r'])
+    wait_for((tmp_path / 'r' / 'model_1.pth').exists, job)
+    job.process.send_signal(signum)
+    job.finish()
+    assert job.code == code and job.err == '', job.err
+    assert job.out.splitlines()[-1].endswith('the same command continues')
+    again = run('main.py', [*flags, tmp_path / 'r'])
+    assert again.code == 0 and 'Continuing' in again.out and 'Finished' in again.out
+    assert_same_outcome(tmp_path / 'r', outcome(whole[0]))
+    probe = run('linear.py', ['--model_path', tmp_path / 'r' / 'model_3.pth', '--epochs', '2'])
+    assert probe.code == 0 and 'linear probe' in probe.out.splitlines()[-1]
+    assert len(pd.read_csv(tmp_path / 'r' / 'model_3_linear.csv')) == 2
+
+
+def test_second_run_in_one_directory_is_refused(flags, run, tmp_path):
+    first = Job('main.py', [*flags, tmp_path / 'r'])
+    wait_for((tmp_path / 'r' / 'config.json').exists, first)
+    second = run('main.py', [*flags, tmp_path / 'r'])
+    assert first.process.poll() is None
+    first.process.kill()
+    first.finish()
+    assert second.code == 1 and 'another run is writing in' in second.err and second.err.count('\n') == 1
+
+
+def test_places_that_cannot_be_written(flags, run, tmp_path):
+    (tmp_path / 'file').write_text('')
+    job = run('main.py', [*flags, tmp_path / 'file' / 'r'])
+    assert job.code == 1 and f'cannot write in {tmp_path}/file/r' in job.err and job.err.count('\n') == 1
+    if os.getuid() == 0 and os.path.isdir('/proc/self'):  # root may write anywhere but where the kernel refuses
+        job = run('main.py', [*flags, '/proc/results'])
+    else:
+        (tmp_path / 'closed').mkdir(mode=0o500)
+        job = run('main.py', [*flags, tmp_path / 'closed' / 'r'])
+    assert job.code == 1 and 'choose another --results_dir' in job.err and job.err.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_full_disk_keeps_what_was_saved(flags, run, whole, tmp_path):
+    """A file-size limit stands for a full disk: the encoder (45 MB) fits, the state of the run (134 MB) does not."""
+    results = tmp_path / 'r'
+    job = Job('main.py', [*flags, results])
+    wait_for((results / 'model_2.pth').exists, job)
+    job.process.kill()
+    job.finish()
+    before = {path.name: path.read_bytes() for path in results.iterdir() if path.suffix in ('.pth', '.csv')}
+    limit = 60_000_000
+    job = run('main.py', [*flags, results],
+              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert job.code == 1, job.out
+    assert job.err.count('\n') == 1 and 'cannot write' in job.err and 'last.pth' in job.err
+    assert 'what was saved before is untouched' in job.err and not (results / 'last.pth.part').exists()
+    assert (results / 'last.pth').read_bytes() == before['last.pth']
+    for path in results.glob('*.pth'):
+        read_checkpoint(path)
+    assert run('main.py', [*flags, results]).code == 0
+    assert_same_outcome(results, outcome(whole[0]))
+
+
+def test_unreadable_image_files_end_before_training(tree, tiny, run, tmp_path):
+    root = tmp_path / 'data'
+    for split in ('train', 'test'):
+        for name in 'ab':
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / 'broken.png').write_bytes(b'\x89PNG')
+    flags = list(tiny)
+    flags[flags.index('--root') + 1] = str(root)
+    job = run('main.py', [*flags, '--results_dir', tmp_path / 'r'])
+    assert job.code == 1 and '4 problems' in job.err and 'Traceback' not in job.err and not (tmp_path / 'r').exists()
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_it_always_finishes_with_the_same_bits(flags, whole, run, tmp_path):
+    """SIGKILL at random times of the run and, every third time, in the middle of writing a checkpoint."""
+    dice, results, kills, during_write, end = random.Random(0), tmp_path / 'r', 0, 0, whole[1]
+    rounds = 0
+    while kills < 20:
+        rounds += 1
+        assert rounds < 60
+        job = Job('main.py', [*flags, results])
+        if rounds % 3 == 0:
+            part = results / 'last.pth.part'
+            wait_for(lambda part=part: part.exists() and part.stat().st_size > 0, job)
+            during_write += job.process.poll() is None and part.exists()
+        else:
+            wait_for(lambda: False, job, timeout=dice.uniform(0.5, end))
+        kills += job.process.poll() is None
+        job.process.kill()
+        job.finish()
+        if job.code == 0:  # it finished first: compare, and begin again
+            assert_same_outcome(results, outcome(whole[0]))
+            results = tmp_path / f'r{rounds}'
+    assert during_write > 0
+    assert run('main.py', [*flags, results]).code == 0
+    assert_same_outcome(results, outcome(whole[0]))
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments(flags, whole, run, tmp_path):
+    """In the first seconds nothing is running yet, and the signal ends the process as any; later it saves first."""
+    dice, saved, results = random.Random(1), 0, tmp_path / 'r'
+    for i in range(10):
+        signum = (signal.SIGTERM, signal.SIGINT)[i % 2]
+        job = Job('main.py', [*flags, results])
+        wait_for(lambda: False, job, timeout=dice.uniform(0.6 * whole[1], whole[1]))
+        job.process.send_signal(signum)
+        job.finish()
+        if job.code == 0:
+            results = tmp_path / f'r{i}'
+        elif 'the same command continues' in job.out:
+            assert job.code == 128 + signum
+            state = read_checkpoint(results / 'last.pth')
+            assert f'in epoch {state["epoch"] + 1} after step {state["step"]}' in job.out
+            saved += 1
+        else:
+            assert job.code in (-signum, 128 + signum)
+    assert saved > 2
+    assert run('main.py', [*flags, results]).code == 0
+    assert_same_outcome(results, outcome(whole[0]))
+
+
+@pytest.mark.slow
+def test_bit_flips_are_noticed(whole, flags, run, tmp_path):
+    """One flipped bit anywhere in last.pth is an error, or changes nothing that a run reads."""
+    results = tmp_path / 'r'
+    results.mkdir()
+    for name in ('config.json', 'log.csv', 'model_3.pth'):
+        os.link(whole[0] / name, results / name)
+    good, dice = (whole[0] / 'last.pth').read_bytes(), random.Random(2)
+    expected, noticed = torch.load(whole[0] / 'last.pth', weights_only=True), 0
+    for _ in range(30):
+        bad, place = bytearray(good), dice.randrange(len(good))
+        bad[place] ^= 1 << dice.randrange(8)
+        (results / 'last.pth').write_bytes(bad)
+        try:
+            state = read_checkpoint(results / 'last.pth')
+            assert all(torch.equal(value, state['model'][name]) for name, value in expected['model'].items())
+        except ValueError as error:
+            assert 'last.pth' in str(error)
+            noticed += 1
+    assert noticed >= 28
+    (results / 'last.pth').write_bytes(good[:-1])
+    job = run('main.py', [*flags, results])
+    assert job.code == 1 and 'intact beside it: model_3.pth' in job.err and job.err.count('\n') == 1
