@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import runtime
 from augment import DeviceViews
-from main import encode
+from main import average_buffers, encode
 from model import load_model
 from runtime import RANK, WORLD, number
 from utils import DATASETS, load_data
@@ -90,6 +90,7 @@ def main(argv=None):
             optimizer.step()
             sums += score(output, target)
         if features is None or args.bn == 'train':
+            average_buffers(net)
             features = encode(net, test, torch.arange(len(test)), args.test_size, autocast, device)
         with torch.no_grad():
             scores = [*(sums / len(train_labels)).tolist(),

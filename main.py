@@ -4,7 +4,8 @@
     python main.py --dataset_name shapes --arch resnet18 --image_size 16      # embedded images, small enough for a CPU
     torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0             # the same batch over eight GPUs
 
-Everything that a run leaves is in --results_dir; the same command continues a run that was stopped.
+Everything that a run leaves is in --results_dir; the same command continues a run that was stopped. On two CPU
+cores a ResNet-18 takes about 170 views of 16 px a second; for ResNet-50 at 32 px have a GPU.
 """
 
 import argparse
@@ -301,15 +302,16 @@ class Progress:
                              f'--temperature {args.temperature} too low, --precision {args.precision}'
                              if RANK == 0 else 1)
         pace = (time.monotonic() - self.began) / self.done
-        left = duration(pace * ((args.epochs - epoch + 1) * self.steps - step))
+        seconds = pace * ((args.epochs - epoch + 1) * self.steps - step)
         if self.bar is None:
             self.bar = tqdm(total=self.steps, desc=f'epoch {epoch}/{args.epochs}', unit='step', leave=False,
                             disable=None if RANK == 0 else True)
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(f'loss {losses.mean():.4f}, {args.batch_size * args.views / pace:.0f} views/s, '
-                                 f'{left} left')
+                                 f'{duration(seconds)} left')
         if not self.cuda and self.done == 3:
-            runtime.say(f'No CUDA device: about {left} on this CPU. A run of a few minutes: {SMALL}')
+            runtime.say(f'No CUDA device: about {duration(seconds)} to go on this CPU'
+                        + (f'. A run of minutes: {SMALL}' if seconds > 1200 else ''))
         if step == self.steps:
             self.close()
         self.signals.check()

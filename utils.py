@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
@@ -232,31 +232,11 @@ def reference_transform(size):
     ])
 
 
-class ReferenceViews:
-    """`views` random views of every image, batch after batch, through PIL: the slow path that defines the fast one.
+class RandomViews(Dataset):
+    """`views` random views of an image, for a key (epoch, place in the epoch's shuffle, index of the image)."""
 
-    epoch(e) yields ([x_1 ... x_V], index): views (b, 3, size, size) and indices (b,), on the device, for this
-    rank's part of each whole batch. Views are a function of (seed, epoch, place in the shuffle) alone, whatever
-    the number of workers and ranks.
-    """
-
-    def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, workers=0):
-        self.images, self.views, self.seed, self.device = images, views, seed, device
-        self.transform = reference_transform(size)
-        self.batches = lambda epoch: epoch_batches(len(images), batch_size, seed, epoch)
-        self.part = lambda batch: batch.tensor_split(world)[rank]
-        self.keys = []  # (epoch, place, index) of each image of each batch to come, read by the loader's sampler
-        self.loader = DataLoader(self, batch_sampler=self.keys, num_workers=workers, persistent_workers=workers > 0,
-                                 pin_memory=torch.device(device).type == 'cuda')
-
-    def epoch(self, epoch, start=0):
-        batches = self.batches(epoch)
-        order = torch.cat(batches)
-        keys = torch.stack([torch.full_like(order, epoch), torch.arange(len(order)), order], 1)  # (steps * B, 3)
-        self.keys[:] = [self.part(batch).tolist() for batch in keys.split(len(batches[0]))[start:]]
-        for *views, index in self.loader:
-            yield ([x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last) for x in views],
-                   index.to(self.device, non_blocking=True))
+    def __init__(self, images, size, views, seed):
+        self.images, self.transform, self.views, self.seed = images, reference_transform(size), views, seed
 
     def __getitem__(self, key):
         epoch, place, index = key
@@ -264,3 +244,28 @@ class ReferenceViews:
         with torch.random.fork_rng(devices=[]):
             torch.random.set_rng_state(seeded(self.seed, epoch, place).get_state())
             return *(self.transform(image) for _ in range(self.views)), index
+
+
+class ReferenceViews:
+    """Random views of every image, batch after batch, through PIL: the slow path that defines the fast one.
+
+    epoch(e) yields ([x_1 ... x_V], index): views (b, 3, size, size) and indices (b,), on the device, for this
+    rank's part of each whole batch. Views are a function of (seed, epoch, place in the shuffle) alone, whatever
+    the number of workers and ranks.
+    """
+
+    def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, workers=0):
+        self.images, self.batch_size, self.seed, self.device = images, batch_size, seed, device
+        self.rank, self.world = rank, world
+        self.keys = []  # those of each batch to come, which the loader reads when an epoch begins
+        self.loader = DataLoader(RandomViews(images, size, views, seed), batch_sampler=self.keys, num_workers=workers,
+                                 persistent_workers=workers > 0, pin_memory=torch.device(device).type == 'cuda')
+
+    def epoch(self, epoch, start=0):
+        order = torch.cat(epoch_batches(len(self.images), self.batch_size, self.seed, epoch))
+        keys = torch.stack([torch.full_like(order, epoch), torch.arange(len(order)), order], 1)  # (steps * B, 3)
+        self.keys[:] = [batch.tensor_split(self.world)[self.rank].tolist()
+                        for batch in keys.split(self.batch_size)[start:]]
+        for *views, index in self.loader:
+            yield ([x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last) for x in views],
+                   index.to(self.device, non_blocking=True))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 
 import cv2
 import numpy as np
@@ -231,8 +232,15 @@ def test_the_whole_batch_does_not_depend_on_the_number_of_ranks(Views, world, im
 
 
 def test_workers_change_nothing():
-    alone, two = (list(ReferenceViews(IMAGES, 16, 16, workers=workers).epoch(1)) for workers in (0, 2))
-    assert all(torch.equal(v[0], w[0]) and torch.equal(i, j) for (v, i), (w, j) in zip(alone, two, strict=True))
+    alone, two = (ReferenceViews(IMAGES, 16, 16, workers=workers) for workers in (0, 2))
+    for epoch in (1, 2):
+        for (v, i), (w, j) in zip(alone.epoch(epoch), two.epoch(epoch), strict=True):
+            assert torch.equal(v[0], w[0]) and torch.equal(v[1], w[1]) and torch.equal(i, j)
+
+
+def test_reference_views_can_be_sent_to_workers_that_are_not_forked():
+    views = pickle.loads(pickle.dumps(ReferenceViews(IMAGES, 16, 16).loader.dataset))
+    assert torch.equal(views[1, 2, 3][0], ReferenceViews(IMAGES, 16, 16).loader.dataset[1, 2, 3][0])
 
 
 def test_compiled_and_eager_views_agree():
