@@ -180,6 +180,8 @@ def main(argv=None):
     test = data.test.to(device) if resident else data.test
 
     results, signals, last_save = Path(args.results_dir), runtime.Signals(), time.monotonic()
+    if not saved:
+        save(results, net, optimizer, state)  # from here on there is always a state to continue from
     look = Progress(args, steps, state, signals, every=20 if cuda or WORLD > 1 else 1, cuda=cuda)
     try:
         for epoch in range(state['epoch'] + 1, args.epochs + 1):

@@ -9,7 +9,6 @@ Reference and ours take turns; each row holds their medians. --csv FILE keeps th
 """
 
 import math
-import resource
 import statistics
 import sys
 import time
@@ -117,12 +116,11 @@ def bench_loss(args, device):
         x.grad = torch.zeros_like(x)
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before, peak = runtime.peak_memory(reset=True), runtime.peak_memory
     elapsed, = alternate(1, device, step(hard, z))
-    after = (torch.cuda.max_memory_allocated() if device.type == 'cuda'
-             else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    after = peak()
     print(f'loss, B=16384: {elapsed:.0f} ms, at most {(after - before) / 1e9:.2f} GB beyond inputs and gradients; '
           f'the textbook form is not run: one of its matrices is {4 * (2 * 16384) ** 2 / 1e9:.1f} GB')
 

@@ -1,7 +1,6 @@
 """Several processes compute what one would: the objective, its gradients, features and whole runs under torchrun."""
 
 import os
-import resource
 import signal
 import time
 
@@ -145,12 +144,13 @@ def test_features_are_identical_and_no_image_counts_twice(one, ranks):
 
 
 def memory_of_the_loss(rank, world, B):
+    import runtime
     from losses import contrastive_loss
     views = [F.normalize(torch.randn(B // world, 128), dim=1).requires_grad_() for _ in range(2)]
     contrastive_loss(*[x[:64] for x in views]).backward()  # libraries are loaded
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = runtime.peak_memory(reset=True)
     contrastive_loss(*views, chunk_size=B // world // 16).backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (runtime.peak_memory() - before) / 1e6
 
 
 @pytest.mark.slow

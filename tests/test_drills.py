@@ -134,12 +134,14 @@ def test_killed_at_twenty_moments_it_always_finishes_with_the_same_bits(flags, w
 
 @pytest.mark.slow
 def test_signals_at_random_moments(flags, whole, run, tmp_path):
-    """In the first seconds nothing is running yet, and the signal ends the process as any; later it saves first."""
+    """Until training begins there is nothing to save, and a signal ends the process as any; later it saves first."""
     dice, saved, results = random.Random(1), 0, tmp_path / 'r'
     for i in range(10):
-        signum = (signal.SIGTERM, signal.SIGINT)[i % 2]
+        signum, began = (signal.SIGTERM, signal.SIGINT)[i % 2], time.time()
         job = Job('main.py', [*flags, results])
-        wait_for(lambda: False, job, timeout=dice.uniform(0.6 * whole[1], whole[1]))
+        lock = results / '.lock'  # touched when the run takes the directory
+        wait_for(lambda lock=lock, began=began: lock.exists() and lock.stat().st_mtime > began, job)
+        time.sleep(dice.uniform(0, 0.4 * whole[1]))
         job.process.send_signal(signum)
         job.finish()
         if job.code == 0:
