@@ -67,8 +67,8 @@ def apply(images, p, size):
 
 def normalize(x):
     """(n, 3, h, w) in [0, 1] -> the same by the mean and standard deviation of each channel, channels last."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    channels = [(x[:, c] - mean) / std for c, (mean, std) in enumerate(zip(MEAN, STD))]
+    return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
 
 
 def resized_crop(x, p, size):

@@ -19,10 +19,10 @@ import runtime
 from augment import DeviceViews
 from main import average_buffers, encode
 from model import load_model
-from runtime import RANK, WORLD, number
+from runtime import RANK, WORLD
 from utils import DATASETS, load_data
 
-FALLBACK = dict(dataset_name='stl10', root='data', store_size=96, image_size=32, test_size=None, precision=None)
+FALLBACK = dict(dataset_name='stl10', root='data', store_size=96, image_size=32, test_size=None)
 COLUMNS = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5')
 
 
@@ -32,10 +32,10 @@ def arguments(argv=None):
     data.add_argument('--model_path', default='results/model_400.pth', help='checkpoint of the encoder')
     data.add_argument('--root', help='directory of the data set')
     data.add_argument('--dataset_name', choices=DATASETS, help='what to train and test the probe on')
-    data.add_argument('--image_size', type=number(int, 'from 8 to 512', lambda x: 8 <= x <= 512),
-                      help='pixels of the training views')
-    data.add_argument('--test_size', type=number(int, 'from 8 to 1024', lambda x: 8 <= x <= 1024),
-                      help='pixels of the test images')
+    data.add_argument('--image_size', type=runtime.integer(8, 512), help='pixels of the training views')
+    data.add_argument('--test_size', type=runtime.integer(8, 1024), help='pixels of the test images')
+    data.add_argument('--store_size', type=runtime.integer(8, 1024), help='pixels at which a folder\'s images are kept')
+    data.add_argument('--precision', choices=('bf16', 'fp32'), help='of the encoder (default: bf16 on CUDA)')
     train = parser.add_argument_group('probe')
     train.add_argument('--bn', default='eval', choices=('eval', 'train'),
                        help='freeze BatchNorm\'s statistics too, or let them drift as in the published code')
@@ -90,7 +90,8 @@ def main(argv=None):
             optimizer.step()
             sums += score(output, target)
         if features is None or args.bn == 'train':
-            average_buffers(net)
+            if args.bn == 'train':
+                average_buffers(net)
             features = encode(net, test, torch.arange(len(test)), args.test_size, autocast, device)
         with torch.no_grad():
             scores = [*(sums / len(train_labels)).tolist(),

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-TILE = 2**22  # similarities visited at a time, over all ranks: 16 MB a buffer in float32
+TILE = {'cpu': 2**22, 'cuda': 2**26}  # similarities visited at a time: 16 MB a buffer in float32 on a CPU
 
 
 def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=None, chunk_size=None):
@@ -80,8 +80,9 @@ def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=Non
         raise ValueError(f'tau_plus must be 0 with labels, which leave no false negatives, got {tau_plus}')
     dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
     z = torch.stack([z.to(dtype) for z in views])  # V x (B, D) -> (V, B, D)
-    chunk_size = chunk_size or max(1, TILE // (len(views) ** 2 * batch * world**2))
-    return _ContrastiveLoss.apply(z, labels, temperature, tau_plus, beta, chunk_size, torch.is_grad_enabled())
+    chunk_size = chunk_size or max(1, TILE.get(z.device.type, 2**22) // (len(views) ** 2 * batch * world))
+    with_grad = torch.is_grad_enabled() and z.requires_grad
+    return _ContrastiveLoss.apply(z, labels, temperature, tau_plus, beta, chunk_size, with_grad)
 
 
 class _ContrastiveLoss(torch.autograd.Function):
@@ -101,9 +102,9 @@ class _ContrastiveLoss(torch.autograd.Function):
             for i in range(0, b, chunk_size):
                 rows = z[:, i:i + chunk_size].flatten(0, 1)  # (V, c, D) -> (Vc, D)
                 c = len(rows) // V
-                tile = rows @ columns.T  # (Vc, VB) cosines
+                tile = (rows / t) @ columns.T  # (Vc, VB), s; exponentials and gradients take its place below
                 same_image = tile.view(V, c, V, B).diagonal(first + i, 1, 3)  # (V, V, c), a window into the tile
-                s_pos = (same_image / t).masked_fill_(own, -math.inf)
+                s_pos = same_image.masked_fill(own, -math.inf)
                 same_image.fill_(-math.inf)
                 N = tile.new_full((c,), V * (B - 1))
                 if labels is not None:
@@ -114,17 +115,17 @@ class _ContrastiveLoss(torch.autograd.Function):
                 log_N = N.clamp(min=1).log()  # (c,)
 
                 # Every exponent is relative to the row's largest s: none overflows, and both sums are at least 1.
-                top = tile.amax(1, keepdim=True).clamp_(min=-1e9)  # (Vc, 1), finite without negatives too
-                d = tile.sub_(top).div_(t)
-                w = (beta * d).exp_() if beta not in (0, 1) else None
-                e = d.exp_()  # exp(s - max s), 0 at what is left out; w = exp(beta (s - max s))
+                top = tile.amax(1, keepdim=True).clamp_(min=-1e30)  # (Vc, 1), finite without negatives too
+                tile.sub_(top)
+                w = (beta * tile).exp_() if beta not in (0, 1) else None  # exp(beta (s - max s))
+                e = tile.exp_()  # exp(s - max s), 0 at what is left out
                 if beta == 0:
-                    W, S = N.clamp(min=1).repeat(V), e.sum(1)
+                    W = N.repeat(V)
                 else:
-                    w = e if w is None else w
-                    W, S = w.sum(1), torch.linalg.vecdot(w, e)
-                W, S = W.clamp_(min=1), S.clamp_(min=1)  # (Vc,)
-                log_R = log_N + top.view(V, c) / t + (S.log() - W.log()).view(V, c)  # HCL eq. 4
+                    w = e if beta == 1 else w
+                    W, e = w.sum(1), w * e  # e: exp((1 + beta) (s - max s))
+                W, S = W.clamp(min=1), e.sum(1).clamp_(min=1)  # (Vc,)
+                log_R = log_N + top.view(V, c) + (S.log() - W.log()).view(V, c)  # HCL eq. 4
                 log_P = s_pos.logsumexp(1) - math.log(V - 1)
                 ratio = (log_tau + log_N + log_P - log_R).exp().clamp_(max=1)  # tau_plus N P / R
                 log_Ng = log_R + torch.log1p(-ratio) - math.log1p(-tau_plus)
@@ -141,10 +142,9 @@ class _ContrastiveLoss(torch.autograd.Function):
                 d_log_R = torch.where(active, 0, p.sum(1) / (1 - ratio))  # (V, c)
                 d_pos = -p - (d_log_R * ratio)[:, None] * s_pos.softmax(1)
                 d_log_R = d_log_R.view(V * c, 1)
-                if beta == 0:
-                    grad = e.mul_(d_log_R / S[:, None])
-                else:
-                    grad = torch.addcmul(-beta * d_log_R / W[:, None], e, (1 + beta) * d_log_R / S[:, None]).mul_(w)
+                grad = e.mul_((1 + beta) * d_log_R / S[:, None])  # (Vc, VB)
+                if beta != 0:
+                    grad -= w.mul_(beta * d_log_R / W[:, None])
                 grad.view(V, c, V, B).diagonal(first + i, 1, 3).copy_(d_pos)
                 grad_z.view(V * B, D).addmm_(grad.T, rows)
                 grad_z[:, first + i:first + i + c] += (grad @ columns).view(V, c, D)

@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -46,23 +47,21 @@ def arguments(argv=None):
     data = parser.add_argument_group('data')
     data.add_argument('--root', default='data', help='directory of the data set; stl10 and cifar are downloaded to it')
     data.add_argument('--dataset_name', default='stl10', choices=DATASETS, help='what to train on')
-    data.add_argument('--store_size', default=96, type=number(int, 'from 8 to 1024', lambda x: 8 <= x <= 1024),
+    data.add_argument('--store_size', default=96, type=runtime.integer(8, 1024),
                       help='pixels at which the images of a folder are kept')
-    data.add_argument('--image_size', default=32, type=number(int, 'from 8 to 512', lambda x: 8 <= x <= 512),
-                      help='pixels of the training views')
-    data.add_argument('--test_size', type=number(int, 'from 8 to 1024', lambda x: 8 <= x <= 1024),
+    data.add_argument('--image_size', default=32, type=runtime.integer(8, 512), help='pixels of the training views')
+    data.add_argument('--test_size', type=runtime.integer(8, 1024),
                       help='pixels of the kNN monitor\'s images (default: their own, 96 for stl10)')
-    data.add_argument('--views', default=2, type=number(int, 'from 2 to 16', lambda x: 2 <= x <= 16),
-                      help='random views of each image')
+    data.add_argument('--views', default=2, type=runtime.integer(2, 16), help='random views of each image')
     data.add_argument('--joint_views', action='store_true',
                       help='one BatchNorm batch of all views (as published: one after the other)')
     data.add_argument('--augment', default='device', choices=('device', 'pil'),
                       help='make views in batches on the device, or by PIL and OpenCV in workers')
-    data.add_argument('--workers', default=min(16, os.cpu_count()), help='processes for --augment pil',
-                      type=number(int, 'from 0 to 256', lambda x: 0 <= x <= 256))
+    data.add_argument('--workers', default=min(16, os.cpu_count()), type=runtime.integer(0, 256),
+                      help='processes for --augment pil')
     model = parser.add_argument_group('model')
     model.add_argument('--arch', default='resnet50', choices=ARCHS, help='backbone f')
-    model.add_argument('--feature_dim', default=128, type=number(int, 'from 1 to 65536', lambda x: 1 <= x <= 65536),
+    model.add_argument('--feature_dim', default=128, type=runtime.integer(1, 65536),
                        help='dimension of the embedding z')
     loss = parser.add_argument_group('objective')
     loss.add_argument('--estimator', choices=('hard', 'debiased', 'standard', 'easy'),
@@ -76,14 +75,14 @@ def arguments(argv=None):
     loss.add_argument('--anneal', default='none', choices=('none', 'down'), help='lower beta to 0 in 9 steps')
     loss.add_argument('--oracle', action='store_true', help='leave out false negatives by their labels (upper bound)')
     train = parser.add_argument_group('training')
-    train.add_argument('--batch_size', default=256, type=number(int, 'at least 2', lambda x: x >= 2),
+    train.add_argument('--batch_size', default=256, type=number(int, 'an integer of at least 2', lambda x: x >= 2),
                        help='images in the whole batch, over all ranks')
     train.add_argument('--epochs', default=400, type=runtime.positive_int, help='passes over the training images')
     train.add_argument('--lr', default=1e-3, type=runtime.positive, help='learning rate of Adam')
     train.add_argument('--weight_decay', default=1e-6, type=runtime.non_negative, help='weight decay of Adam')
     train.add_argument('--seed', default=0, type=runtime.seed, help='of weights, shuffles and views')
     train.add_argument('--precision', choices=('bf16', 'fp32'),
-                       help='bf16 autocast, the loss in float32; or float32 (default: bf16 on CUDA)')
+                       help='bf16 autocast, or float32 with cuDNN\'s TF32; the loss is float32 (default: bf16 on CUDA)')
     train.add_argument('--compile', action=argparse.BooleanOptionalAction,
                        help='compile the network and the views (default: on CUDA)')
     train.add_argument('--sync_bn', action='store_true', help='BatchNorm over the whole batch, not each rank\'s part')
@@ -99,7 +98,8 @@ def arguments(argv=None):
     if args.sync_bn and not torch.cuda.is_available():
         parser.error('--sync_bn needs CUDA: PyTorch has no SyncBatchNorm for CPUs')
     args.precision = args.precision or runtime.default_precision()
-    args.compile = torch.cuda.is_available() if args.compile is None else args.compile
+    if args.compile is None:
+        args.compile = torch.cuda.is_available() and not args.sync_bn  # SyncBatchNorm breaks the graph at every layer
     return args, parser
 
 
@@ -166,6 +166,7 @@ def main(argv=None):
     if args.compile:
         net.compile(dynamic=False)  # in place: the names of the weights stay as they are
     # Views go through the network one by one, and DDP must not overwrite BatchNorm's buffers between two forwards.
+    warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated', FutureWarning)
     ddp = DistributedDataParallel(net, [device] if cuda else None, broadcast_buffers=False) if WORLD > 1 else net
     autocast = runtime.autocast(device, args.precision)
 
@@ -215,6 +216,7 @@ def main(argv=None):
             elif RANK == 0:
                 write_log(results, state['log'])
     except runtime.Stopped as stopped:
+        average_buffers(net)
         save(results, net, optimizer, state)
         runtime.say(f'Stopped in epoch {state["epoch"] + 1} after step {state["step"]}, saved in {results}; '
                  'the same command continues')
@@ -330,9 +332,11 @@ def open_run(results, args, data, device):
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     state_file, config_file = results / 'last.pth', results / 'config.json'
     kept = sorted(path.name for path in results.glob('model_*.pth'))
+    described = dict(classes=data.classes, images=dict(train=len(data.train), test=len(data.test)))
     if config_file.exists():
         try:
-            before = json.loads(config_file.read_text())['settings']
+            config = json.loads(config_file.read_text())
+            before, data_before = config['settings'], {name: config[name] for name in ('classes', 'images')}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{config_file} is damaged: choose another --results_dir') from None
         differ = [f'--{name} {before.get(name)} there, {settings.get(name)} here'
@@ -340,6 +344,9 @@ def open_run(results, args, data, device):
         if differ:
             raise ValueError(f'{results} holds a run with other settings ({"; ".join(differ)}): choose another '
                              '--results_dir, or repeat its settings to continue it')
+        if data_before != described:
+            raise ValueError(f'{results} holds a run on other data ({data_before["images"]} images there, '
+                             f'{described["images"]} here): choose another --results_dir')
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
     if missing and (kept or state_file.exists()):
         raise ValueError(f'{results} holds {", ".join(kept) or state_file.name} but no {" and no ".join(missing)}, so '
@@ -354,8 +361,7 @@ def open_run(results, args, data, device):
                              'Choose another --results_dir, or restore the file from a copy') from None
         write_log(results, state['log'])  # a later epoch may have been logged, but not saved
         return state
-    config = dict(settings=vars(args), command=' '.join(sys.argv), ranks=WORLD, classes=data.classes,
-                  images=dict(train=len(data.train), test=len(data.test)), device=device_name(device),
+    config = dict(settings=vars(args), command=' '.join(sys.argv), ranks=WORLD, **described, device=device_name(device),
                   versions=dict(python=platform.python_version(), torch=torch.__version__,
                                 torchvision=torchvision.__version__, numpy=np.__version__, pillow=PIL.__version__,
                                 opencv=cv2.__version__))
@@ -386,7 +392,8 @@ def dump(x):
 
 
 def write_log(results, rows):
-    runtime.write(results / 'log.csv', pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False).encode())
+    with runtime.one_line_errors():
+        runtime.write(results / 'log.csv', pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False).encode())
 
 
 def describe(row):

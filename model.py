@@ -1,6 +1,7 @@
 """The encoder: a ResNet backbone f for small images and a projection head g, under the published layer names."""
 
 import pickle
+import re
 import zipfile
 
 import torch
@@ -55,8 +56,8 @@ def read_checkpoint(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise zipfile.BadZipFile(f'checksum of {archive.testzip()} does not match')
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f'checksum of {damaged} does not match')
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise ValueError(f'{path}: no such file') from None
@@ -81,7 +82,7 @@ def load_model(path):
         state = inner
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f'{path}: no model weights in it')
-    state = {name.replace('module.', '').replace('_orig_mod.', ''): value for name, value in state.items()
+    state = {re.sub(r'^(module\.|_orig_mod\.)+', '', name): value for name, value in state.items()
              if name.rpartition('.')[2] not in ('total_ops', 'total_params')}
     depths = tuple(len({name.split('.')[2] for name in state if name.startswith(f'f.{i}.')}) for i in (3, 4, 5, 6))
     kind = 'f.3.0.conv3.weight' in state, depths

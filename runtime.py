@@ -50,10 +50,14 @@ def number(kind, text, valid):
     return parse
 
 
+def integer(low, high):
+    return number(int, f'an integer from {low} to {high}', lambda x: low <= x <= high)
+
+
 positive_int = number(int, 'an integer of at least 1', lambda x: x >= 1)
 positive = number(float, 'a positive number', lambda x: 0 < x < float('inf'))
 non_negative = number(float, 'a number of at least 0', lambda x: 0 <= x < float('inf'))
-seed = number(int, 'an integer from 0 to 4294967295', lambda x: 0 <= x < 2**32)
+seed = integer(0, 2**32 - 1)
 
 
 def boolean(value):
@@ -75,8 +79,8 @@ def one_line_errors():
 def start():
     """Join torchrun's process group, if there is one, and return this rank's device."""
     cuda = torch.cuda.is_available()
-    if cuda and LOCAL_RANK >= torch.cuda.device_count():
-        raise ValueError(f'{WORLD} ranks, {torch.cuda.device_count()} GPUs: start at most one rank for each GPU')
+    if cuda and torch.cuda.device_count() < int(os.environ.get('LOCAL_WORLD_SIZE', 1)):
+        raise ValueError(f'{torch.cuda.device_count()} GPUs here: start at most as many ranks, one for each')
     device = torch.device('cuda', LOCAL_RANK) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
@@ -91,7 +95,8 @@ def autocast(device, precision):
 
 
 def default_precision():
-    return 'bf16' if torch.cuda.is_available() else 'fp32'
+    fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return 'bf16' if fast else 'fp32'
 
 
 def fits(device, *tensors):
@@ -216,12 +221,11 @@ def run(main):
     """Run a script's main(); Ctrl-C, and the end of another rank, end it with one line instead of a traceback."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # only here: after an error the other ranks would not join in
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except RuntimeError as error:
         if WORLD == 1 or 'closed by peer' not in str(error):
             raise
         raise SystemExit(f'rank {RANK}: another rank has ended; stopping') from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

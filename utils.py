@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def _folder(root, store_size, unlabeled):
     if unlabeled and (root / 'unlabeled').is_dir():
         splits[0] += [(path, -1) for path in _image_files(root / 'unlabeled')]
     needed, memory = sum(map(len, splits)) * 3 * store_size**2, os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    if needed > 0.8 * memory:
+    if needed * int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 0.8 * memory:
         raise DataError(f'{root}: {needed / 1e9:.1f} GB at --store_size {store_size}, and this machine has '
                         f'{memory / 1e9:.1f} GB of memory: lower --store_size')
     images = []
@@ -137,8 +138,10 @@ def _decode_into(out, path):
     """Read an image as torchvision does (first frame, no alpha) into out (3, S, S); returns what is wrong with it."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith('I'):  # 16 bits a pixel, which convert('RGB') would clip to white
-                image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+            if image.mode in ('I', 'F'):
+                raise ValueError('32 bits a pixel, of unknown range')
+            if image.mode.startswith('I;16'):  # convert('RGB') would clip these to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = ImageOps.fit(image.convert('RGB'), (out.shape[1],) * 2, Image.Resampling.BILINEAR)
         out.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))  # (H, W, 3) -> (3, H, W)
     except Exception as error:  # whatever a decoder makes of a damaged file
@@ -190,7 +193,7 @@ def _draw(rings, size, rng):
 
 def seeded(*key, device='cpu'):
     """A generator whose stream is a function of the key, integers such as (seed, epoch, step), alone."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    seed = int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed >> 1)
 
 
@@ -246,6 +249,12 @@ class RandomViews(Dataset):
             return *(self.transform(image) for _ in range(self.views)), index
 
 
+def leave_signals(worker):
+    """A worker leaves SIGTERM and Ctrl-C, which reach all processes of a group, to the training loop."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class ReferenceViews:
     """Random views of every image, batch after batch, through PIL: the slow path that defines the fast one.
 
@@ -259,7 +268,8 @@ class ReferenceViews:
         self.rank, self.world = rank, world
         self.keys = []  # those of each batch to come, which the loader reads when an epoch begins
         self.loader = DataLoader(RandomViews(images, size, views, seed), batch_sampler=self.keys, num_workers=workers,
-                                 persistent_workers=workers > 0, pin_memory=torch.device(device).type == 'cuda')
+                                 persistent_workers=workers > 0, worker_init_fn=leave_signals,
+                                 pin_memory=torch.device(device).type == 'cuda')
 
     def epoch(self, epoch, start=0):
         order = torch.cat(epoch_batches(len(self.images), self.batch_size, self.seed, epoch))

@@ -184,7 +184,7 @@ def test_torchrun_trains_logs_and_saves_once_and_one_process_continues(tiny, tmp
 def test_probe_under_torchrun_is_that_of_one_process(tiny, tmp_path, run):
     assert run('main.py', flags(tiny, tmp_path, 1)).code == 0
     tables, probing = [], ['--model_path', tmp_path / 'model_1.pth', '--epochs', '3', '--batch_size', '7']
-    for torchrun in ([], ['--nproc_per_node=2']):
+    for torchrun in ([], ['--nproc_per_node=3']):
         job = run('linear.py', probing, torchrun=torchrun)
         assert job.code == 0 and job.out.count('linear probe') == 1
         tables.append(pd.read_csv(tmp_path / 'model_1_linear.csv'))

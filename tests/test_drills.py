@@ -51,9 +51,10 @@ def test_train_stop_resume_probe(flags, run, whole, tmp_path, signum, code):
 
 
 def test_second_run_in_one_directory_is_refused(flags, run, tmp_path):
-    first = Job('main.py', [*flags, tmp_path / 'r'])
+    flags = [*flags, tmp_path / 'r', '--epochs', '500', '--save_every', '500']
+    first = Job('main.py', flags)
     wait_for((tmp_path / 'r' / 'config.json').exists, first)
-    second = run('main.py', [*flags, tmp_path / 'r'])
+    second = run('main.py', flags)
     assert first.process.poll() is None
     first.process.kill()
     first.finish()

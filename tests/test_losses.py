@@ -53,10 +53,6 @@ def value_and_gradient(f, views, **kwargs):
     return value.detach(), torch.stack([z.grad for z in views])
 
 
-def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300))
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(B=st.integers(2, 9), D=st.integers(2, 12), V=st.integers(2, 4), seed=st.integers(0, 10**6),
        temperature=st.floats(0.05, 1), tau_plus=st.sampled_from([0, 0.01, 0.1, 0.5, 0.9]), chunk=st.integers(1, 9),
@@ -83,13 +79,15 @@ def test_value_and_gradient_are_the_equations(B, D, V, seed, temperature, tau_pl
 def test_float32_is_finite_and_right_at_every_temperature(temperature, beta, tau_plus):
     """At t = 0.01, exp(s) reaches e^100 and exp((1 + beta) s) e^1700: float32 holds e^88."""
     setting = dict(temperature=temperature, tau_plus=tau_plus, beta=beta)
-    for correlation in (0, 0.2, 0.35):
+    for correlation in (0, 0.2, 0.35, 0.6, 0.9):  # from random rows to nearly equal views, where the loss is tiny
         views = unit_views(24, 64, dtype=torch.float32, correlation=correlation)
         value, gradient = value_and_gradient(contrastive_loss, views, **setting)
         true_value, true_gradient = value_and_gradient(contrastive_loss, [z.double() for z in views], **setting)
         assert torch.isfinite(value) and torch.isfinite(gradient).all()
-        assert abs(value - true_value) <= 1e-5 * true_value
-        assert relative(gradient, true_gradient) < 1e-3
+        assert abs(value - true_value) <= max(1e-5 * true_value, 1e-6)
+        assert (gradient - true_gradient).norm() <= max(1e-3 * true_gradient.norm(), 1e-5)
+        if correlation < 0.5:
+            assert abs(value - true_value) <= 1e-5 * true_value
     # and float64 itself is the oracle's, which is written without a maximum taken out
     views = unit_views(6, 16)
     assert abs(contrastive_loss(*views, **setting) - oracle(*views, **setting)) <= 1e-10
@@ -151,20 +149,18 @@ def test_floor_acts_where_negatives_are_farther_than_chance_and_stops_their_grad
 
 
 def test_beta_moves_gradient_from_easy_to_hard_negatives():
-    """The push on an anchor from its nearest negative grows with beta; from its farthest it shrinks below zero."""
-    views = unit_views(32, 8, seed=3)
-    anchor, rest = views[0][0], [views[0][1:], views[1][1:]]
-    s = torch.cat([anchor @ z.T for z in rest])
-    pushes = []
-    for beta in (0, 1, 4):
-        leaf = s.clone().requires_grad_()
-        (torch.softmax(beta * leaf / 0.5, 0) * (leaf / 0.5).exp()).sum().log().backward()
-        pushes.append(leaf.grad / leaf.grad.sum())
-    nearest = s.argmax()
-    assert pushes[0][nearest] < pushes[1][nearest] < pushes[2][nearest]
-    setting = dict(temperature=0.5, tau_plus=0.1)
-    assert contrastive_loss(*views, beta=0, **setting) < contrastive_loss(*views, beta=1, **setting)
-    assert contrastive_loss(*views, beta=1, **setting) < contrastive_loss(*views, beta=4, **setting)
+    """Two samples at right angles but one, 60 degrees off: what a step down the gradient does to their cosines."""
+    z = torch.eye(4, dtype=torch.float64)
+    z[1, :2] = torch.tensor([0.5, math.sqrt(0.75)])  # the hard negative of z[0]; z[2] and z[3] are easy ones
+    pushes, values = [], []
+    for beta in (0, 0.5, 1, 2):
+        value, gradient = value_and_gradient(contrastive_loss, [z, z], beta=beta, tau_plus=0, temperature=0.5)
+        moved = F.normalize(z - 1e-3 * gradient.sum(0), dim=1)
+        pushes.append((z @ z.T - moved @ moved.T)[0])
+        values.append(value.item())
+    hard, easy = [p[1].item() for p in pushes], [p[2].item() for p in pushes]
+    assert hard == sorted(hard) and easy == sorted(easy, reverse=True) and values == sorted(values)
+    assert 2 * hard[0] < hard[3] and easy[0] > 2 * easy[3] > 0
 
 
 def test_labels_leave_out_false_negatives():
@@ -193,7 +189,7 @@ def test_chunks_change_memory_only(monkeypatch):
     for chunk_size in (1, 7, 32, 100):
         parts = value_and_gradient(contrastive_loss, views, chunk_size=chunk_size)
         torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
-    monkeypatch.setattr(losses, 'TILE', 4 * 33 * 2)
+    monkeypatch.setitem(losses.TILE, 'cpu', 4 * 33 * 2)
     torch.testing.assert_close(value_and_gradient(contrastive_loss, views), whole, rtol=1e-12, atol=1e-14)
 
 
