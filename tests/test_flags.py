@@ -72,7 +72,7 @@ def test_random_command_lines(script, capsys, monkeypatch):
     ('--beta -1', 'argument --beta: must be a number of at least 0'),
     ('--beta nan', 'at least 0'),
     ('--temperature 0', 'argument --temperature: must be a positive number'),
-    ('--batch_size 1', 'must be at least 2'),
+    ('--batch_size 1', 'must be an integer of at least 2'),
     ('--epochs 0', 'must be an integer of at least 1'),
     ('--views 1', 'from 2 to 16'),
     ('--dataset_name imagenet', 'invalid choice'),
