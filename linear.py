@@ -7,7 +7,7 @@ Data set, root and sizes come from the config.json beside the checkpoint unless 
 adds a row to a CSV beside the checkpoint; the result is the last epoch's accuracy, not the best on the test set.
 """
 
-import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -96,6 +96,8 @@ def main(argv=None):
         with torch.no_grad():
             scores = [*(sums / len(train_labels)).tolist(),
                       *(score(probe(features), test_labels) / len(test_labels)).tolist()]
+        if not math.isfinite(scores[0]):
+            raise SystemExit(f'error: the loss is {scores[0]} in epoch {epoch}: --lr {args.lr} is too high')
         rows.append(dict(zip(COLUMNS, [epoch, *scores])))
         bar.set_postfix_str(f'train {scores[1]:.2f} %, test {scores[4]:.2f} %')
         with runtime.one_line_errors():
@@ -120,20 +122,17 @@ def score(output, target):
 
 def read_config(path):
     """The settings of the run that wrote the checkpoint, or none if it has no config.json."""
-    try:
-        return json.loads(path.read_text())['settings']
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path} is damaged: restore it, or remove it and give data set and sizes as flags') from None
+    return runtime.read_config(path)['settings'] if path.exists() else {}
 
 
 def knn_accuracy(path):
     """'kNN x %, ' from the log beside the checkpoint, if it has one for the checkpoint's epoch."""
-    log = path.with_name('log.csv')
-    rows = pd.read_csv(log) if log.exists() else pd.DataFrame(columns=['epoch'])
-    row = rows[rows['epoch'].astype(str) == path.stem.rpartition('_')[2]]
-    return f'kNN {row["test_acc@1"].iloc[0]:.2f} %, ' if len(row) and row['test_acc@1'].notna().all() else ''
+    try:
+        rows = pd.read_csv(path.with_name('log.csv'))
+        accuracy = rows.loc[rows['epoch'].astype(str) == path.stem.rpartition('_')[2], 'test_acc@1'].dropna()
+    except (OSError, ValueError, KeyError):  # no log, or not one of ours
+        return ''
+    return f'kNN {accuracy.iloc[0]:.2f} %, ' if len(accuracy) else ''
 
 
 if __name__ == '__main__':

@@ -95,6 +95,8 @@ def arguments(argv=None):
     resolve_objective(parser, args)
     if args.batch_size % WORLD:
         parser.error(f'--batch_size {args.batch_size} does not divide evenly over {WORLD} ranks')
+    if args.batch_size < 2 * WORLD:
+        parser.error(f'--batch_size {args.batch_size} leaves a rank less than the 2 images that BatchNorm needs')
     if args.sync_bn and not torch.cuda.is_available():
         parser.error('--sync_bn needs CUDA: PyTorch has no SyncBatchNorm for CPUs')
     args.precision = args.precision or runtime.default_precision()
@@ -334,11 +336,8 @@ def open_run(results, args, data, device):
     kept = sorted(path.name for path in results.glob('model_*.pth'))
     described = dict(classes=data.classes, images=dict(train=len(data.train), test=len(data.test)))
     if config_file.exists():
-        try:
-            config = json.loads(config_file.read_text())
-            before, data_before = config['settings'], {name: config[name] for name in ('classes', 'images')}
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{config_file} is damaged: choose another --results_dir') from None
+        config = runtime.read_config(config_file)
+        before, data_before = config['settings'], {name: config[name] for name in ('classes', 'images')}
         differ = [f'--{name} {before.get(name)} there, {settings.get(name)} here'
                   for name in {**before, **settings} if name not in FREE and before.get(name) != settings.get(name)]
         if differ:
@@ -348,8 +347,9 @@ def open_run(results, args, data, device):
             raise ValueError(f'{results} holds a run on other data ({data_before["images"]} images there, '
                              f'{described["images"]} here): choose another --results_dir')
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
-    if missing and (kept or state_file.exists()):
-        raise ValueError(f'{results} holds {", ".join(kept) or state_file.name} but no {" and no ".join(missing)}, so '
+    foreign = [*kept, *(name for name in ('last.pth', 'log.csv') if (results / name).exists())]
+    if (kept and missing) or (foreign and config_file.name in missing):
+        raise ValueError(f'{results} holds {", ".join(foreign)} but no {" and no ".join(missing)}, so '
                          'the run there cannot be continued: choose another --results_dir')
     if state_file.exists():
         try:

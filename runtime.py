@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import sys
@@ -23,7 +24,8 @@ class Help(argparse.HelpFormatter):
     """Every help text ends with its default, unless it tells it itself or the default is nothing."""
 
     def _get_help_string(self, action):
-        told = 'default' in action.help or action.default in (None, False, argparse.SUPPRESS)
+        nothing = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        told = nothing or 'default' in action.help
         return action.help if told else f'{action.help} (default: %(default)s)'
 
 
@@ -162,6 +164,17 @@ def write(path, data):
         with contextlib.suppress(OSError):
             beside.unlink()
         raise OSError(f'cannot write {path} ({error.strerror}); what was saved before is untouched') from error
+
+
+def read_config(path):
+    """The config.json of a run, its settings checked to be a dict; ValueError if it is not."""
+    try:
+        config = json.loads(Path(path).read_text())
+        if isinstance(config['settings'], dict) and {'classes', 'images'} <= {*config}:
+            return config
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f'{path} is damaged or not of a run: restore it, or choose another place')
 
 
 def lock(directory):
