@@ -87,7 +87,11 @@ def start():
     if cuda:
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():
-        dist.init_process_group('nccl' if cuda else 'gloo', timeout=TIMEOUT, device_id=device if cuda else None)
+        store, _, _ = next(dist.rendezvous('env://', timeout=TIMEOUT))
+        # After a restart the store still holds the addresses of the ranks that died: each restart has its own keys.
+        store = dist.PrefixStore(f'restart {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=RANK, world_size=WORLD, timeout=TIMEOUT,
+                                device_id=device if cuda else None)
     return device
 
 

@@ -223,7 +223,6 @@ def test_killed_rank_ends_the_run_and_the_command_again_continues(tiny, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason='failed once in four runs beside a second drill; cause not found yet')
 def test_torchrun_restarts_a_run_where_it_stopped(tiny, tmp_path):
     results = tmp_path / 'r'
     job = Job('main.py', flags(tiny, results, 6), torchrun=['--nproc_per_node=2', '--max_restarts=1'])
