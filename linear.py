@@ -97,7 +97,8 @@ def main(argv=None):
             scores = [*(sums / len(train_labels)).tolist(),
                       *(score(probe(features), test_labels) / len(test_labels)).tolist()]
         if not math.isfinite(scores[0]):
-            raise SystemExit(f'error: the loss is {scores[0]} in epoch {epoch}: --lr {args.lr} is too high')
+            raise SystemExit(f'error: the loss is {scores[0]} in epoch {epoch}: --lr {args.lr} is too high'
+                             if RANK == 0 else 1)
         rows.append(dict(zip(COLUMNS, [epoch, *scores])))
         bar.set_postfix_str(f'train {scores[1]:.2f} %, test {scores[4]:.2f} %')
         with runtime.one_line_errors():
