@@ -3,10 +3,12 @@
     python linear.py --model_path results/model_400.pth               # frozen BatchNorm statistics
     python linear.py --model_path results/model_400.pth --bn train    # the published protocol: they drift
 
-Data set, root and sizes come from the config.json beside the checkpoint unless a flag says otherwise. Each epoch
-adds a row to a CSV beside the checkpoint; the result is the last epoch's accuracy, not the best on the test set.
+Data set, root and sizes come from the config.json beside the checkpoint unless a flag says otherwise. Each epoch adds
+a row to model_400_linear.csv (with --bn train: model_400_linear_bn_train.csv) beside the checkpoint, the settings are
+in a .json beside that; the result is the last epoch's accuracy, not the best on the test set.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 import runtime
 from augment import DeviceViews
-from main import average_buffers, encode
+from main import average_buffers, encode, provenance
 from model import load_model
 from runtime import RANK, WORLD
 from utils import DATASETS, load_data
@@ -76,6 +78,8 @@ def main(argv=None):
     train_labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
 
     rows, features = [], None
+    out = f'{path.stem}_linear' + ('_bn_train' if args.bn == 'train' else '')
+    about = json.dumps(dict(settings=vars(args), **provenance(device)), indent=2)
     bar = tqdm(range(1, args.epochs + 1), 'linear probe', disable=None if RANK == 0 else True, leave=False)
     for epoch in bar:
         sums = torch.zeros(3, device=device, dtype=torch.float64)
@@ -104,7 +108,8 @@ def main(argv=None):
         with runtime.one_line_errors():
             if RANK == 0:
                 csv = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False)
-                runtime.write(path.with_name(f'{path.stem}_linear.csv'), csv.encode())
+                runtime.write(path.with_name(f'{out}.json'), about.encode())
+                runtime.write(path.with_name(f'{out}.csv'), csv.encode())
     bar.close()
 
     after = net.state_dict()

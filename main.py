@@ -361,10 +361,7 @@ def open_run(results, args, data, device):
                              'Choose another --results_dir, or restore the file from a copy') from None
         write_log(results, state['log'])  # a later epoch may have been logged, but not saved
         return state
-    config = dict(settings=vars(args), command=' '.join(sys.argv), ranks=WORLD, **described, device=device_name(device),
-                  versions=dict(python=platform.python_version(), torch=torch.__version__,
-                                torchvision=torchvision.__version__, numpy=np.__version__, pillow=PIL.__version__,
-                                opencv=cv2.__version__))
+    config = dict(settings=vars(args), **described, **provenance(device))
     runtime.write(config_file, json.dumps(config, indent=2).encode())
     return None
 
@@ -399,6 +396,13 @@ def write_log(results, rows):
 def describe(row):
     accuracy = '' if row['test_acc@1'] is None else f', kNN {row["test_acc@1"]:.2f} %'
     return f'loss {row["train_loss"]:.4f}{accuracy}, {row["seconds"]:.1f} s'
+
+
+def provenance(device):
+    """What made the files of a run, for its JSON."""
+    versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
+                    numpy=np.__version__, pillow=PIL.__version__, opencv=cv2.__version__)
+    return dict(command=' '.join(sys.argv), ranks=WORLD, device=device_name(device), versions=versions)
 
 
 def device_name(device):

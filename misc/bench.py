@@ -96,6 +96,9 @@ def textbook(z1, z2, temperature=0.5, tau_plus=0.1, beta=1.0):
     return -(pos / (pos + Ng)).log().mean()
 
 
+standard_loss = partial(contrastive_loss, tau_plus=0, beta=0)
+
+
 def bench_loss(args, device):
     def views(B):
         return [F.normalize(torch.randn(B, 128, device=device), dim=1).requires_grad_() for _ in range(2)]
@@ -103,7 +106,7 @@ def bench_loss(args, device):
     def step(loss, z):
         return lambda: loss(*z).backward()
 
-    hard, standard = contrastive_loss, partial(contrastive_loss, tau_plus=0, beta=0)
+    hard, standard = contrastive_loss, standard_loss
     for B in (256, 2048):
         z = views(B)
         yield ('loss forward + backward against textbook', f'B={B}',
@@ -143,8 +146,8 @@ def bench_augment(args, device):
            *alternate(args.repeat, device, reference, ours), 2 * batch)
 
 
-def training(args, device, published=False):
-    """A network, its optimizer and one step, as main.py makes them or in the published configuration."""
+def training(args, device, objective=contrastive_loss, published=False):
+    """One step on a network and optimizer of its own, as main.py makes them or in the published configuration."""
     torch.manual_seed(0)
     cuda = device.type == 'cuda'
     net = Model(arch=args.arch).to(device)
@@ -154,7 +157,6 @@ def training(args, device, published=False):
             net.compile(dynamic=False)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-6, fused=not published)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda and not published)
-    objective = textbook if published else contrastive_loss
 
     def step(views):
         torch.backends.cudnn.conv.fp32_precision = 'ieee' if published else 'tf32'
@@ -170,12 +172,15 @@ def bench_step(args, device):
     torch.backends.cudnn.benchmark = True
     views, n = fixed_views(args, device), 2 * args.batch_size
     last = [x.contiguous(memory_format=torch.channels_last) for x in views]
-    published, ours = training(args, device, published=True), training(args, device)
+    published = training(args, device, textbook, published=True)
+    ours, standard = (training(args, device, objective) for objective in (contrastive_loss, standard_loss))
     for _ in range(3):
-        ours(last)  # compile before timing
+        ours(last), standard(last)  # compile before timing
     reference_ms, ours_ms = alternate(args.repeat, device, partial(published, views), partial(ours, last))
     yield (f'{args.arch} step against the published configuration', f'{n} views of {args.image_size} px', reference_ms,
            ours_ms, n)
+    yield (f'{args.arch} step, hard against standard', f'{n} views of {args.image_size} px',
+           *alternate(args.repeat, device, partial(standard, last), partial(ours, last)), n)
     if device.type == 'cuda' and args.arch == 'resnet50' and args.image_size == 32:
         rate, bandwidth = ceilings(device)
         arithmetic, memory = 1e3 * n * FLOP_PER_VIEW / rate, 1e3 * n * BYTES_PER_VIEW / bandwidth

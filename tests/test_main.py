@@ -245,7 +245,10 @@ def test_probe(finished, capsys, bn, tmp_path):
     checkpoint = finished / 'model_3.pth'
     linear.main(['--model_path', str(checkpoint), '--epochs', '30', '--bn', bn, '--lr', '0.01'])
     last = capsys.readouterr().out.splitlines()[-1]
-    table, log = pd.read_csv(finished / 'model_3_linear.csv'), pd.read_csv(finished / 'log.csv')
+    name = 'model_3_linear' if bn == 'eval' else 'model_3_linear_bn_train'
+    table, log = pd.read_csv(finished / f'{name}.csv'), pd.read_csv(finished / 'log.csv')
+    about = json.loads((finished / f'{name}.json').read_text())
+    assert about['settings']['lr'] == 0.01 and about['settings']['bn'] == bn and about['versions']
     assert list(table['epoch']) == list(range(1, 31))
     assert list(table) == ['epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5']
     assert last == (f'kNN {log["test_acc@1"][2]:.2f} %, linear probe {table["test_acc@1"][29]:.2f} % '

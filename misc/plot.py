@@ -1,0 +1,276 @@
+"""Pictures of what runs left, as PNG files.
+
+    python misc/plot.py curves results/*/                            # loss and kNN accuracy of any number of runs
+    python misc/plot.py similarity results/*/model_400.pth           # cosines of pairs of the same and of other classes
+    python misc/plot.py neighbours results/model_400.pth             # test images and their nearest training images
+    python misc/plot.py map results/model_400.pth                    # t-SNE of the test images' features
+    python misc/plot.py negatives results/model_400.pth              # which negatives each objective pushes away
+
+Data set and sizes come from the config.json beside a checkpoint. Runs whose settings differ in the seed alone are
+drawn as one line of means and a band of one standard deviation.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('agg')
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.manifold import TSNE
+from sklearn.metrics import roc_auc_score
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import runtime
+from augment import apply, draw
+from losses import contrastive_loss
+from main import FREE, encode
+from model import load_model, unit
+from sweep import OBJECTIVE, read_run
+from utils import MEAN, STD, load_data, seeded
+
+COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
+RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
+MARKERS = 'os^Dv'
+BATCH = 256  # images of the batch whose negatives are drawn
+plt.rcParams.update({'figure.dpi': 160, 'savefig.facecolor': 'white', 'font.size': 9, 'axes.grid': True,
+                     'grid.color': '#dddddd', 'axes.axisbelow': True, 'axes.spines.top': False,
+                     'axes.spines.right': False, 'legend.frameon': False, 'figure.constrained_layout.use': True})
+
+
+def main(argv=None):
+    parser = runtime.Parser(prog='plot.py', description=__doc__.partition('\n')[0])
+    commands = parser.add_subparsers(dest='what', required=True, metavar='PICTURE', prog='plot.py')
+    for name, (function, what, plural) in PICTURES.items():
+        command = commands.add_parser(name, help=function.__doc__.partition('\n')[0])
+        command.add_argument('paths', nargs='+' if plural else 1, type=Path, help=what)
+        command.add_argument('--out', type=Path, help=f'file to write (default: {name}.png beside the first path)')
+        if name != 'curves':
+            command.add_argument('--root', help='directory of the data set (default: as in config.json)')
+            command.add_argument('--seed', default=0, type=runtime.seed, help='of the choice of images')
+        if name == 'negatives':
+            command.add_argument('--query', default=0, type=runtime.integer(0, BATCH - 1),
+                                 help='which image of the batch is the query')
+        if name in ('similarity', 'map'):
+            command.add_argument('--images', default=2000, type=runtime.integer(100, 20000),
+                                 help='test images, at most, drawn at random')
+    args = parser.parse_args(argv)
+    function = PICTURES[args.what][0]
+    args.out = args.out or (args.paths[0] if args.what == 'curves' else args.paths[0].parent) / f'{args.what}.png'
+    with runtime.one_line_errors():
+        if args.out.suffix != '.png':
+            raise ValueError(f'--out {args.out}: pictures are PNG files, their names end in .png')
+        figure = function(args)
+        try:
+            figure.savefig(args.out)
+        except OSError as error:
+            raise OSError(f'cannot write {args.out} ({error.strerror})') from error
+    print(args.out)
+
+
+def curves(args):
+    """Training loss and kNN accuracy against the epoch."""
+    groups = {}
+    for path in args.paths:
+        run = read_run(path)
+        settings = {name: value for name, value in run['settings'].items() if name not in ('seed', *FREE)}
+        groups.setdefault(repr(settings), []).append(run)
+    if len(groups) > len(COLOURS):
+        raise ValueError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
+    titles = names([runs[0] for runs in groups.values()])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+    for name, colour, marker, runs in zip(titles, COLOURS, 'os^DvP*X', groups.values()):
+        log = pd.concat(run['log'] for run in runs)
+        for axes, column in (left, 'train_loss'), (right, 'test_acc@1'):
+            by = log.dropna(subset=column).groupby('epoch')[column]
+            mean, std = by.mean(), by.std().fillna(0)
+            axes.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=name)
+            axes.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+    left.set(xlabel='epoch', ylabel='training loss (nats)')
+    right.set(xlabel='epoch', ylabel='kNN accuracy on test images (%)')
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*left.get_legend_handles_labels(), loc='outside upper center', ncols=min(3, len(titles)))
+    return figure
+
+
+def names(runs):
+    """A name for each run: its objective, and the settings by which runs of one objective differ."""
+    settings = pd.DataFrame([run['settings'] for run in runs]).drop(columns=[*FREE, *OBJECTIVE], errors='ignore')
+    differ = [name for name in settings if settings[name].nunique(dropna=False) > 1]
+    found = [run['objective'] for run in runs]
+    if len({*found}) == len(found):
+        return found
+    return [name + ''.join(f', {setting} {run["settings"].get(setting)}' for setting in differ)
+            for name, run in zip(found, runs)]
+
+
+def open_checkpoint(path, root):
+    """The encoder in a checkpoint, the run that wrote it and the run's data, those with labels."""
+    net, run = load_model(path).eval(), read_run(path.parent)
+    settings = run['settings']
+    data = load_data(settings['dataset_name'], root or settings['root'], settings['store_size'], unlabeled=False)
+    return net, run, data
+
+
+def where(run):
+    """Name of the run's data set."""
+    settings = run['settings']
+    return Path(settings['root']).resolve().name if settings['dataset_name'] == 'folder' else settings['dataset_name']
+
+
+def features(net, images, run):
+    """f's features (n, width) of uint8 images, on the CPU."""
+    device = runtime.start()
+    net.to(device)
+    everything = torch.arange(len(images))
+    size, autocast = run['settings']['test_size'], runtime.autocast(device, None)
+    return encode(net, images, everything, size, autocast, device).cpu()
+
+
+def some(n, count, seed):
+    """At most count of n indices, in random order."""
+    return torch.randperm(n, generator=seeded(seed))[:count]
+
+
+@torch.no_grad()
+def similarity(args):
+    """Histograms of the cosine similarity of embeddings, for pairs of the same class and of different ones."""
+    opened = [open_checkpoint(path, args.root) for path in args.paths]
+    figure, axes = plt.subplots(1, len(opened), figsize=(max(4, 2.7 * len(opened)), 3), sharex=True, sharey=True,
+                                squeeze=False)
+    for panel, name, (net, run, data) in zip(axes[0], names([run for _, run, _ in opened]), opened):
+        chosen = some(len(data.test), args.images, args.seed)
+        f = features(net, data.test[chosen], run)  # (n, width)
+        z = unit(net.cpu().g(f))  # (n, D)
+        labels = data.test_labels[chosen]
+        i, j = torch.triu_indices(len(z), len(z), 1)
+        cosine, same = (z @ z.T)[i, j], labels[i] == labels[j]
+        for pairs, colour, text in ((same, COLOURS[0], 'same class'), (~same, COLOURS[1], 'different classes')):
+            panel.hist(cosine[pairs].numpy(), bins=np.linspace(-1, 1, 101), density=True, color=colour, alpha=0.55,
+                       label=text)
+            panel.axvline(cosine[pairs].mean(), color=colour, linestyle='--', linewidth=1)
+        area = roc_auc_score(same, cosine)
+        panel.set_title(f'{name}\narea under ROC {area:.3f}', fontsize=9)
+        panel.set(xlabel='cosine similarity of embeddings z', xlim=(-1, 1))
+    axes[0, 0].set_ylabel('density of pairs')
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=2)
+    return figure
+
+
+def neighbours(args):
+    """A grid of test images, each with the training images whose features are nearest."""
+    net, run, data = open_checkpoint(args.paths[0], args.root)
+    rows, columns = min(8, len(data.test)), min(10, len(data.train))
+    chosen = some(len(data.test), rows, args.seed)
+    queries, memory = (unit(features(net, images, run)) for images in (data.test[chosen], data.train))
+    nearest = (queries @ memory.T).topk(columns).indices  # (rows, columns)
+    figure, axes = plt.subplots(rows, columns + 1, figsize=(8, 8 * (rows + 1.4) / (columns + 1)))
+    for line, query, found in zip(axes, chosen, nearest):
+        truth = data.test_labels[query]
+        picture(line[0], data.test[query], f'{data.classes[truth]}', None)
+        for panel, index in zip(line[1:], found):
+            label = data.train_labels[index]
+            picture(panel, data.train[index], '' if label == truth else f'× {data.classes[label]}',
+                 RIGHT if label == truth else WRONG)
+    figure.suptitle(f'Test image (left) and its {columns} nearest training images by cosine of features: '
+                    'same class green,\nanother class red, marked × and named. '
+                    f'{where(run)}, {run["objective"]}', fontsize=9)
+    return figure
+
+
+def picture(axes, image, text, colour):
+    """An image (3, h, w), uint8 or in [0, 1], in a frame of the colour, with a line of text below."""
+    axes.imshow(image.permute(1, 2, 0).numpy())  # (3, h, w) -> (h, w, 3)
+    axes.set(xticks=[], yticks=[])
+    axes.set_xlabel(text, fontsize=7, labelpad=2)
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set(visible=colour is not None, color=colour or 'none', linewidth=3)
+
+
+def class_map(args):
+    """A map of the test images' features in two dimensions, by t-SNE, coloured by class."""
+    net, run, data = open_checkpoint(args.paths[0], args.root)
+    chosen = some(len(data.test), args.images, args.seed)
+    x = unit(features(net, data.test[chosen], run)).numpy()
+    labels = data.test_labels[chosen].numpy()
+    place = TSNE(metric='cosine', random_state=args.seed, perplexity=min(30, len(x) / 4)).fit_transform(x)  # (n, 2)
+    figure, axes = plt.subplots(figsize=(8, 6))
+    for label, name in enumerate(data.classes):
+        style = dict(color=COLOURS[label % len(COLOURS)], marker=MARKERS[label // len(COLOURS) % len(MARKERS)])
+        axes.scatter(*place[labels == label].T, s=10, alpha=0.8, linewidths=0, label=name, **style)
+    axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)', xticks=[], yticks=[],
+             title=f'f\'s features of {len(x)} test images, {where(run)}, {run["objective"]}')
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside right center', markerscale=2,
+                  ncols=1 + len(data.classes) // 30)
+    return figure
+
+
+def push(views, **objective):
+    """How the loss depends on the cosine of every pair of the V views (B, D): d loss / d cosine, (VB, VB).
+
+    Each embedding gets a coordinate of its own in which it is 1 and the others 0. That leaves the cosines of
+    pairs as they are, and the gradient of embedding i at the coordinate of j is the derivative by their cosine.
+    """
+    z = torch.cat(views).double()
+    z = torch.cat([z, torch.eye(len(z), dtype=z.dtype)], 1).requires_grad_()  # (VB, D) -> (VB, D + VB)
+    contrastive_loss(*z.chunk(len(views)), **objective).backward()
+    return z.grad[:, -len(z):]
+
+
+@torch.no_grad()
+def negatives(args):
+    """Which negatives of one image each objective pushes away, and how strongly, in one batch of an encoder."""
+    net, run, data = open_checkpoint(args.paths[0], args.root)
+    settings = run['settings']
+    if len(data.test) < BATCH:
+        raise ValueError(f'{len(data.test)} test images: a batch of {BATCH} is drawn')
+    chosen = some(len(data.test), BATCH, args.seed)
+    images, labels, query = data.test[chosen], data.test_labels[chosen].repeat(2), args.query
+    drawn = [draw(BATCH, *images.shape[2:], seeded(args.seed, view)) for view in range(2)]
+    views = [net(apply(images, p, settings['image_size']))[1] for p in drawn]  # 2 x (B, D)
+    seen = torch.cat([apply(images, p, images.shape[2]) for p in drawn])  # the same views, as large as the images
+    seen = (seen * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+    cosine = torch.cat(views) @ views[0][query]  # (2B,), with the first view of the query
+    negative = (torch.arange(2 * BATCH) % BATCH != query).nonzero()[:, 0]
+    negative = negative[cosine[negative].argsort()]
+    same = labels[negative] == labels[query]
+    objectives = {'standard': dict(tau_plus=0, beta=0), 'debiased, τ⁺ = 0.1': dict(tau_plus=0.1, beta=0),
+                  'hard, τ⁺ = 0.1, β = 1': dict(tau_plus=0.1, beta=1)}
+    with torch.enable_grad():
+        pushes = {name: push(views, temperature=settings['temperature'], **objective)[query, negative]
+                  for name, objective in objectives.items()}
+    figure, axes = plt.subplots(figsize=(8, 5))
+    mean, x, same = pushes['standard'].mean().item(), cosine[negative].numpy(), same.numpy()
+    for (name, values), colour in zip(pushes.items(), COLOURS):
+        axes.scatter(x[~same], values[~same] / mean, s=12, color=colour, linewidths=0, alpha=0.8, label=name)
+        axes.scatter(x[same], values[same] / mean, s=36, color=colour, marker='x', linewidths=1.2)
+    axes.scatter([], [], color='#555555', marker='x', s=36, linewidths=1.2, label='false negative: the query\'s class')
+    axes.axhline(0, color='#555555', linewidth=1)
+    axes.set(ylabel='push apart: ∂ loss / ∂ cosine  (mean of standard = 1)', xlim=(x[0] - 0.06, x[-1] + 0.06))
+    axes.set_xlabel('cosine similarity of a negative to the query, and what is found there', labelpad=52)
+    axes.legend(loc='upper left', bbox_to_anchor=(0.16, 1))
+    picture(axes.inset_axes([0.01, 0.74, 0.14, 0.22]), seen[query], 'query', '#000000')
+    count = 11  # negatives evenly spread over the axis, each below its place
+    for place in np.linspace(x[0], x[-1], count):
+        nearest = abs(x - place).argmin()
+        left = (x[nearest] - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0])
+        panel = axes.inset_axes([left - 0.035, -0.2, 0.07, 0.115])
+        picture(panel, seen[negative[nearest]], '', None)
+    return figure
+
+
+PICTURES = {
+    'curves': (curves, 'directories of runs', True),
+    'similarity': (similarity, 'checkpoints', True),
+    'neighbours': (neighbours, 'a checkpoint', False),
+    'map': (class_map, 'a checkpoint', False),
+    'negatives': (negatives, 'a checkpoint', False),
+}
+
+if __name__ == '__main__':
+    runtime.run(main)

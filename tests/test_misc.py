@@ -1,0 +1,210 @@
+"""The table, the pictures and the example: what they show is what the runs left."""
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import HOME
+
+import linear
+import main
+import model
+import plot
+import sequences
+import sweep
+from augment import normalize
+from losses import contrastive_loss
+from utils import load_data
+
+
+@pytest.fixture(scope='module')
+def run_of_one_epoch(tiny, tmp_path_factory):
+    results = tmp_path_factory.mktemp('runs') / 'run'
+    main.main([*tiny, '--epochs', '1', '--results_dir', str(results)])
+    return results
+
+
+@pytest.fixture
+def runs(run_of_one_epoch, tmp_path):
+    """Logs of two objectives with two seeds each, and their probes: kNN 10, 20; 14, 22; probes 30, 40; 36, 38."""
+    config = json.loads((run_of_one_epoch / 'config.json').read_text())
+    for estimator, beta, seed, knn, probe in (('standard', 0.0, 0, 10, 30), ('standard', 0.0, 1, 20, 40),
+                                              ('hard', 0.5, 1, 22, 38), ('hard', 0.5, 0, 14, 36)):
+        directory = tmp_path / f'{estimator}_{seed}'
+        directory.mkdir()
+        config['settings'] |= dict(estimator=estimator, beta=beta, tau_plus=0.1 * (beta > 0), seed=seed, epochs=2)
+        (directory / 'config.json').write_text(json.dumps(config))
+        rows = [(1, 5.0, None, None, 1e-3, 9.0, 60.0), (2, 4.0 + beta, knn, 99, 1e-3, 9.0, 90.0)]
+        pd.DataFrame(rows, columns=main.COLUMNS).to_csv(directory / 'log.csv', index=False)
+        row = dict.fromkeys(linear.COLUMNS, 1) | {'test_acc@1': probe}
+        pd.DataFrame([row]).to_csv(directory / 'model_2_linear.csv', index=False)
+        (directory / 'model_2_linear.json').write_text('{"command": "linear.py --lr 1"}')
+    return tmp_path
+
+
+def test_table_has_means_deviations_and_paired_differences(runs, capsys):
+    sweep.main(['--table_only', '--results_dir', str(runs)])
+    table = pd.read_csv(runs / 'table.csv')
+    assert list(table['objective']) == ['standard', 'hard, τ⁺ = 0.1, β = 0.5']
+    hard = table.iloc[1]
+    assert hard[['seeds', 'knn', 'linear', 'minutes', 'epochs', 'beta']].tolist() == [2, 18, 37, 2.5, 2, 0.5]
+    assert hard['knn_gain'] == 3 and hard['linear_gain'] == 2  # of 4, 2 and of 6, -2: seed by seed
+    assert hard['knn_gain_std'] == pytest.approx(2**0.5, abs=0.01)
+    assert hard['linear_gain_std'] == pytest.approx(32**0.5, abs=0.01)
+    assert hard['linear_command'] == 'linear.py --lr 1'
+    text = (runs / 'table.md').read_text()
+    assert '| hard, τ⁺ = 0.1, β = 0.5 | 2 | 18.00 ± 5.66 | +3.00 ± 1.41 | 37.00 ± 1.41 | +2.00 ± 5.66 | 2.5 |' in text
+    assert '| standard | 2 | 15.00 ± 7.07 |  | 35.00 ± 7.07 |  | 2.5 |' in text
+    assert 'resnet18' in text and text in capsys.readouterr().out
+
+
+def test_table_keeps_other_settings_apart_and_leaves_unfinished_runs_out(runs, capsys):
+    for name, change in (('hard_0', dict(batch_size=16)), ('hard_1', dict(epochs=3))):
+        config = json.loads((runs / name / 'config.json').read_text())
+        config['settings'] |= change
+        (runs / name / 'config.json').write_text(json.dumps(config))
+    sweep.main(['--table_only', '--results_dir', str(runs)])
+    table = pd.read_csv(runs / 'table.csv')
+    assert table[['objective', 'batch_size', 'seeds']].values.tolist() == [
+        ['standard', 8, 2], ['hard, τ⁺ = 0.1, β = 0.5', 16, 1]]
+    assert np.isnan(table['knn_gain'][1])  # there is no standard run at that batch size
+    assert 'hard_1: not finished' in capsys.readouterr().err
+    assert '| objective | batch_size | seeds |' in (runs / 'table.md').read_text()
+
+
+def test_table_of_the_readme_is_that_of_the_logs_kept():
+    kept = HOME / 'results' / 'cifar10_jpeg'
+    table = sweep.make_table(kept)
+    pd.testing.assert_frame_equal(table, pd.read_csv(kept / 'table.csv', keep_default_na=False, na_values=['']),
+                                  check_dtype=False)
+    assert table['seeds'].min() >= 3
+    assert sweep.markdown(table).partition('\n\n')[0] in (HOME / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--seeds', '0'], '--seeds'), (['--betas', '3'], '--betas'), (['--beta', '1'], '--beta 1.0 has no effect'),
+    (['--probe', '--lr 0'], '--lr'), (['--objectives', 'soft'], 'soft')], ids=str)
+def test_wrong_flags_end_the_sweep_before_it_begins(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(['--dataset_name', 'shapes', '--results_dir', str(tmp_path / 'r'), *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count('\n') == 1
+    assert not (tmp_path / 'r').exists()
+
+
+@pytest.mark.slow
+def test_sweep_trains_probes_and_continues(tiny, tmp_path, run):
+    flags = [*tiny, '--epochs', '1', '--results_dir', tmp_path / 'r', '--objectives', 'standard', 'hard_b2', '--seeds',
+             '2', '--jobs', '2', '--probe', '--epochs 2']
+    first = run('misc/sweep.py', flags, cwd=tmp_path)
+    assert first.code == 0, first.err
+    table = (tmp_path / 'r' / 'table.csv').read_bytes()
+    assert pd.read_csv(tmp_path / 'r' / 'table.csv')['beta'].tolist() == [0, 2]
+    assert first.out.count('linear probe') >= 4
+    (tmp_path / 'r' / 'standard_1' / 'model_1_linear.csv').unlink()
+    assert run('misc/sweep.py', flags, cwd=tmp_path).code == 0
+    assert (tmp_path / 'r' / 'table.csv').read_bytes() == table
+    broken = run('misc/sweep.py', [*flags, '--batch_size', '31'], cwd=tmp_path)
+    assert broken.code == 1 and '--batch_size' in broken.err and 'Traceback' not in broken.err
+
+
+def arguments(*paths, **kwargs):
+    return Namespace(paths=list(paths), **dict(dict(root=None, seed=0, images=9, query=0), **kwargs))
+
+
+def test_curves_are_means_over_seeds(runs):
+    figure = plot.curves(arguments(*sorted(runs.iterdir())))
+    loss, accuracy = figure.axes
+    lines = {line.get_label(): line for line in loss.lines}
+    assert set(lines) == {'standard', 'hard, τ⁺ = 0.1, β = 0.5'}
+    assert lines['hard, τ⁺ = 0.1, β = 0.5'].get_ydata().tolist() == [5, 4.5]
+    assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[2, 18]], [[2, 15]]]  # as given: hard first
+    assert loss.get_xlabel() == 'epoch' and '%' in accuracy.get_ylabel()
+
+
+def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree):
+    checkpoint = run_of_one_epoch / 'model_1.pth'
+    panel, = plot.similarity(arguments(checkpoint)).axes
+    net, data = model.load_model(checkpoint).eval(), load_data('folder', tree, 16)
+    z = net(normalize(data.test.float() / 255))[1]
+    labels = data.test_labels
+    i, j = torch.triu_indices(9, 9, 1)
+    same = labels[i] == labels[j]
+    cosine = (z @ z.T)[i, j]
+    means = [line.get_xdata()[0] for line in panel.lines]
+    assert means == pytest.approx([cosine[same].mean().item(), cosine[~same].mean().item()], abs=1e-5)
+    wins = (cosine[same][:, None] > cosine[~same]).float().mean().item()  # area under ROC, no ties
+    assert f'{wins:.3f}' in panel.get_title()
+
+
+def test_neighbours_are_framed_by_class(run_of_one_epoch, tree):
+    figure = plot.neighbours(arguments(run_of_one_epoch / 'model_1.pth'))
+    net, data = model.load_model(run_of_one_epoch / 'model_1.pth').eval(), load_data('folder', tree, 16)
+    chosen = plot.some(9, 8, 0)
+    x, y = (F.normalize(net.f(normalize(images.float() / 255)).flatten(1)) for images in
+            (data.test[chosen], data.train))
+    found = (x @ y.T).topk(10).indices
+    right = data.train_labels[found] == data.test_labels[chosen][:, None]
+    frames = [[axes.spines['left'].get_edgecolor() for axes in figure.axes[11 * row + 1:11 * row + 11]]
+              for row in range(8)]
+    assert [[plt.matplotlib.colors.to_hex(c) == plot.RIGHT.lower() for c in row] for row in frames] == right.tolist()
+    assert torch.equal(torch.tensor(figure.axes[1].images[0].get_array()).permute(2, 0, 1), data.train[found[0, 0]])
+
+
+def test_push_is_the_derivative_of_the_loss_by_a_cosine():
+    """Against finite differences: the Gram matrix of the views with one pair's cosine moved, factorised again."""
+    torch.manual_seed(0)
+    z = F.normalize(torch.randn(8, 16, dtype=torch.float64), dim=1)
+    objective = dict(temperature=0.3, tau_plus=0.1, beta=2)
+    found = plot.push(z.chunk(2), **objective)
+    for i, j in ((0, 1), (2, 7), (3, 0)):
+        values = []
+        for step in (1e-5, -1e-5):
+            gram = z @ z.T
+            gram[i, j] += step
+            gram[j, i] += step
+            values.append(contrastive_loss(*torch.linalg.cholesky(gram).chunk(2), **objective))
+        assert found[i, j].item() == pytest.approx((values[0] - values[1]).item() / 2e-5, rel=1e-5)
+
+
+def test_every_picture_is_written(run_of_one_epoch, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot, 'BATCH', 9)
+    checkpoint = str(run_of_one_epoch / 'model_1.pth')
+    for what in plot.PICTURES:
+        out = tmp_path / f'{what}.png'
+        plot.main([what, str(run_of_one_epoch) if what == 'curves' else checkpoint, '--out', str(out)])
+        pixels = plt.imread(out)
+        assert pixels.shape[1] == (640 if what == 'similarity' else 1280)
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50  # a picture, not a blank sheet
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / f'{what}.png') for what in plot.PICTURES]
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['curves', 'nowhere'], 'nowhere is not the directory of a run: config.json is missing'),
+    (['similarity', 'nowhere/model_1.pth'], 'nowhere/model_1.pth: no such file'),
+    (['map', '{foreign}'], 'foreign.pth: '),
+    (['curves', '{run}', '--out', '{run}/a.pdf'], 'PNG'),
+    (['curves', '{run}', '--out', 'nowhere/a.png'], 'cannot write nowhere/a.png'),
+    (['negatives', '{run}/model_1.pth'], '9 test images')], ids=lambda value: value[0] if len(value) < 9 else '')
+def test_pictures_of_nothing_are_refused(run_of_one_epoch, tmp_path, flags, message):
+    (tmp_path / 'foreign.pth').write_text('hello')
+    places = dict(run=run_of_one_epoch, foreign=tmp_path / 'foreign.pth')
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        plot.main([flag.format(**places) for flag in flags])
+
+
+def test_hard_negatives_help_on_sequences():
+    gains = [sequences.accuracy(sequences.OBJECTIVES['hard, β = 2'], seed, steps=60)
+             - sequences.accuracy(sequences.OBJECTIVES['standard'], seed, steps=60) for seed in (0, 1)]
+    assert min(gains) > 2
+
+
+def test_the_example_is_short():
+    assert len(Path(sequences.__file__).read_text().splitlines()) <= 60
