@@ -242,6 +242,9 @@ def run(main):
             dist.destroy_process_group()  # only here: after an error the other ranks would not join in
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except RuntimeError as error:
         if WORLD == 1 or 'closed by peer' not in str(error):
             raise

@@ -1,5 +1,6 @@
 """The data sets, as uint8 arrays, and the reference views: PIL and OpenCV in DataLoader workers."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -76,10 +77,11 @@ def _torchvision(name, root, **split):
         return cls(root, download=False, **split)
     except RuntimeError:  # missing or damaged: which is it?
         pass
+    lock = Path(root, '.download.lock')
     try:
-        Path(root).mkdir(parents=True, exist_ok=True)
-        with open(Path(root, '.download.lock'), 'w') as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)  # of several processes one downloads, the others find the files
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, 'w') as held:
+            fcntl.lockf(held, fcntl.LOCK_EX)  # of several processes one downloads, the others find the files
             for file, md5 in cls.train_list + cls.test_list:
                 if (folder / file).exists() and not check_integrity(folder / file, md5):
                     raise DataError(f'{folder / file} is truncated or damaged (its MD5 is not {md5}): delete it, '
@@ -88,6 +90,10 @@ def _torchvision(name, root, **split):
     except (OSError, RuntimeError) as error:
         raise DataError(f'{name} is not in {folder} and could not be downloaded ({error}). Unpack {cls.url} in '
                         f'{root}, point --root at it, or use --dataset_name shapes, which needs no files') from error
+    finally:
+        with contextlib.suppress(OSError):  # after a failure, leave nothing behind that was not there
+            lock.unlink(missing_ok=True)
+            lock.parent.rmdir()
 
 
 def _folder(root, store_size, unlabeled):
@@ -125,7 +131,7 @@ def _folder(root, store_size, unlabeled):
             problems += filter(None, tqdm(jobs, f'Reading {root}', len(files), leave=False, disable=None))
             images.append(out)
     if problems:
-        raise DataError('\n  '.join([f'{root}: {len(problems)} problems:', *problems]))
+        raise DataError('\n  '.join([f'{root}: {len(problems)} problem{"s" * (len(problems) > 1)}:', *problems]))
     labels = [torch.tensor([label for _, label in files]) for files in splits]
     return Data(images[0], labels[0], images[1], labels[1], classes)
 

@@ -1,6 +1,6 @@
 """contrastive_loss on sequences: 20 kinds of Markov chain, in 5 groups of 4 similar ones, told apart without labels.
-
-Two views of a sequence are two windows of it with a fifth of their symbols replaced. A minute or two on a CPU."""
+Two views of a sequence are two windows of it with a fifth of their symbols replaced. A minute or two on a CPU.
+"""
 import sys
 from pathlib import Path
 
@@ -56,6 +56,5 @@ def accuracy(objective, seed, steps=400, width=64):
 
 if __name__ == '__main__':
     found = {name: torch.tensor([accuracy(objective, s) for s in range(5)]) for name, objective in OBJECTIVES.items()}
-    for name, a in found.items():
-        print(f'{name}: kNN {a.mean():.1f} ± {a.std():.1f} %, to standard '
-              f'{(a - found["standard"]).mean():+.1f} ± {(a - found["standard"]).std():.1f}')
+    for name, a, gain in ((name, a, a - found['standard']) for name, a in found.items()):
+        print(f'{name}: kNN {a.mean():.1f} ± {a.std():.1f} %, to standard {gain.mean():+.1f} ± {gain.std():.1f}')

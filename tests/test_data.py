@@ -71,7 +71,8 @@ def test_damaged_files_are_named_and_kept(stl10, damage):
 @pytest.mark.parametrize('name', ['stl10', 'cifar10', 'cifar100'])
 def test_missing_data_without_network(tmp_path, name):
     with pytest.raises(DataError, match=f'{name.upper()} is not in {tmp_path}.*no network.*--dataset_name shapes'):
-        load_data(name, tmp_path)
+        load_data(name, tmp_path / 'data')
+    assert not (tmp_path / 'data').exists()
 
 
 def test_cifar10(tmp_path, monkeypatch):

@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HOME
+from PIL import Image
 
+import cifar10_jpeg
 import linear
 import main
 import model
@@ -204,6 +206,19 @@ def test_hard_negatives_help_on_sequences():
     gains = [sequences.accuracy(sequences.OBJECTIVES['hard, β = 2'], seed, steps=60)
              - sequences.accuracy(sequences.OBJECTIVES['standard'], seed, steps=60) for seed in (0, 1)]
     assert min(gains) > 2
+
+
+def test_jpeg_files_are_the_first_of_each_class(tmp_path, monkeypatch):
+    class Fake(list):
+        classes = 'ab'
+
+    images = [Image.new('RGB', (32, 32), (10 * i, 0, 0)) for i in range(8)]
+    fake = Fake((image, i % 2) for i, image in enumerate(images))  # a: 0, 2, 4, 6; b: 1, 3, 5, 7
+    monkeypatch.setattr(cifar10_jpeg, 'CIFAR10', lambda root, train, download: fake)
+    cifar10_jpeg.main(tmp_path, (('train', 3), ('test', 1)))
+    data = load_data('folder', tmp_path / 'cifar10_jpeg', 32)
+    assert data.train[:, 0, 0, 0].sub(torch.tensor([0, 20, 40, 10, 30, 50])).abs().max() <= 2
+    assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and len(data.test) == 2
 
 
 def test_the_example_is_short():
