@@ -37,7 +37,6 @@ def arguments(argv=None):
     data.add_argument('--image_size', type=runtime.integer(8, 512), help='pixels of the training views')
     data.add_argument('--test_size', type=runtime.integer(8, 1024), help='pixels of the test images')
     data.add_argument('--store_size', type=runtime.integer(8, 1024), help='pixels at which a folder\'s images are kept')
-    data.add_argument('--precision', choices=('bf16', 'fp32'), help='of the encoder (default: bf16 on CUDA)')
     train = parser.add_argument_group('probe')
     train.add_argument('--bn', default='eval', choices=('eval', 'train'),
                        help='freeze BatchNorm\'s statistics too, or let them drift as in the published code')
@@ -45,6 +44,7 @@ def arguments(argv=None):
     train.add_argument('--epochs', default=100, type=runtime.positive_int, help='passes over the labelled images')
     train.add_argument('--lr', default=1e-3, type=runtime.positive, help='learning rate of Adam')
     train.add_argument('--weight_decay', default=1e-6, type=runtime.non_negative, help='weight decay of Adam')
+    train.add_argument('--precision', choices=('bf16', 'fp32'), help='of the encoder (default: bf16 on CUDA)')
     train.add_argument('--seed', default=0, help='of the probe\'s weights, shuffles and views', type=runtime.seed)
     args = parser.parse_args(argv)
     if args.batch_size < WORLD:
@@ -70,6 +70,7 @@ def main(argv=None):
               if args.bn == 'eval' or name in dict(net.named_parameters())}
     probe = torch.nn.Linear(net.width, len(data.classes), device=device)
     optimizer = torch.optim.Adam(probe.parameters(), args.lr, weight_decay=args.weight_decay)
+    args.precision = args.precision or runtime.default_precision()
     autocast = runtime.autocast(device, args.precision)
     resident = runtime.fits(device, data.train, data.test)
     batches = DeviceViews(data.train, args.batch_size, args.image_size, views=1, seed=args.seed, device=device,

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 import warnings
@@ -402,7 +403,7 @@ def provenance(device):
     """What made the files of a run, for its JSON."""
     versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
                     numpy=np.__version__, pillow=PIL.__version__, opencv=cv2.__version__)
-    return dict(command=' '.join(sys.argv), ranks=WORLD, device=device_name(device), versions=versions)
+    return dict(command=shlex.join(sys.argv), ranks=WORLD, device=device_name(device), versions=versions)
 
 
 def device_name(device):

@@ -129,9 +129,8 @@ def bench_loss(args, device):
 
 
 def bench_augment(args, device):
-    if device.type == 'cpu':
-        torch.set_num_threads(1)
-        cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     images = load_data('shapes').train  # (4000, 3, 96, 96)
     batch = 256
 

@@ -1,25 +1,40 @@
-"""Download CIFAR-10 and write a part of it as JPEG files, the folder data set of the README's table: data/cifar10_jpeg.
+"""Write a part of CIFAR-10 as JPEG files, the folder data set of the README's table; CIFAR-10 is downloaded if missing.
 
-    python misc/cifar10_jpeg.py     # the first 1,000 training and 200 test images of each class
+    python misc/cifar10_jpeg.py     # data/cifar10_jpeg: the first 1,000 training and 200 test images of each class
 """
 
-from collections import Counter
+import sys
 from pathlib import Path
 
-from torchvision.datasets import CIFAR10
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import runtime
+from utils import load_data
 
 
-def main(root='data', parts=(('train', 1000), ('test', 200))):
-    for split, count in parts:
-        data, seen = CIFAR10(root, train=split == 'train', download=True), Counter()
-        for image, label in data:
-            name = data.classes[label]
-            path = Path(root, 'cifar10_jpeg', split, name, f'{seen[name]:04}.jpg')
-            if seen[name] < count:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image.save(path, quality=75)
-            seen[name] += 1
+def main(argv=None):
+    parser = runtime.Parser(prog='cifar10_jpeg.py', description=__doc__.partition('\n')[0])
+    parser.add_argument('--root', default='data', help='where CIFAR-10 is or comes to, and cifar10_jpeg comes to')
+    parser.add_argument('--train', default=1000, type=runtime.integer(1, 5000), help='training images of each class')
+    parser.add_argument('--test', default=200, type=runtime.integer(1, 1000), help='test images of each class')
+    args = parser.parse_args(argv)
+    out, beside = Path(args.root, 'cifar10_jpeg'), Path(args.root, 'cifar10_jpeg.part')
+    with runtime.one_line_errors():
+        if out.exists():
+            raise ValueError(f'{out} is there already')
+        data = load_data('cifar10', args.root)
+        splits = ('train', data.train, data.train_labels, args.train), ('test', data.test, data.test_labels, args.test)
+        for split, images, labels, count in splits:
+            for label, name in enumerate(data.classes):
+                folder = beside / split / name
+                folder.mkdir(parents=True, exist_ok=True)
+                for i, index in enumerate((labels == label).nonzero()[:count, 0]):
+                    image = Image.fromarray(images[index].permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+                    image.save(folder / f'{i:04}.jpg', quality=75)
+        beside.rename(out)
+    print(out)
 
 
 if __name__ == '__main__':
-    main()
+    runtime.run(main)

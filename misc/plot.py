@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import runtime
 from augment import apply, draw
 from losses import contrastive_loss
-from main import FREE, encode
+from main import encode
 from model import load_model, unit
 from sweep import OBJECTIVE, read_run
 from utils import MEAN, STD, load_data, seeded
@@ -47,7 +47,7 @@ def main(argv=None):
     for name, (function, what, plural) in PICTURES.items():
         command = commands.add_parser(name, help=function.__doc__.partition('\n')[0])
         command.add_argument('paths', nargs='+' if plural else 1, type=Path, help=what)
-        command.add_argument('--out', type=Path, help=f'file to write (default: {name}.png beside the first path)')
+        command.add_argument('--out', type=Path, help=f'file to write (default: {name}.png in the first run)')
         if name != 'curves':
             command.add_argument('--root', help='directory of the data set (default: as in config.json)')
             command.add_argument('--seed', default=0, type=runtime.seed, help='of the choice of images')
@@ -55,7 +55,7 @@ def main(argv=None):
             command.add_argument('--query', default=0, type=runtime.integer(0, BATCH - 1),
                                  help='which image of the batch is the query')
         if name in ('similarity', 'map'):
-            command.add_argument('--images', default=2000, type=runtime.integer(100, 20000),
+            command.add_argument('--images', default=2000, type=runtime.integer(100, 5000),
                                  help='test images, at most, drawn at random')
     args = parser.parse_args(argv)
     function = PICTURES[args.what][0]
@@ -76,11 +76,10 @@ def curves(args):
     groups = {}
     for path in args.paths:
         run = read_run(path)
-        settings = {name: value for name, value in run['settings'].items() if name not in ('seed', *FREE)}
-        groups.setdefault(repr(settings), []).append(run)
+        groups.setdefault(repr(run['identity'] | {'seed': None}), []).append(run)
     if len(groups) > len(COLOURS):
         raise ValueError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
-    titles = names([runs[0] for runs in groups.values()])
+    titles = names([runs[0] for runs in groups.values()], but='seed')
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
     for name, colour, marker, runs in zip(titles, COLOURS, 'os^DvP*X', groups.values()):
         log = pd.concat(run['log'] for run in runs)
@@ -97,14 +96,14 @@ def curves(args):
     return figure
 
 
-def names(runs):
-    """A name for each run: its objective, and the settings by which runs of one objective differ."""
-    settings = pd.DataFrame([run['settings'] for run in runs]).drop(columns=[*FREE, *OBJECTIVE], errors='ignore')
-    differ = [name for name in settings if settings[name].nunique(dropna=False) > 1]
+def names(runs, but=None):
+    """A name for each run: its objective, and the settings by which runs of one objective differ, but for one."""
     found = [run['objective'] for run in runs]
+    settings = pd.DataFrame([run['identity'] for run in runs]).drop(columns=['objective', *OBJECTIVE])
+    differ = [name for name in settings if settings[name].nunique(dropna=False) > 1 and name != but]
     if len({*found}) == len(found):
         return found
-    return [name + ''.join(f', {setting} {run["settings"].get(setting)}' for setting in differ)
+    return [', '.join([name, *(f'{setting} {run["identity"][setting]}' for setting in differ)])
             for name, run in zip(found, runs)]
 
 
@@ -116,18 +115,12 @@ def open_checkpoint(path, root):
     return net, run, data
 
 
-def where(run):
-    """Name of the run's data set."""
-    settings = run['settings']
-    return Path(settings['root']).resolve().name if settings['dataset_name'] == 'folder' else settings['dataset_name']
-
-
 def features(net, images, run):
     """f's features (n, width) of uint8 images, on the CPU."""
     device = runtime.start()
     net.to(device)
     everything = torch.arange(len(images))
-    size, autocast = run['settings']['test_size'], runtime.autocast(device, None)
+    size, autocast = run['settings']['test_size'], runtime.autocast(device, 'fp32')
     return encode(net, images, everything, size, autocast, device).cpu()
 
 
@@ -178,7 +171,7 @@ def neighbours(args):
                  RIGHT if label == truth else WRONG)
     figure.suptitle(f'Test image (left) and its {columns} nearest training images by cosine of features: '
                     'same class green,\nanother class red, marked × and named. '
-                    f'{where(run)}, {run["objective"]}', fontsize=9)
+                    f'{run["data"]}, {run["objective"]}', fontsize=9)
     return figure
 
 
@@ -204,7 +197,7 @@ def class_map(args):
         style = dict(color=COLOURS[label % len(COLOURS)], marker=MARKERS[label // len(COLOURS) % len(MARKERS)])
         axes.scatter(*place[labels == label].T, s=10, alpha=0.8, linewidths=0, label=name, **style)
     axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)', xticks=[], yticks=[],
-             title=f'f\'s features of {len(x)} test images, {where(run)}, {run["objective"]}')
+             title=f'f\'s features of {len(x)} test images, {run["data"]}, {run["objective"]}')
     figure.legend(*axes.get_legend_handles_labels(), loc='outside right center', markerscale=2,
                   ncols=1 + len(data.classes) // 30)
     return figure

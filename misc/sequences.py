@@ -36,7 +36,8 @@ def view(x, random):
 
 def accuracy(objective, seed, steps=400, width=64):
     """kNN accuracy (percent) on 1,000 sequences of f's features, trained on 4,000 others with the objective."""
-    random, _ = torch.Generator().manual_seed(seed), torch.manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     group, own = (torch.randn(5, n, SYMBOLS, SYMBOLS, generator=random) for n in (1, 4))
     transitions = (group + 0.5 * own).flatten(0, 1).softmax(-1)  # (20, SYMBOLS, SYMBOLS)
     (x, kind), (x_test, kind_test) = (sequences(transitions, n, random) for n in (4000, 1000))

@@ -4,13 +4,14 @@
     python misc/sweep.py --results_dir results/cifar10 --table_only       # the table again, from the logs alone
 
 The runs are directories of --results_dir, and the same command continues a sweep that was stopped. It ends with
-table.csv, which holds every row's settings and command, and table.md. Any run found there gets its row, so add your
-own. On two CPU cores 15 runs of 80,000 views of 16 px (ResNet-18, bf16) and their probes take about 1.5 hours.
+table.csv, which holds every row's settings and command, and table.md. Any finished run found there is counted, so add
+your own. On two CPU cores 15 runs of 80,000 views of 16 px (ResNet-18, bf16) and their probes take about 1.5 hours.
 """
 
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -31,12 +32,14 @@ OBJECTIVES = {
     'hard_b1': ['--estimator', 'hard', '--beta', '1'],
     'hard_b2': ['--estimator', 'hard', '--beta', '2'],
 }
-OBJECTIVE = ['estimator', 'tau_plus', 'beta']
+OWN = ('--estimator', '--debiased', '--beta', '--seed')  # flags of main.py that the sweep sets
+OBJECTIVE = ['estimator', 'tau_plus', 'beta', 'anneal']
+SYMBOLS = ('tau_plus', 'τ⁺'), ('beta', 'β')
 METRICS = ['knn', 'linear', 'linear_bn_train']
 TITLES = dict(knn='kNN, %', linear='linear probe, %', linear_bn_train='probe, BatchNorm drifting, %',
-              **{f'{name}_gain': 'to standard' for name in METRICS})
-SHOWN = ['dataset_name', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'epochs', 'precision', 'device',
-         'versions']
+              **{f'{name}_gain': 'against standard' for name in METRICS})
+SHOWN = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'epochs', 'precision', 'linear_how',
+         'device', 'versions']
 
 
 def main(argv=None):
@@ -44,6 +47,7 @@ def main(argv=None):
                             epilog='All other flags are those of main.py.')
     parser.add_argument('--results_dir', default='results/sweep', help='directory of the runs and of the table')
     parser.add_argument('--objectives', nargs='+', default=list(OBJECTIVES), choices=OBJECTIVES, help='what to compare')
+    parser.add_argument('--tau_plus', help='of all objectives but the standard one (default: main.py\'s)')
     parser.add_argument('--seeds', default=3, type=runtime.positive_int, help='runs of each: seeds 0, 1, ...')
     parser.add_argument('--jobs', default=1, type=runtime.positive_int, help='runs at a time, which share the cores')
     parser.add_argument('--probe', default='', help='flags of linear.py, in quotes: --probe="--epochs 10"')
@@ -51,15 +55,16 @@ def main(argv=None):
     args, flags = parser.parse_known_args(argv)
     results = Path(args.results_dir)
     if not args.table_only:
-        probe = shlex.split(args.probe)
-        linear.arguments(probe)  # wrong flags end here, before anything is trained
-        runs = [(results / f'{name}_{seed}', [*flags, *OBJECTIVES[name], '--seed', str(seed)])
-                for seed in range(args.seeds) for name in args.objectives]
+        if own := [flag for flag in flags if flag.partition('=')[0] in OWN]:
+            parser.error(f'{" ".join(own)}: the sweep sets {", ".join(OWN)} itself')
+        linear.arguments(shlex.split(args.probe))  # wrong flags end here, before anything is trained
+        runs = []
+        for seed in range(args.seeds):
+            for name in args.objectives:
+                tau_plus = ['--tau_plus', args.tau_plus] if args.tau_plus and name != 'standard' else []
+                runs.append((results / f'{name}_{seed}', [*flags, *OBJECTIVES[name], *tau_plus, '--seed', str(seed)]))
         epochs = {train.arguments(flags)[0].epochs for _, flags in runs}.pop()
-        with ThreadPoolExecutor(args.jobs) as pool:
-            threads = str(max(1, os.cpu_count() // args.jobs))
-            for line in pool.map(lambda run: train_and_probe(*run, epochs, probe, threads), runs):
-                print(line, flush=True)
+        run_all(runs, epochs, shlex.split(args.probe), args.jobs)
     with runtime.one_line_errors():
         table = make_table(results)
         runtime.write(results / 'table.csv', table.to_csv(index=False).encode())
@@ -67,24 +72,47 @@ def main(argv=None):
     print(f'\n{markdown(table)}\nfiles in {results}: table.csv, table.md')
 
 
-def train_and_probe(directory, flags, epochs, probe, threads):
-    """Run main.py and linear.py, or what is left of them; returns the probe's last line."""
+def run_all(runs, epochs, probe, jobs):
+    """Train and probe every (directory, flags), some at a time. SIGTERM and Ctrl-C reach those that run."""
+    running = set()
+
+    def stop(signum, frame):
+        for process in running:
+            process.terminate()
+        sys.exit(128 + signum)
+
     def call(script, *arguments):
         command = [os.path.relpath(ROOT / script), *arguments]
-        done = subprocess.run([sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env={**os.environ, 'OMP_NUM_THREADS': threads})
-        last = (done.stdout.splitlines() or ['no output'])[-1]
-        if done.returncode:
-            raise SystemExit(f'error: {shlex.join(command)} ended with {done.returncode}: {last}. '
+        with subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env={**os.environ, 'OMP_NUM_THREADS': str(max(1, os.cpu_count() // jobs))}) as process:
+            running.add(process)
+            lines = process.communicate()[0].splitlines() or ['no output']
+            running.remove(process)
+        if process.returncode:
+            raise SystemExit(f'error: {shlex.join(command)} ended with {process.returncode}: {lines[-1]}. '
                              'The same command continues the sweep')
-        return last
+        return lines[-1]
 
-    call('main.py', *flags, '--results_dir', str(directory))
-    return f'{directory}: ' + call('linear.py', '--model_path', str(directory / f'model_{epochs}.pth'), *probe)
+    def train_and_probe(run):
+        directory, flags = run
+        checkpoint = str(directory / f'model_{epochs}.pth')
+        given = vars(linear.arguments(['--model_path', checkpoint, *probe]))
+        call('main.py', *flags, '--results_dir', str(directory))
+        for name in METRICS[1:]:
+            settings, _ = read_probe(directory, epochs, name)
+            if settings and all(settings[name] == value for name, value in given.items() if value is not None):
+                return f'{directory}: probed before'
+        return f'{directory}: ' + call('linear.py', '--model_path', checkpoint, *probe)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    with ThreadPoolExecutor(jobs) as pool:
+        for line in pool.map(train_and_probe, runs):
+            print(line, flush=True)
+    signal.signal(signal.SIGTERM, before)
 
 
 def read_run(directory):
-    """The config.json of a run, with its log (a DataFrame) and a name of its objective for people.
+    """The config.json of a run, its log (a DataFrame), and the objective's and the data set's names for people.
 
     Raises:
         ValueError: naming what is missing or not of a run.
@@ -94,13 +122,32 @@ def read_run(directory):
             raise ValueError(f'{directory} is not the directory of a run: {name} is missing')
     run = runtime.read_config(directory / 'config.json')
     try:
-        run['log'] = pd.read_csv(directory / 'log.csv')[list(train.COLUMNS)]
-    except (ValueError, KeyError):
-        raise ValueError(f'{directory / "log.csv"} is not the log of a run') from None
-    settings = run['settings']
-    run['objective'] = settings['estimator'] + ''.join(
-        f', {symbol} = {settings[name]:g}' for symbol, name in (('τ⁺', 'tau_plus'), ('β', 'beta')) if settings[name])
+        run['log'] = pd.read_csv(directory / 'log.csv')[list(train.COLUMNS)].astype(float)
+        settings = run['settings']
+        run['objective'] = settings['estimator'] + ''.join(
+            f', {symbol} = {settings[name]:g}' for name, symbol in SYMBOLS if settings[name])
+        run['objective'] += ', annealed' * (settings['anneal'] == 'down') + ', oracle' * settings['oracle']
+        folder = settings['dataset_name'] == 'folder'
+        run['data'] = Path(settings['root']).resolve().name if folder else settings['dataset_name']
+        run['identity'] = {name: value for name, value in settings.items() if name not in train.FREE}
+        run['identity'] |= dict(objective=run['objective'], data=run['data'], ranks=run['ranks'],
+                                images='{train} + {test}'.format(**run['images']))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{directory}: config.json or log.csv is not of a run ({error!r})') from None
     return run
+
+
+def read_probe(directory, epochs, name):
+    """Settings and last row of a finished probe of the run's last encoder, or None and None."""
+    file = directory / f'model_{epochs}_{name}.csv'
+    try:
+        settings = json.loads(file.with_suffix('.json').read_text())
+        row = pd.read_csv(file).iloc[-1]
+        if row['epoch'] == settings['settings']['epochs']:
+            return settings['settings'] | {'command': settings['command']}, row
+    except (OSError, ValueError, KeyError, IndexError):
+        pass
+    return None, None
 
 
 def make_table(results):
@@ -108,60 +155,72 @@ def make_table(results):
 
     Of each accuracy (percent): the mean over seeds, the standard deviation, and mean and standard deviation of its
     difference, seed by seed, to the standard objective's at the same settings.
+
+    Raises:
+        ValueError: no finished run there, or two of the same settings and seed.
     """
     rows = []
     for directory in sorted(path.parent for path in results.glob('*/config.json')):
         run = read_run(directory)
-        settings, log = run['settings'], run['log']
-        if len(log) < settings['epochs']:
+        epochs, log = run['settings']['epochs'], run['log']
+        if len(log) < epochs:
             print(f'{directory}: not finished, left out', file=sys.stderr)
             continue
-        row = {name: value for name, value in settings.items() if name not in train.FREE}
-        row |= dict(objective=run['objective'], images='{train} + {test}'.format(**run['images']), device=run['device'],
-                    versions=', '.join(map(' '.join, run['versions'].items())), minutes=log['seconds'].sum() / 60,
-                    command=run['command'], knn=log['test_acc@1'].iloc[-1])
+        row = run['identity'] | dict(minutes=log['seconds'].sum() / 60, knn=log['test_acc@1'].iloc[-1],
+                                     command=run['command'], device=run['device'],
+                                     versions=', '.join(map(' '.join, run['versions'].items())))
         for probe in METRICS[1:]:
-            file = directory / f'model_{settings["epochs"]}_{probe}.csv'
-            row[probe], row[f'{probe}_command'] = None, ''
-            if file.exists():
-                row[probe] = pd.read_csv(file)['test_acc@1'].iloc[-1]
-                row[f'{probe}_command'] = json.loads(file.with_suffix('.json').read_text())['command']
+            settings, last = read_probe(directory, epochs, probe)
+            row |= {probe: None if last is None else last['test_acc@1'], f'{probe}_command': None, f'{probe}_how': None}
+            if settings:
+                row[f'{probe}_command'] = settings.pop('command')
+                row[f'{probe}_how'] = ', '.join(f'{name} {value}' for name, value in sorted(settings.items())
+                                                if name not in ('model_path', 'root'))
         rows.append(row)
     if not rows:
         raise ValueError(f'{results} holds no finished run')
     runs = pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
-    commands = [name for name in runs if name.endswith('command')]
-    same = [name for name in runs if name not in ['seed', 'minutes', *METRICS, *commands]]
+    commands = ['command', *(f'{probe}_command' for probe in METRICS[1:])]
+    told = [*(f'{probe}_how' for probe in METRICS[1:]), 'device', 'versions']  # rows may mix these, and then say so
+    same = [name for name in runs if name not in ['seed', 'minutes', *METRICS, *commands, *told]]
+    if (twice := runs.duplicated([*same, 'seed'])).any():
+        raise ValueError(f'{results} holds the same run twice: {runs.loc[twice, "command"].iloc[0]}')
     pair = ['seed', *(name for name in same if name not in ('objective', *OBJECTIVE))]
-    standard = runs.loc[runs['estimator'] == 'standard', [*pair, *METRICS]]
-    base = runs[pair].merge(standard, 'left', pair)[METRICS].where(runs['estimator'] != 'standard')
+    standard = runs.loc[runs['objective'] == 'standard', [*pair, *METRICS]]
+    base = runs[pair].merge(standard, 'left', pair, validate='m:1')[METRICS].where(runs['objective'] != 'standard')
     runs[[f'{name}_gain' for name in METRICS]] = runs[METRICS] - base
     columns = dict(seeds=('seed', 'size'), minutes=('minutes', 'mean'))
     for name in METRICS + [f'{name}_gain' for name in METRICS]:
-        columns |= {name: (name, 'mean'), f'{name}_std': (name, 'std')}
+        columns |= {name: (name, 'mean'), f'{name}_std': (name, 'std'), f'{name}_seeds': (name, 'count')}
     columns |= {name: (name, 'last') for name in commands}
+    columns |= {name: (name, lambda values: '; '.join(dict.fromkeys(values.dropna()))) for name in told}
     table = runs.groupby(same, dropna=False, as_index=False).agg(**columns)
-    table = table.round({name: 2 for name in columns if name not in ('seeds', *commands)})
-    return table.sort_values([*pair[1:], 'tau_plus', 'beta'], ignore_index=True)[
-        ['objective', *OBJECTIVE, *columns, *pair[1:]]]
+    numbers = [name for name in columns if table[name].dtype == float]
+    table[numbers] = table[numbers].round(2)
+    order = ['objective', *OBJECTIVE, *columns, *pair[1:]]
+    return table.sort_values([*pair[1:], 'tau_plus', 'beta'], ignore_index=True)[order]
 
 
 def markdown(table):
     """The table for people: accuracies as mean ± standard deviation, and below it what its rows share."""
     def cell(row, name):
+        if pd.isna(row[name]):
+            return ''
         spread = '' if pd.isna(row[f'{name}_std']) else f' ± {row[f"{name}_std"]:.2f}'
-        return '' if pd.isna(row[name]) else f'{row[name]:{"+" if "gain" in name else ""}.2f}{spread}'
+        fewer = f' ({row[f"{name}_seeds"]} of {row["seeds"]} seeds)' if row[f'{name}_seeds'] < row['seeds'] else ''
+        return f'{row[name]:{"+" if "gain" in name else ""}.2f}{spread}{fewer}'
 
+    settings = list(table)[list(table).index('linear_how'):]
     shown = [name for metric in METRICS if table[metric].notna().any() for name in (metric, f'{metric}_gain')]
-    shared = [name for name in SHOWN if table[name].nunique(dropna=False) == 1]
-    differ = [name for name in SHOWN if name not in shared]
+    differ = [name for name in settings if table[name].nunique(dropna=False) > 1]
+    shared = [name for name in SHOWN if name not in differ]
     heads = ['objective', *differ, 'seeds', *(TITLES[name] for name in shown), 'minutes']
     lines = [heads, ['---'] * len(heads)]
     for _, row in table.iterrows():
         lines.append([row['objective'], *(row[name] for name in differ), row['seeds'],
                       *(cell(row, name) for name in shown), f'{row["minutes"]:.1f}'])
     return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines) + (
-        '\n± is the standard deviation over seeds, minutes are those of training. All rows: '
+        '\n± is the standard deviation over seeds; minutes are those of the training steps. All rows: '
         + ', '.join(f'{name} {table[name].iloc[0]}' for name in shared) + '.\n')
 
 

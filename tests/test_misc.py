@@ -2,8 +2,8 @@
 
 import json
 import re
+import shutil
 from argparse import Namespace
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HOME
-from PIL import Image
 
 import cifar10_jpeg
 import linear
@@ -23,7 +22,7 @@ import sequences
 import sweep
 from augment import normalize
 from losses import contrastive_loss
-from utils import load_data
+from utils import Data, load_data
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +46,8 @@ def runs(run_of_one_epoch, tmp_path):
         pd.DataFrame(rows, columns=main.COLUMNS).to_csv(directory / 'log.csv', index=False)
         row = dict.fromkeys(linear.COLUMNS, 1) | {'test_acc@1': probe}
         pd.DataFrame([row]).to_csv(directory / 'model_2_linear.csv', index=False)
-        (directory / 'model_2_linear.json').write_text('{"command": "linear.py --lr 1"}')
+        about = dict(command='linear.py --lr 1', settings=dict(epochs=1, lr=1, model_path=str(directory)))
+        (directory / 'model_2_linear.json').write_text(json.dumps(about))
     return tmp_path
 
 
@@ -81,18 +81,39 @@ def test_table_keeps_other_settings_apart_and_leaves_unfinished_runs_out(runs, c
     assert '| objective | batch_size | seeds |' in (runs / 'table.md').read_text()
 
 
+def test_table_refuses_what_would_count_twice_or_is_not_finished(runs, capsys):
+    shutil.copytree(runs / 'standard_0', runs / 'backup')
+    with pytest.raises(SystemExit, match='holds the same run twice'):
+        sweep.main(['--table_only', '--results_dir', str(runs)])
+    shutil.rmtree(runs / 'backup')
+    (runs / 'standard_0' / 'model_2_linear.json').write_text(
+        '{"command": "linear.py --epochs 9", "settings": {"epochs": 9, "lr": 1}}')  # its CSV ends after 1
+    sweep.main(['--table_only', '--results_dir', str(runs)])
+    table = pd.read_csv(runs / 'table.csv')
+    assert table['seeds'].tolist() == [2, 2] and table['linear_seeds'].tolist() == [1, 2]
+    assert table['linear'].tolist() == [40, 37] and table['linear_gain'][1] == -2 and table['knn_gain'][1] == 3
+    assert '-2.00 (1 of 2 seeds)' in (runs / 'table.md').read_text()
+
+
+def test_ranks_and_data_sets_are_kept_apart(runs):
+    for change in (dict(ranks=8), dict(images=dict(train=31, test=9))):
+        config = json.loads((runs / 'hard_1' / 'config.json').read_text())
+        (runs / 'hard_1' / 'config.json').write_text(json.dumps(config | change))
+        assert sweep.make_table(runs)['seeds'].tolist() == [2, 1, 1]
+        assert len(plot.curves(arguments(*sorted(runs.iterdir()))).axes[0].lines) == 3
+
+
 def test_table_of_the_readme_is_that_of_the_logs_kept():
     kept = HOME / 'results' / 'cifar10_jpeg'
     table = sweep.make_table(kept)
-    pd.testing.assert_frame_equal(table, pd.read_csv(kept / 'table.csv', keep_default_na=False, na_values=['']),
-                                  check_dtype=False)
+    pd.testing.assert_frame_equal(table, pd.read_csv(kept / 'table.csv'), check_dtype=False)
     assert table['seeds'].min() >= 3
     assert sweep.markdown(table).partition('\n\n')[0] in (HOME / 'README.md').read_text()
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--seeds', '0'], '--seeds'), (['--betas', '3'], '--betas'), (['--beta', '1'], '--beta 1.0 has no effect'),
-    (['--probe', '--lr 0'], '--lr'), (['--objectives', 'soft'], 'soft')], ids=str)
+    (['--seeds', '0'], '--seeds'), (['--betas', '3'], '--betas'), (['--beta', '1'], '--beta'),
+    (['--tau_plus', '2'], '--tau_plus'), (['--probe', '--lr 0'], '--lr'), (['--objectives', 'soft'], 'soft')], ids=str)
 def test_wrong_flags_end_the_sweep_before_it_begins(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         sweep.main(['--dataset_name', 'shapes', '--results_dir', str(tmp_path / 'r'), *flags])
@@ -208,18 +229,14 @@ def test_hard_negatives_help_on_sequences():
     assert min(gains) > 2
 
 
-def test_jpeg_files_are_the_first_of_each_class(tmp_path, monkeypatch):
-    class Fake(list):
-        classes = 'ab'
-
-    images = [Image.new('RGB', (32, 32), (10 * i, 0, 0)) for i in range(8)]
-    fake = Fake((image, i % 2) for i, image in enumerate(images))  # a: 0, 2, 4, 6; b: 1, 3, 5, 7
-    monkeypatch.setattr(cifar10_jpeg, 'CIFAR10', lambda root, train, download: fake)
-    cifar10_jpeg.main(tmp_path, (('train', 3), ('test', 1)))
+def test_jpeg_files_are_the_first_of_each_class(tmp_path, monkeypatch, capsys):
+    images = torch.arange(0, 80, 10, dtype=torch.uint8).view(8, 1, 1, 1).expand(8, 3, 32, 32)
+    labels = torch.arange(8) % 2  # class 0: 0, 20, 40, 60; class 1: 10, 30, 50, 70
+    monkeypatch.setattr(cifar10_jpeg, 'load_data', lambda name, root: Data(images, labels, images, labels, ['a', 'b']))
+    flags = ['--root', str(tmp_path), '--train', '3', '--test', '1']
+    cifar10_jpeg.main(flags)
     data = load_data('folder', tmp_path / 'cifar10_jpeg', 32)
     assert data.train[:, 0, 0, 0].sub(torch.tensor([0, 20, 40, 10, 30, 50])).abs().max() <= 2
     assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and len(data.test) == 2
-
-
-def test_the_example_is_short():
-    assert len(Path(sequences.__file__).read_text().splitlines()) <= 60
+    with pytest.raises(SystemExit, match='cifar10_jpeg is there already'):
+        cifar10_jpeg.main(flags)
