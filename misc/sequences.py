@@ -41,18 +41,17 @@ def accuracy(objective, seed, steps=400, width=64):
     group, own = (torch.randn(5, n, SYMBOLS, SYMBOLS, generator=random) for n in (1, 4))
     transitions = (group + 0.5 * own).flatten(0, 1).softmax(-1)  # (20, SYMBOLS, SYMBOLS)
     (x, kind), (x_test, kind_test) = (sequences(transitions, n, random) for n in (4000, 1000))
-    f = nn.Sequential(nn.Conv1d(SYMBOLS, width, 3), nn.ReLU(), nn.Conv1d(width, width, 3), nn.ReLU(),
-                      nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    f = nn.Sequential(nn.Conv1d(SYMBOLS, width, 3), nn.ReLU(), nn.Conv1d(width, width, 3), nn.ReLU())
     g = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 32))
     optimizer = torch.optim.Adam([*f.parameters(), *g.parameters()], 3e-3)
     for _ in range(steps):
         batch = x[torch.randint(len(x), (128,), generator=random)]
-        z1, z2 = (F.normalize(g(f(view(batch, random))), dim=1) for _ in range(2))
+        z1, z2 = (F.normalize(g(f(view(batch, random)).mean(2)), dim=1) for _ in range(2))
         optimizer.zero_grad()
         contrastive_loss(z1, z2, **objective).backward()
         optimizer.step()
     with torch.no_grad():
-        return 100 * KNeighborsClassifier(20, metric='cosine').fit(f(x), kind).score(f(x_test), kind_test)
+        return 100 * KNeighborsClassifier(20, metric='cosine').fit(f(x).mean(2), kind).score(f(x_test).mean(2), kind_test)
 
 
 if __name__ == '__main__':
