@@ -40,7 +40,7 @@ def accuracy(objective, seed, steps=400, width=64):
     torch.manual_seed(seed)
     group, own = (torch.randn(5, n, SYMBOLS, SYMBOLS, generator=random) for n in (1, 4))
     transitions = (group + 0.5 * own).flatten(0, 1).softmax(-1)  # (20, SYMBOLS, SYMBOLS)
-    (x, kind), (x_test, kind_test) = (sequences(transitions, n, random) for n in (4000, 1000))
+    (x, kind), (x_new, kind_new) = (sequences(transitions, n, random) for n in (4000, 1000))
     f = nn.Sequential(nn.Conv1d(SYMBOLS, width, 3), nn.ReLU(), nn.Conv1d(width, width, 3), nn.ReLU())
     g = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 32))
     optimizer = torch.optim.Adam([*f.parameters(), *g.parameters()], 3e-3)
@@ -51,7 +51,7 @@ def accuracy(objective, seed, steps=400, width=64):
         contrastive_loss(z1, z2, **objective).backward()
         optimizer.step()
     with torch.no_grad():
-        return 100 * KNeighborsClassifier(20, metric='cosine').fit(f(x).mean(2), kind).score(f(x_test).mean(2), kind_test)
+        return 100 * KNeighborsClassifier(20, metric='cosine').fit(f(x).mean(2), kind).score(f(x_new).mean(2), kind_new)
 
 
 if __name__ == '__main__':
