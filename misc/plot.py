@@ -157,11 +157,11 @@ def similarity(args):
 def neighbours(args):
     """A grid of test images, each with the training images whose features are nearest."""
     net, run, data = open_checkpoint(args.paths[0], args.root)
-    rows, columns = min(8, len(data.test)), min(10, len(data.train))
+    rows, columns = min(5, len(data.test)), min(9, len(data.train))
     chosen = some(len(data.test), rows, args.seed)
     queries, memory = (unit(features(net, images, run)) for images in (data.test[chosen], data.train))
     nearest = (queries @ memory.T).topk(columns).indices  # (rows, columns)
-    figure, axes = plt.subplots(rows, columns + 1, figsize=(8, 8 * (rows + 1.4) / (columns + 1)))
+    figure, axes = plt.subplots(rows, columns + 1, figsize=(8, 8 * (rows + 1.4) / (columns + 1)), dpi=110)
     for line, query, found in zip(axes, chosen, nearest):
         truth = data.test_labels[query]
         picture(line[0], data.test[query], f'{data.classes[truth]}', None)
@@ -245,7 +245,7 @@ def negatives(args):
     axes.scatter([], [], color='#555555', marker='x', s=36, linewidths=1.2, label='false negative: the query\'s class')
     axes.axhline(0, color='#555555', linewidth=1)
     axes.set(ylabel='push apart: ∂ loss / ∂ cosine  (mean of standard = 1)', xlim=(x[0] - 0.06, x[-1] + 0.06))
-    axes.set_xlabel('cosine similarity of a negative to the query, and what is found there', labelpad=52)
+    axes.set_xlabel('cosine similarity of a negative to the query, and what is found there', labelpad=46)
     axes.legend(loc='upper left', bbox_to_anchor=(0.16, 1))
     picture(axes.inset_axes([0.01, 0.74, 0.14, 0.22]), seen[query], 'query', '#000000')
     count = 11  # negatives evenly spread over the axis, each below its place

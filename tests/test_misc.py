@@ -33,6 +33,11 @@ def run_of_one_epoch(tiny, tmp_path_factory):
 
 
 @pytest.fixture
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(plot.runtime, 'start', lambda: torch.device('cpu'))
+
+
+@pytest.fixture
 def runs(run_of_one_epoch, tmp_path):
     """Logs of two objectives with two seeds each, and their probes: kNN 10, 20; 14, 22; probes 30, 40; 36, 38."""
     config = json.loads((run_of_one_epoch / 'config.json').read_text())
@@ -152,7 +157,7 @@ def test_curves_are_means_over_seeds(runs):
     assert loss.get_xlabel() == 'epoch' and '%' in accuracy.get_ylabel()
 
 
-def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree):
+def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree, on_the_cpu):
     checkpoint = run_of_one_epoch / 'model_1.pth'
     panel, = plot.similarity(arguments(checkpoint)).axes
     net, data = model.load_model(checkpoint).eval(), load_data('folder', tree, 16)
@@ -167,16 +172,16 @@ def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree):
     assert f'{wins:.3f}' in panel.get_title()
 
 
-def test_neighbours_are_framed_by_class(run_of_one_epoch, tree):
+def test_neighbours_are_framed_by_class(run_of_one_epoch, tree, on_the_cpu):
     figure = plot.neighbours(arguments(run_of_one_epoch / 'model_1.pth'))
     net, data = model.load_model(run_of_one_epoch / 'model_1.pth').eval(), load_data('folder', tree, 16)
-    chosen = plot.some(9, 8, 0)
+    chosen = plot.some(9, 5, 0)
     x, y = (F.normalize(net.f(normalize(images.float() / 255)).flatten(1)) for images in
             (data.test[chosen], data.train))
-    found = (x @ y.T).topk(10).indices
+    found = (x @ y.T).topk(9).indices
     right = data.train_labels[found] == data.test_labels[chosen][:, None]
-    frames = [[axes.spines['left'].get_edgecolor() for axes in figure.axes[11 * row + 1:11 * row + 11]]
-              for row in range(8)]
+    frames = [[axes.spines['left'].get_edgecolor() for axes in figure.axes[10 * row + 1:10 * row + 10]]
+              for row in range(5)]
     assert [[plt.matplotlib.colors.to_hex(c) == plot.RIGHT.lower() for c in row] for row in frames] == right.tolist()
     assert torch.equal(torch.tensor(figure.axes[1].images[0].get_array()).permute(2, 0, 1), data.train[found[0, 0]])
 
@@ -204,7 +209,7 @@ def test_every_picture_is_written(run_of_one_epoch, runs, tmp_path, monkeypatch,
         out = tmp_path / f'{what}.png'
         plot.main([what, str(run_of_one_epoch) if what == 'curves' else checkpoint, '--out', str(out)])
         pixels = plt.imread(out)
-        assert pixels.shape[1] == (640 if what == 'similarity' else 1280)
+        assert pixels.shape[1] == {'similarity': 640, 'neighbours': 880}.get(what, 1280)
         assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50  # a picture, not a blank sheet
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / f'{what}.png') for what in plot.PICTURES]
 
