@@ -168,7 +168,7 @@ def neighbours(args):
         for panel, index in zip(line[1:], found):
             label = data.train_labels[index]
             picture(panel, data.train[index], '' if label == truth else f'× {data.classes[label]}',
-                 RIGHT if label == truth else WRONG)
+                    RIGHT if label == truth else WRONG)
     figure.suptitle(f'Test image (left) and its {columns} nearest training images by cosine of features: '
                     'same class green,\nanother class red, marked × and named. '
                     f'{run["data"]}, {run["objective"]}', fontsize=9)
