@@ -128,7 +128,7 @@ def read_run(directory):
             f', {symbol} = {settings[name]:g}' for name, symbol in SYMBOLS if settings[name])
         run['objective'] += ', annealed' * (settings['anneal'] == 'down') + ', oracle' * settings['oracle']
         folder = settings['dataset_name'] == 'folder'
-        run['data'] = Path(settings['root']).resolve().name if folder else settings['dataset_name']
+        run['data'] = Path(settings['root']).absolute().name if folder else settings['dataset_name']
         run['identity'] = {name: value for name, value in settings.items() if name not in train.FREE}
         run['identity'] |= dict(objective=run['objective'], data=run['data'], ranks=run['ranks'],
                                 images='{train} + {test}'.format(**run['images']))
