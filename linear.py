@@ -3,9 +3,10 @@
     python linear.py --model_path results/model_400.pth               # frozen BatchNorm statistics
     python linear.py --model_path results/model_400.pth --bn train    # the published protocol: they drift
 
-Data set, root and sizes come from the config.json beside the checkpoint unless a flag says otherwise. Each epoch adds
-a row to model_400_linear.csv (with --bn train: model_400_linear_bn_train.csv) beside the checkpoint, the settings are
-in a .json beside that; the result is the last epoch's accuracy, not the best on the test set.
+Data set, root and sizes come from the config.json beside the checkpoint unless a flag says otherwise. The probe leaves
+model_400_linear.csv (with --bn train: model_400_linear_bn_train.csv), a row an epoch, beside the checkpoint, and its
+settings in a .json beside that; both replace those of a former probe only when it ends, until then the rows are in
+model_400_linear.partial.csv. The result is the last epoch's accuracy, not the best on the test set.
 """
 
 import json
@@ -39,7 +40,8 @@ def arguments(argv=None):
     data.add_argument('--store_size', type=runtime.integer(8, 1024), help='pixels at which a folder\'s images are kept')
     train = parser.add_argument_group('probe')
     train.add_argument('--bn', default='eval', choices=('eval', 'train'),
-                       help='freeze BatchNorm\'s statistics too, or let them drift as in the published code')
+                       help='freeze BatchNorm\'s statistics too, or let them drift as in the published code '
+                            '(under torchrun: by each rank\'s part of a batch)')
     train.add_argument('--batch_size', default=512, type=runtime.positive_int, help='images in a batch, over all ranks')
     train.add_argument('--epochs', default=100, type=runtime.positive_int, help='passes over the labelled images')
     train.add_argument('--lr', default=1e-3, type=runtime.positive, help='learning rate of Adam')
@@ -58,6 +60,8 @@ def main(argv=None):
     with runtime.one_line_errors():
         net = load_model(path)
         config = read_config(path.with_name('config.json'))
+        if not config and args.dataset_name is None:
+            runtime.say(f'No config.json beside {path}: taking {FALLBACK["dataset_name"]}, as published')
         for name, fallback in FALLBACK.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, config.get(name, fallback))
@@ -80,6 +84,7 @@ def main(argv=None):
 
     rows, features = [], None
     out = f'{path.stem}_linear' + ('_bn_train' if args.bn == 'train' else '')
+    partial = path.with_name(f'{out}.partial.csv')
     about = json.dumps(dict(settings=vars(args), **provenance(device)), indent=2)
     bar = tqdm(range(1, args.epochs + 1), 'linear probe', disable=None if RANK == 0 else True, leave=False)
     for epoch in bar:
@@ -108,14 +113,16 @@ def main(argv=None):
         bar.set_postfix_str(f'train {scores[1]:.2f} %, test {scores[4]:.2f} %')
         with runtime.one_line_errors():
             if RANK == 0:
-                csv = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False)
-                runtime.write(path.with_name(f'{out}.json'), about.encode())
-                runtime.write(path.with_name(f'{out}.csv'), csv.encode())
+                runtime.write(partial, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False).encode())
     bar.close()
 
     after = net.state_dict()
     moved = [name for name, value in frozen.items() if not torch.equal(value, after[name])]
     assert not moved, f'the probe moved the encoder: {moved}'
+    with runtime.one_line_errors():
+        if RANK == 0:
+            runtime.write(path.with_name(f'{out}.json'), about.encode())
+            partial.replace(path.with_name(f'{out}.csv'))
     runtime.say(f'{knn_accuracy(path)}linear probe {rows[-1]["test_acc@1"]:.2f} % (@5 {rows[-1]["test_acc@5"]:.2f} %), '
                 f'files in {path.parent}')
 

@@ -85,7 +85,7 @@ def arguments(argv=None):
     train.add_argument('--precision', choices=('bf16', 'fp32'),
                        help='bf16 autocast, or float32 with cuDNN\'s TF32; the loss is float32 (default: bf16 on CUDA)')
     train.add_argument('--compile', action=argparse.BooleanOptionalAction,
-                       help='compile the network and the views (default: on CUDA)')
+                       help='compile the views, and the network unless --sync_bn (default: on CUDA)')
     train.add_argument('--sync_bn', action='store_true', help='BatchNorm over the whole batch, not each rank\'s part')
     out = parser.add_argument_group('monitor and results')
     out.add_argument('--k', default=200, type=runtime.positive_int, help='neighbours of the kNN monitor')
@@ -102,7 +102,7 @@ def arguments(argv=None):
         parser.error('--sync_bn needs CUDA: PyTorch has no SyncBatchNorm for CPUs')
     args.precision = args.precision or runtime.default_precision()
     if args.compile is None:
-        args.compile = torch.cuda.is_available() and not args.sync_bn  # SyncBatchNorm breaks the graph at every layer
+        args.compile = torch.cuda.is_available()
     return args, parser
 
 
@@ -138,7 +138,7 @@ def main(argv=None):
     args, parser = arguments(argv)
     with runtime.one_line_errors():
         data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=not args.oracle)
-    labelled = (data.train_labels >= 0).nonzero()[:, 0]  # the kNN memory
+    labelled, everything = (data.train_labels >= 0).nonzero()[:, 0], torch.arange(len(data.test))  # memory, queries
     steps = len(data.train) // args.batch_size
     if steps == 0:
         parser.error(f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} images')
@@ -157,7 +157,7 @@ def main(argv=None):
     net.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     # All that resuming needs: shuffles and views are functions of (seed, epoch, step), so no generator has a state.
-    state = dict(epoch=0, step=0, losses=torch.zeros(steps, device=device), log=[])
+    state = dict(epoch=0, step=0, seconds=0.0, losses=torch.zeros(steps, device=device), log=[])
     if saved:
         net.load_state_dict(saved.pop('model'))
         optimizer.load_state_dict(saved.pop('optimizer'))
@@ -166,7 +166,7 @@ def main(argv=None):
         if state['epoch'] == args.epochs:
             return runtime.say(f'{args.results_dir} holds this run, finished: {describe(state["log"][-1])}')
         runtime.say(f'Continuing {args.results_dir} after epoch {state["epoch"]}, step {state["step"]}')
-    if args.compile:
+    if args.compile and not args.sync_bn:  # SyncBatchNorm breaks the graph at every layer
         net.compile(dynamic=False)  # in place: the names of the weights stay as they are
     # Views go through the network one by one, and DDP must not overwrite BatchNorm's buffers between two forwards.
     warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated', FutureWarning)
@@ -181,36 +181,41 @@ def main(argv=None):
     else:
         batches = DeviceViews(data.train, **common, resident=resident, compile=args.compile)
     classes = data.train_labels.to(device) if args.oracle else None
-    test = data.test.to(device) if resident else data.test
+    data.train, data.test = batches.images, data.test.to(device) if resident else data.test  # not on the host as well
 
     results, signals, last_save = Path(args.results_dir), runtime.Signals(), time.monotonic()
     if not saved:
         save(results, net, optimizer, state)  # from here on there is always a state to continue from
-    look = Progress(args, steps, state, signals, every=20 if cuda or WORLD > 1 else 1, cuda=cuda)
+    look_every = 20 if cuda or WORLD > 1 else 1  # steps between those that wait for the device and the other ranks
+    progress = Progress(args, steps, state['epoch'] * steps + state['step'], cuda)
     try:
         for epoch in range(state['epoch'] + 1, args.epochs + 1):
-            began, first = time.monotonic(), state['step']
+            began = time.monotonic() - state['seconds']
             beta = annealed(args.beta, epoch, args.epochs) if args.anneal == 'down' else args.beta
             objective = partial(contrastive_loss, temperature=args.temperature, tau_plus=args.tau_plus, beta=beta)
             net.train()
-            for views, index in batches.epoch(epoch, first):
+            for views, index in batches.epoch(epoch, state['step']):
                 labels = None if classes is None else classes[index]
                 loss = train_step(ddp, views, labels, optimizer, objective, autocast, args.joint_views)
                 state['losses'][state['step']] = loss
-                state['step'] += 1
-                look(epoch)
+                state.update(step=state['step'] + 1, seconds=time.monotonic() - began)
+                if state['step'] % look_every == 0 or state['step'] == steps:
+                    losses = state['losses'][:state['step']].cpu()
+                    check_finite(losses, epoch, args)
+                    progress.show(epoch, state['step'], losses.mean())
+                    signals.check()
             seconds = time.monotonic() - began
 
             row = dict(zip(COLUMNS, (epoch, state['losses'].mean().item(), None, None, args.lr,
-                                     args.batch_size * (steps - first) / seconds, seconds)))
+                                     args.batch_size * steps / seconds, seconds)))
             average_buffers(net)
             if epoch % args.knn_every == 0 or epoch == args.epochs:
                 memory, queries = (encode(net, images, index, args.test_size, autocast, device, signals)
-                                   for images, index in ((batches.images, labelled), (test, torch.arange(len(test)))))
+                                   for images, index in ((data.train, labelled), (data.test, everything)))
                 row['test_acc@1'], row['test_acc@5'] = knn(memory, queries, data.train_labels[labelled].to(device),
                                                            data.test_labels.to(device), args.k)
             state['log'].append(row)
-            state.update(epoch=epoch, step=0)
+            state.update(epoch=epoch, step=0, seconds=0.0)
             runtime.say(f'epoch {epoch}/{args.epochs}: {describe(row)}')
             keep = epoch % args.save_every == 0 or epoch == args.epochs
             if keep or time.monotonic() - last_save > 60:
@@ -224,6 +229,8 @@ def main(argv=None):
         runtime.say(f'Stopped in epoch {state["epoch"] + 1} after step {state["step"]}, saved in {results}; '
                  'the same command continues')
         sys.exit(128 + stopped.signum)
+    finally:
+        progress.close()
     runtime.say(f'Finished: files in {results}. Next: python linear.py --model_path {results}/model_{args.epochs}.pth')
 
 
@@ -287,41 +294,38 @@ def knn(memory, queries, memory_labels, labels, k, temperature=0.5):
     return (100 * hits / len(queries)).tolist()
 
 
+def check_finite(losses, epoch, args):
+    """End the run, on every rank, if one of the epoch's losses (steps,) so far is not a number or infinite."""
+    if losses.isfinite().all():
+        return
+    step = int(losses.isfinite().logical_not().nonzero()[0]) + 1
+    raise SystemExit(f'error: the loss is {losses[step - 1]} at epoch {epoch}, step {step}; the last good state in '
+                     f'{args.results_dir} is untouched. Common causes: --lr {args.lr} too high, --temperature '
+                     f'{args.temperature} too low, --precision {args.precision}' if RANK == 0 else 1)
+
+
 class Progress:
-    """Called after every step: at every `every`-th it reads the loss, shows it, and lets a run be stopped."""
+    """A bar for each epoch, with loss, speed and the time left of the run; without CUDA it says that time at once."""
 
-    def __init__(self, args, steps, state, signals, every, cuda):
-        self.args, self.steps, self.state, self.signals = args, steps, state, signals
-        self.every, self.cuda = every, cuda
-        self.bar, self.began, self.done = None, time.monotonic(), 0
+    def __init__(self, args, steps, first, cuda):
+        self.args, self.steps, self.first, self.said = args, steps, first, cuda
+        self.bar, self.began = None, time.monotonic()
 
-    def __call__(self, epoch):
-        args, step = self.args, self.state['step']
-        self.done += 1
-        if step % self.every and step < self.steps:
-            return
-        losses = self.state['losses'][:step].cpu()  # waits for the GPU
-        if not losses.isfinite().all():
-            self.close()
-            bad = int(losses.isfinite().logical_not().nonzero()[0]) + 1
-            raise SystemExit(f'error: the loss is {losses[bad - 1]} at epoch {epoch}, step {bad}; the last good state '
-                             f'in {args.results_dir} is untouched. Common causes: --lr {args.lr} too high, '
-                             f'--temperature {args.temperature} too low, --precision {args.precision}'
-                             if RANK == 0 else 1)
-        pace = (time.monotonic() - self.began) / self.done
-        seconds = pace * ((args.epochs - epoch + 1) * self.steps - step)
+    def show(self, epoch, step, loss):
+        args, whole = self.args, (epoch - 1) * self.steps + step  # steps of the run so far
+        pace = (time.monotonic() - self.began) / (whole - self.first)
+        left = duration(pace * (args.epochs * self.steps - whole))
         if self.bar is None:
             self.bar = tqdm(total=self.steps, desc=f'epoch {epoch}/{args.epochs}', unit='step', leave=False,
                             disable=None if RANK == 0 else True)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(f'loss {losses.mean():.4f}, {args.batch_size * args.views / pace:.0f} views/s, '
-                                 f'{duration(seconds)} left')
-        if not self.cuda and self.done == 3:
-            runtime.say(f'No CUDA device: about {duration(seconds)} to go on this CPU'
-                        + (f'. A run of minutes: {SMALL}' if seconds > 1200 else ''))
+        self.bar.set_postfix_str(f'loss {loss:.4f}, {args.batch_size * args.views / pace:.0f} views/s, {left} left')
+        if not self.said and whole >= self.first + 3:
+            self.said = True
+            long = pace * (args.epochs * self.steps - whole) > 1200
+            runtime.say(f'No CUDA device: about {left} to go on this CPU' + f'. A run of minutes: {SMALL}' * long)
         if step == self.steps:
             self.close()
-        self.signals.check()
 
     def close(self):
         if self.bar is not None:
@@ -348,14 +352,14 @@ def open_run(results, args, data, device):
             raise ValueError(f'{results} holds a run on other data ({data_before["images"]} images there, '
                              f'{described["images"]} here): choose another --results_dir')
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
-    foreign = [*kept, *(name for name in ('last.pth', 'log.csv') if (results / name).exists())]
-    if (kept and missing) or (foreign and config_file.name in missing):
-        raise ValueError(f'{results} holds {", ".join(foreign)} but no {" and no ".join(missing)}, so '
+    trained = [*kept, *(name for name in ('last.pth', 'log.csv') if (results / name).exists())]
+    if trained and missing:
+        raise ValueError(f'{results} holds {", ".join(trained)} but no {" and no ".join(missing)}, so '
                          'the run there cannot be continued: choose another --results_dir')
     if state_file.exists():
         try:
             state = read_checkpoint(state_file)
-            if {*state} != {'model', 'optimizer', 'epoch', 'step', 'losses', 'log'}:
+            if {*state} != {'model', 'optimizer', 'epoch', 'step', 'seconds', 'losses', 'log'}:
                 raise ValueError(f'{state_file}: not the state of a run')
         except ValueError as error:
             raise ValueError(f'{error}. The run cannot be continued; intact beside it: {", ".join(kept) or "nothing"}. '
@@ -371,7 +375,7 @@ def save(results, net, optimizer, state, keep=False):
     """Write last.pth, all that resuming needs, and the log; with keep, first the encoder as model_{epoch}.pth."""
     if RANK != 0:
         return
-    weights = net.state_dict()
+    weights = {name: value.cpu() for name, value in net.state_dict().items()}  # loads without a GPU too
     with runtime.one_line_errors():
         if not all(value.isfinite().all() for value in weights.values()):
             raise ValueError(f'weights are not finite after epoch {state["epoch"]}: not saved; the last good state in '

@@ -3,6 +3,7 @@
 import pickle
 import re
 import zipfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ def unit(x):
 
 
 def read_checkpoint(path):
-    """What torch.save wrote to path, on the CPU: tensors and plain containers only, so no file can run code.
+    """What torch.save wrote to path, on the CPU: tensors and plain containers only, no objects.
 
     Raises:
         ValueError: naming the file: missing, damaged (zip checksums are verified), or with pickled objects in it.
@@ -60,12 +61,13 @@ def read_checkpoint(path):
                     raise zipfile.BadZipFile(f'checksum of {damaged} does not match')
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f'{path}: no such file') from None
+        there = ', '.join(sorted(p.name for p in Path(path).parent.glob('*.pth'))) or 'no other checkpoint'
+        raise ValueError(f'{path}: no such file; in {Path(path).parent} there is {there}') from None
     except pickle.UnpicklingError as error:
         raise ValueError(f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run') from error
     except Exception as error:  # torch.load and zipfile raise many kinds for a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f'{path}: damaged or not a checkpoint ({reason})') from error
+        reason = f' ({error})' if isinstance(error, (OSError, zipfile.BadZipFile)) else ''
+        raise ValueError(f'{path}: damaged or not a checkpoint{reason}') from error
 
 
 def load_model(path):

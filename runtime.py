@@ -241,6 +241,7 @@ def run(main):
         if dist.is_initialized():
             dist.destroy_process_group()  # only here: after an error the other ranks would not join in
     except KeyboardInterrupt:
+        print('Interrupted', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -40,8 +40,8 @@ def main(argv=None):
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=('cuda', 'cpu'),
                         help='where')
     parser.add_argument('--arch', choices=ARCHS, help='backbone of step and epoch (default: resnet50; 18 on a CPU)')
-    parser.add_argument('--image_size', type=runtime.positive_int, help='pixels of views (default: 32; 16 on a CPU)')
-    parser.add_argument('--batch_size', type=runtime.positive_int, help='images (default: 256; 32 on a CPU)')
+    parser.add_argument('--image_size', type=runtime.integer(8, 512), help='pixels of views (default: 32; 16 on a CPU)')
+    parser.add_argument('--batch_size', type=runtime.integer(2, 65536), help='images (default: 256; 32 on a CPU)')
     parser.add_argument('--repeat', default=9, type=runtime.positive_int, help='timings of which the median is taken')
     parser.add_argument('--csv', help='file for the rows')
     args = parser.parse_args(argv)
@@ -131,7 +131,7 @@ def bench_loss(args, device):
 def bench_augment(args, device):
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    images = load_data('shapes').train  # (4000, 3, 96, 96)
+    images = load_data('shapes').train  # (N, 3, 96, 96)
     batch = 256
 
     def consume(loader, batches):
@@ -154,11 +154,10 @@ def training(args, device, objective=contrastive_loss, published=False):
         net.to(memory_format=torch.channels_last)
         if cuda:
             net.compile(dynamic=False)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-6, fused=not published)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-6, fused=None if published else True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda and not published)
 
     def step(views):
-        torch.backends.cudnn.conv.fp32_precision = 'ieee' if published else 'tf32'
         return train_step(net, views, None, optimizer, lambda *z, labels: objective(*z), autocast)
     return step
 

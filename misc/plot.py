@@ -10,6 +10,7 @@ Data set and sizes come from the config.json beside a checkpoint. Runs whose set
 drawn as one line of means and a band of one standard deviation.
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -33,6 +34,10 @@ from sweep import OBJECTIVE, read_run
 from utils import MEAN, STD, load_data, seeded
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
+STANDARD, DEBIASED, HARD = 'standard', 'debiased, τ⁺ = 0.1', 'hard, τ⁺ = 0.1, β = 1'
+OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[4], HARD: COLOURS[1]}  # the same in every picture
+CLASSES = ['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59', '#e76300', '#b9ac70', '#717581', '#92dadd']
+# Petroff, Accessible color sequences for data visualization, arXiv 2107.02270
 RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
 MARKERS = 'os^Dv'
 BATCH = 256  # images of the batch whose negatives are drawn
@@ -58,16 +63,13 @@ def main(argv=None):
             command.add_argument('--images', default=2000, type=runtime.integer(100, 5000),
                                  help='test images, at most, drawn at random')
     args = parser.parse_args(argv)
-    function = PICTURES[args.what][0]
     args.out = args.out or (args.paths[0] if args.what == 'curves' else args.paths[0].parent) / f'{args.what}.png'
+    if args.out.suffix != '.png':
+        parser.error(f'--out {args.out}: pictures are PNG files, their names end in .png')
     with runtime.one_line_errors():
-        if args.out.suffix != '.png':
-            raise ValueError(f'--out {args.out}: pictures are PNG files, their names end in .png')
-        figure = function(args)
-        try:
-            figure.savefig(args.out)
-        except OSError as error:
-            raise OSError(f'cannot write {args.out} ({error.strerror})') from error
+        figure, png = PICTURES[args.what][0](args), io.BytesIO()
+        figure.savefig(png)
+        runtime.write(args.out, png.getbuffer())
     print(args.out)
 
 
@@ -81,7 +83,9 @@ def curves(args):
         raise ValueError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
     titles = names([runs[0] for runs in groups.values()], but='seed')
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-    for name, colour, marker, runs in zip(titles, COLOURS, 'os^DvP*X', groups.values()):
+    spare = [colour for colour in COLOURS if colour not in {OWN.get(title) for title in titles}]
+    colours = [OWN[title] if title in OWN else spare.pop(0) for title in titles]
+    for name, colour, marker, runs in zip(titles, colours, 'os^DvP*X', groups.values()):
         log = pd.concat(run['log'] for run in runs)
         for axes, column in (left, 'train_loss'), (right, 'test_acc@1'):
             by = log.dropna(subset=column).groupby('epoch')[column]
@@ -194,7 +198,7 @@ def class_map(args):
     place = TSNE(metric='cosine', random_state=args.seed, perplexity=min(30, len(x) / 4)).fit_transform(x)  # (n, 2)
     figure, axes = plt.subplots(figsize=(8, 6))
     for label, name in enumerate(data.classes):
-        style = dict(color=COLOURS[label % len(COLOURS)], marker=MARKERS[label // len(COLOURS) % len(MARKERS)])
+        style = dict(color=CLASSES[label % 10], marker=MARKERS[(label + label // 10) % 5])  # 50 different ones
         axes.scatter(*place[labels == label].T, s=10, alpha=0.8, linewidths=0, label=name, **style)
     axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)', xticks=[], yticks=[],
              title=f'f\'s features of {len(x)} test images, {run["data"]}, {run["objective"]}')
@@ -232,16 +236,16 @@ def negatives(args):
     negative = (torch.arange(2 * BATCH) % BATCH != query).nonzero()[:, 0]
     negative = negative[cosine[negative].argsort()]
     same = labels[negative] == labels[query]
-    objectives = {'standard': dict(tau_plus=0, beta=0), 'debiased, τ⁺ = 0.1': dict(tau_plus=0.1, beta=0),
-                  'hard, τ⁺ = 0.1, β = 1': dict(tau_plus=0.1, beta=1)}
+    objectives = {STANDARD: dict(tau_plus=0, beta=0), DEBIASED: dict(tau_plus=0.1, beta=0),
+                  HARD: dict(tau_plus=0.1, beta=1)}
     with torch.enable_grad():
         pushes = {name: push(views, temperature=settings['temperature'], **objective)[query, negative]
                   for name, objective in objectives.items()}
     figure, axes = plt.subplots(figsize=(8, 5))
     mean, x, same = pushes['standard'].mean().item(), cosine[negative].numpy(), same.numpy()
-    for (name, values), colour in zip(pushes.items(), COLOURS):
-        axes.scatter(x[~same], values[~same] / mean, s=12, color=colour, linewidths=0, alpha=0.8, label=name)
-        axes.scatter(x[same], values[same] / mean, s=36, color=colour, marker='x', linewidths=1.2)
+    for name, values in pushes.items():
+        axes.scatter(x[~same], values[~same] / mean, s=12, color=OWN[name], linewidths=0, alpha=0.8, label=name)
+        axes.scatter(x[same], values[same] / mean, s=36, color=OWN[name], marker='x', linewidths=1.2)
     axes.scatter([], [], color='#555555', marker='x', s=36, linewidths=1.2, label='false negative: the query\'s class')
     axes.axhline(0, color='#555555', linewidth=1)
     axes.set(ylabel='push apart: ∂ loss / ∂ cosine  (mean of standard = 1)', xlim=(x[0] - 0.06, x[-1] + 0.06))

@@ -5,7 +5,7 @@
 
 The runs are directories of --results_dir, and the same command continues a sweep that was stopped. It ends with
 table.csv, which holds every row's settings and command, and table.md. Any finished run found there is counted, so add
-your own. On two CPU cores 15 runs of 80,000 views of 16 px (ResNet-18, bf16) and their probes take about 1.5 hours.
+your own. On two CPU cores 15 runs of 80,000 views of 16 px (ResNet-18, bf16) and their probes take about two hours.
 """
 
 import json
@@ -54,17 +54,25 @@ def main(argv=None):
     parser.add_argument('--table_only', action='store_true', help='train nothing: make the table of what is there')
     args, flags = parser.parse_known_args(argv)
     results = Path(args.results_dir)
+    if args.table_only and flags:
+        parser.error(f'--table_only trains nothing and takes no flags of main.py, got {" ".join(flags)}')
     if not args.table_only:
         if own := [flag for flag in flags if flag.partition('=')[0] in OWN]:
             parser.error(f'{" ".join(own)}: the sweep sets {", ".join(OWN)} itself')
-        linear.arguments(shlex.split(args.probe))  # wrong flags end here, before anything is trained
+        try:
+            probe = shlex.split(args.probe)
+        except ValueError as error:
+            parser.error(f'--probe {args.probe}: {error}')
+        if '--model_path' in args.probe:
+            parser.error('--probe: the sweep sets --model_path itself')
+        linear.arguments(probe)  # wrong flags end here, before anything is trained
         runs = []
         for seed in range(args.seeds):
-            for name in args.objectives:
+            for name in dict.fromkeys(args.objectives):
                 tau_plus = ['--tau_plus', args.tau_plus] if args.tau_plus and name != 'standard' else []
                 runs.append((results / f'{name}_{seed}', [*flags, *OBJECTIVES[name], *tau_plus, '--seed', str(seed)]))
         epochs = {train.arguments(flags)[0].epochs for _, flags in runs}.pop()
-        run_all(runs, epochs, shlex.split(args.probe), args.jobs)
+        run_all(runs, epochs, probe, args.jobs)
     with runtime.one_line_errors():
         table = make_table(results)
         runtime.write(results / 'table.csv', table.to_csv(index=False).encode())
@@ -73,21 +81,27 @@ def main(argv=None):
 
 
 def run_all(runs, epochs, probe, jobs):
-    """Train and probe every (directory, flags), some at a time. SIGTERM and Ctrl-C reach those that run."""
-    running = set()
+    """Train and probe every (directory, flags), some at a time. SIGTERM and Ctrl-C let those that run save first."""
+    running, stopped = set(), []
 
     def stop(signum, frame):
-        for process in running:
+        stopped.append(signum)
+        for process in list(running):
             process.terminate()
-        sys.exit(128 + signum)
 
     def call(script, *arguments):
         command = [os.path.relpath(ROOT / script), *arguments]
+        # In a session of its own a run does not get the terminal's Ctrl-C as well, which would be its second signal.
         with subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env={**os.environ, 'OMP_NUM_THREADS': str(max(1, os.cpu_count() // jobs))}) as process:
+                              env={**os.environ, 'OMP_NUM_THREADS': str(max(1, os.cpu_count() // jobs))},
+                              start_new_session=True) as process:
             running.add(process)
+            if stopped:
+                process.terminate()
             lines = process.communicate()[0].splitlines() or ['no output']
             running.remove(process)
+        if stopped:
+            raise runtime.Stopped(stopped[0])
         if process.returncode:
             raise SystemExit(f'error: {shlex.join(command)} ended with {process.returncode}: {lines[-1]}. '
                              'The same command continues the sweep')
@@ -95,20 +109,26 @@ def run_all(runs, epochs, probe, jobs):
 
     def train_and_probe(run):
         directory, flags = run
-        checkpoint = str(directory / f'model_{epochs}.pth')
-        given = vars(linear.arguments(['--model_path', checkpoint, *probe]))
+        checkpoint = directory / f'model_{epochs}.pth'
+        given, trained = vars(linear.arguments(['--model_path', str(checkpoint), *probe])), checkpoint.exists()
         call('main.py', *flags, '--results_dir', str(directory))
         for name in METRICS[1:]:
             settings, _ = read_probe(directory, epochs, name)
-            if settings and all(settings[name] == value for name, value in given.items() if value is not None):
+            if trained and settings and all(settings[k] == value for k, value in given.items() if value is not None):
                 return f'{directory}: probed before'
-        return f'{directory}: ' + call('linear.py', '--model_path', checkpoint, *probe)
+        return f'{directory}: ' + call('linear.py', '--model_path', str(checkpoint), *probe)
 
-    before = signal.signal(signal.SIGTERM, stop)
-    with ThreadPoolExecutor(jobs) as pool:
-        for line in pool.map(train_and_probe, runs):
-            print(line, flush=True)
-    signal.signal(signal.SIGTERM, before)
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            for line in pool.map(train_and_probe, runs):
+                print(line, flush=True)
+    except runtime.Stopped as error:
+        print('Stopped; the same command continues the sweep', file=sys.stderr)
+        sys.exit(128 + error.signum)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def read_run(directory):
@@ -214,13 +234,14 @@ def markdown(table):
     shown = [name for metric in METRICS if table[metric].notna().any() for name in (metric, f'{metric}_gain')]
     differ = [name for name in settings if table[name].nunique(dropna=False) > 1]
     shared = [name for name in SHOWN if name not in differ]
-    heads = ['objective', *differ, 'seeds', *(TITLES[name] for name in shown), 'minutes']
+    minutes = ' to '.join(dict.fromkeys(f'{x:.0f}' for x in (table['minutes'].min(), table['minutes'].max())))
+    heads = ['objective', *differ, 'seeds', *(TITLES[name] for name in shown)]
     lines = [heads, ['---'] * len(heads)]
     for _, row in table.iterrows():
         lines.append([row['objective'], *(row[name] for name in differ), row['seeds'],
-                      *(cell(row, name) for name in shown), f'{row["minutes"]:.1f}'])
+                      *(cell(row, name) for name in shown)])
     return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines) + (
-        '\n± is the standard deviation over seeds; minutes are those of the training steps. All rows: '
+        f'\n± is the standard deviation over seeds. Training took {minutes} minutes a run. All rows: '
         + ', '.join(f'{name} {table[name].iloc[0]}' for name in shared) + '.\n')
 
 

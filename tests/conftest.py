@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if 'TEST_CUDA' not in os.environ:
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the facts below are of a CPU: exact bits, gloo, default flags
+
 import numpy as np
 import pandas as pd
 import pytest

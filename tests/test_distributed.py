@@ -135,12 +135,18 @@ def features_and_gathered(rank, world):
     features = main.encode(net, images, torch.arange(23), None, torch.autocast('cpu', enabled=False),
                            torch.device('cpu'), batch_size=5)
     gathered = runtime.gather(torch.arange(7).tensor_split(world)[rank])
-    return features, gathered
+    net.f[1].running_var.fill_(rank)
+    main.average_buffers(net)
+    return features, gathered, net.f[1].running_var.unique().tolist()
 
 
 def test_features_are_identical_and_no_image_counts_twice(one, ranks):
-    for features, gathered in (rank['features'] for rank in ranks):
+    for features, gathered, _ in (rank['features'] for rank in ranks):
         assert torch.equal(features, one['features'][0]) and torch.equal(gathered, torch.arange(7))
+
+
+def test_running_statistics_become_their_mean_over_ranks(ranks):
+    assert [rank['features'][2] for rank in ranks] == [[(len(ranks) - 1) / 2]] * len(ranks)
 
 
 def memory_of_the_loss(rank, world, B):

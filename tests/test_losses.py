@@ -71,6 +71,7 @@ def test_value_and_gradient_are_the_equations(B, D, V, seed, temperature, tau_pl
     rounded = [z.float().double() for z in views]
     true_value, true_gradient = value_and_gradient(oracle, rounded, **setting)
     assert abs(value - true_value) <= 1e-5 * max(1e-3, abs(true_value))
+    assert (gradient - true_gradient).norm() <= 1e-5 * max(1e-2, true_gradient.norm())
 
 
 @pytest.mark.parametrize('temperature', [0.01, 0.05, 0.1, 0.5, 1])

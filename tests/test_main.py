@@ -19,6 +19,7 @@ import main
 import model
 import runtime
 from losses import contrastive_loss
+from utils import load_data
 
 CPU, NO_AUTOCAST = torch.device('cpu'), torch.autocast('cpu', enabled=False)
 
@@ -181,6 +182,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny, c
      r'last.pth: damaged .* cannot be continued; intact beside it: model_1.pth'),
     (lambda r: torch.save({'a': torch.zeros(1)}, r / 'last.pth'), 'last.pth: not the state of a run'),
     (lambda r: (r / 'last.pth').unlink(), 'holds model_1.pth.* but no last.pth'),
+    (lambda r: [p.unlink() for p in r.glob('*.pth')], 'holds log.csv but no last.pth'),
     (lambda r: (r / 'config.json').unlink(), 'but no config.json'),
     (lambda r: (r / 'config.json').write_text('{'), 'config.json is damaged'),
 ])
@@ -240,6 +242,64 @@ def test_every_objective_trains_and_differs(finished, tiny, tmp_path, flags):
     assert math.isfinite(loss) and loss != pd.read_csv(finished / 'log.csv')['train_loss'][0]
 
 
+@pytest.mark.parametrize('flags, given', [
+    ([], dict(temperature=0.5, tau_plus=0.1, beta=1.0, labels=None)),
+    (['--temperature', '0.2', '--tau_plus', '0.05', '--beta', '2'], dict(temperature=0.2, tau_plus=0.05, beta=2.0)),
+    (['--oracle'], dict(tau_plus=0, beta=0, labels=8)), (['--anneal', 'down'], dict(beta=0.0)),
+    (['--lr', '0.02', '--weight_decay', '0.3'], dict(lr=0.02, weight_decay=0.3)),
+    (['--views', '3', '--feature_dim', '16'], dict(shapes=[(8, 16)] * 3))], ids=str)
+def test_flags_reach_the_loss_and_the_optimizer(tiny, tmp_path, flags, given, monkeypatch):
+    """Annealed within one epoch, beta is 0 at once."""
+    seen = {}
+
+    def loss(*views, labels, **kwargs):
+        seen.update(kwargs, shapes=[tuple(z.shape) for z in views], labels=labels if labels is None else len(labels))
+        return contrastive_loss(*views, labels=labels, **kwargs)
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, parameters, lr, **kwargs):
+            super().__init__(parameters, lr, **kwargs)
+            seen.update(self.defaults)
+
+    monkeypatch.setattr(main, 'contrastive_loss', loss)
+    monkeypatch.setattr(torch.optim, 'Adam', Adam)
+    main.main([*tiny, '--epochs', '1', '--results_dir', str(tmp_path), *flags])
+    assert {name: seen[name] for name in given} == given
+
+
+def test_oracle_is_given_the_labels_of_the_batch(tiny, tree, tmp_path, monkeypatch):
+    batches, given = [], []
+    epoch = main.DeviceViews.epoch
+
+    def views(self, *args):
+        for x, index in epoch(self, *args):
+            batches.append(index)
+            yield x, index
+
+    def loss(*views, labels, **kwargs):
+        given.append(labels)
+        return contrastive_loss(*views, labels=labels, **kwargs)
+
+    monkeypatch.setattr(main.DeviceViews, 'epoch', views)
+    monkeypatch.setattr(main, 'contrastive_loss', loss)
+    main.main([*tiny, '--epochs', '1', '--results_dir', str(tmp_path), '--oracle'])
+    assert torch.equal(torch.cat(given), load_data('folder', tree, 16).train_labels[torch.cat(batches)])
+
+
+def test_log_counts_the_time_before_a_stop(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime.Signals, 'check', lambda self: (_ for _ in ()).throw(runtime.Stopped(signal.SIGTERM)))
+    flags = [*tiny, '--epochs', '1', '--results_dir', str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main.main(flags)
+    monkeypatch.undo()
+    state = torch.load(tmp_path / 'last.pth', weights_only=True)
+    assert state['step'] == 1 and state['seconds'] > 0
+    torch.save(state | dict(seconds=1000.0), tmp_path / 'last.pth')
+    main.main(flags)
+    row = pd.read_csv(tmp_path / 'log.csv').iloc[0]
+    assert 1000 < row['seconds'] < 1100 and row['images/s'] == pytest.approx(24 / row['seconds'])
+
+
 @pytest.mark.parametrize('bn', ['eval', 'train'])
 def test_probe(finished, capsys, bn, tmp_path):
     checkpoint = finished / 'model_3.pth'
@@ -269,6 +329,33 @@ def test_probe_notices_a_moved_encoder(finished, monkeypatch):
     monkeypatch.setattr(linear, 'encode', moving)
     with pytest.raises(AssertionError, match=r"moved the encoder: \['f.0.weight'\]"):
         linear.main(['--model_path', str(finished / 'model_3.pth'), '--epochs', '1'])
+
+
+def test_stopped_probe_leaves_the_finished_one(finished, tmp_path, monkeypatch):
+    for name in ('config.json', 'model_3.pth'):
+        shutil.copy(finished / name, tmp_path / name)
+    flags = ['--model_path', str(tmp_path / 'model_3.pth'), '--epochs']
+    linear.main([*flags, '1'])
+    before = snapshot(tmp_path)
+
+    def end_in_epoch_2(path, data, write=runtime.write):
+        if data.count(b'\n') == 3:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    monkeypatch.setattr(runtime, 'write', end_in_epoch_2)
+    with pytest.raises(KeyboardInterrupt):
+        linear.main([*flags, '3'])
+    assert pd.read_csv(tmp_path / 'model_3_linear.partial.csv')['epoch'].tolist() == [1]
+    (tmp_path / 'model_3_linear.partial.csv').unlink()
+    assert snapshot(tmp_path) == before
+
+
+def test_probe_of_a_checkpoint_alone_takes_stl10(finished, tmp_path, capsys):
+    shutil.copy(finished / 'model_3.pth', tmp_path)
+    with pytest.raises(SystemExit, match=r'STL10 is not in .*stl10_binary'):
+        linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--root', '/proc/nowhere'])
+    assert 'No config.json beside' in capsys.readouterr().out
 
 
 def test_probe_says_what_is_wrong(tmp_path, finished):
