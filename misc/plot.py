@@ -35,7 +35,7 @@ from utils import MEAN, STD, load_data, seeded
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
 STANDARD, DEBIASED, HARD = 'standard', 'debiased, τ⁺ = 0.1', 'hard, τ⁺ = 0.1, β = 1'
-OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[4], HARD: COLOURS[1]}  # the same in every picture
+OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[2], HARD: COLOURS[1]}  # the same in every picture
 CLASSES = ['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59', '#e76300', '#b9ac70', '#717581', '#92dadd']
 # Petroff, Accessible color sequences for data visualization, arXiv 2107.02270
 RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
@@ -198,7 +198,7 @@ def class_map(args):
     place = TSNE(metric='cosine', random_state=args.seed, perplexity=min(30, len(x) / 4)).fit_transform(x)  # (n, 2)
     figure, axes = plt.subplots(figsize=(8, 6))
     for label, name in enumerate(data.classes):
-        style = dict(color=CLASSES[label % 10], marker=MARKERS[(label + label // 10) % 5])  # 50 different ones
+        style = dict(color=CLASSES[label % 10], marker=MARKERS[(label + label // 5) % 5])  # 50 different ones
         axes.scatter(*place[labels == label].T, s=10, alpha=0.8, linewidths=0, label=name, **style)
     axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)', xticks=[], yticks=[],
              title=f'f\'s features of {len(x)} test images, {run["data"]}, {run["objective"]}')

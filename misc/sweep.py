@@ -4,8 +4,9 @@
     python misc/sweep.py --results_dir results/cifar10 --table_only       # the table again, from the logs alone
 
 The runs are directories of --results_dir, and the same command continues a sweep that was stopped. It ends with
-table.csv, which holds every row's settings and command, and table.md. Any finished run found there is counted, so add
-your own. On two CPU cores 15 runs of 80,000 views of 16 px (ResNet-18, bf16) and their probes take about two hours.
+table.csv, which holds every row's settings and command, and table.md. Any finished run found below --results_dir is
+counted, so add your own. On two CPU cores 15 runs of 80,000 views of 16 px (ResNet-18, bf16) and their probes take
+about two hours.
 """
 
 import json
@@ -180,7 +181,7 @@ def make_table(results):
         ValueError: no finished run there, or two of the same settings and seed.
     """
     rows = []
-    for directory in sorted(path.parent for path in results.glob('*/config.json')):
+    for directory in sorted(path.parent for path in results.rglob('config.json')):
         run = read_run(directory)
         epochs, log = run['settings']['epochs'], run['log']
         if len(log) < epochs:

@@ -177,6 +177,7 @@ def test_curves_are_means_over_seeds(runs):
     lines = {line.get_label(): line for line in loss.lines}
     assert set(lines) == {'standard', 'hard, τ⁺ = 0.1, β = 0.5'}
     assert lines['hard, τ⁺ = 0.1, β = 0.5'].get_ydata().tolist() == [5, 4.5]
+    assert lines['standard'].get_color() == plot.OWN['standard'] != lines['hard, τ⁺ = 0.1, β = 0.5'].get_color()
     assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[2, 18]], [[2, 15]]]  # as given: hard first
     assert loss.get_xlabel() == 'epoch' and '%' in accuracy.get_ylabel()
 
@@ -264,8 +265,8 @@ def test_picture_that_cannot_be_written_leaves_the_old_one(run_of_one_epoch, tmp
 
 
 def test_hard_negatives_help_on_sequences():
-    gains = [sequences.accuracy(sequences.OBJECTIVES['hard, β = 2'], seed, steps=60)
-             - sequences.accuracy(sequences.OBJECTIVES['standard'], seed, steps=60) for seed in (0, 1)]
+    hard, standard = sequences.OBJECTIVES['hard, β = 2'], sequences.OBJECTIVES['standard']
+    gains = [sequences.accuracy(seed, 60, **hard) - sequences.accuracy(seed, 60, **standard) for seed in (0, 1)]
     assert min(gains) > 2
 
 
