@@ -9,6 +9,7 @@ settings in a .json beside that; both replace those of a former probe only when 
 model_400_linear.partial.csv. The result is the last epoch's accuracy, not the best on the test set.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -85,7 +86,7 @@ def main(argv=None):
     rows, features = [], None
     out = f'{path.stem}_linear' + ('_bn_train' if args.bn == 'train' else '')
     partial = path.with_name(f'{out}.partial.csv')
-    about = json.dumps(dict(settings=vars(args), **provenance(device)), indent=2)
+    about = dict(settings=vars(args), encoder=hashlib.sha256(path.read_bytes()).hexdigest(), **provenance(device))
     bar = tqdm(range(1, args.epochs + 1), 'linear probe', disable=None if RANK == 0 else True, leave=False)
     for epoch in bar:
         sums = torch.zeros(3, device=device, dtype=torch.float64)
@@ -121,8 +122,9 @@ def main(argv=None):
     assert not moved, f'the probe moved the encoder: {moved}'
     with runtime.one_line_errors():
         if RANK == 0:
-            runtime.write(path.with_name(f'{out}.json'), about.encode())
+            path.with_name(f'{out}.json').unlink(missing_ok=True)  # never the settings of one with the rows of another
             partial.replace(path.with_name(f'{out}.csv'))
+            runtime.write(path.with_name(f'{out}.json'), json.dumps(about, indent=2).encode())
     runtime.say(f'{knn_accuracy(path)}linear probe {rows[-1]["test_acc@1"]:.2f} % (@5 {rows[-1]["test_acc@5"]:.2f} %), '
                 f'files in {path.parent}')
 

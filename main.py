@@ -216,13 +216,13 @@ def main(argv=None):
                                                            data.test_labels.to(device), args.k)
             state['log'].append(row)
             state.update(epoch=epoch, step=0, seconds=0.0)
-            runtime.say(f'epoch {epoch}/{args.epochs}: {describe(row)}')
             keep = epoch % args.save_every == 0 or epoch == args.epochs
             if keep or time.monotonic() - last_save > 60:
                 last_save = time.monotonic()
                 save(results, net, optimizer, state, keep)
             elif RANK == 0:
                 write_log(results, state['log'])
+            runtime.say(f'epoch {epoch}/{args.epochs}: {describe(row)}')
     except runtime.Stopped as stopped:
         average_buffers(net)
         save(results, net, optimizer, state)
@@ -314,7 +314,8 @@ class Progress:
     def show(self, epoch, step, loss):
         args, whole = self.args, (epoch - 1) * self.steps + step  # steps of the run so far
         pace = (time.monotonic() - self.began) / (whole - self.first)
-        left = duration(pace * (args.epochs * self.steps - whole))
+        seconds = pace * (args.epochs * self.steps - whole)
+        left = duration(seconds)
         if self.bar is None:
             self.bar = tqdm(total=self.steps, desc=f'epoch {epoch}/{args.epochs}', unit='step', leave=False,
                             disable=None if RANK == 0 else True)
@@ -322,8 +323,8 @@ class Progress:
         self.bar.set_postfix_str(f'loss {loss:.4f}, {args.batch_size * args.views / pace:.0f} views/s, {left} left')
         if not self.said and whole >= self.first + 3:
             self.said = True
-            long = pace * (args.epochs * self.steps - whole) > 1200
-            runtime.say(f'No CUDA device: about {left} to go on this CPU' + f'. A run of minutes: {SMALL}' * long)
+            runtime.say(f'No CUDA device: about {left} to go on this CPU'
+                        + f'. A run of minutes: {SMALL}' * (seconds > 1200))
         if step == self.steps:
             self.close()
 
@@ -359,7 +360,7 @@ def open_run(results, args, data, device):
     if state_file.exists():
         try:
             state = read_checkpoint(state_file)
-            if {*state} != {'model', 'optimizer', 'epoch', 'step', 'seconds', 'losses', 'log'}:
+            if not {'model', 'optimizer', 'epoch', 'step', 'losses', 'log'} <= {*state}:
                 raise ValueError(f'{state_file}: not the state of a run')
         except ValueError as error:
             raise ValueError(f'{error}. The run cannot be continued; intact beside it: {", ".join(kept) or "nothing"}. '

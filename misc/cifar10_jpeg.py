@@ -3,6 +3,7 @@
     python misc/cifar10_jpeg.py     # data/cifar10_jpeg: the first 1,000 training and 200 test images of each class
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def main(argv=None):
         if out.exists():
             raise ValueError(f'{out} is there already')
         data = load_data('cifar10', args.root)
+        shutil.rmtree(beside, ignore_errors=True)  # what an interrupted call left
         splits = ('train', data.train, data.train_labels, args.train), ('test', data.test, data.test_labels, args.test)
         for split, images, labels, count in splits:
             for label, name in enumerate(data.classes):

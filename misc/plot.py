@@ -1,7 +1,7 @@
 """Pictures of what runs left, as PNG files.
 
-    python misc/plot.py curves results/*/                            # loss and kNN accuracy of any number of runs
-    python misc/plot.py similarity results/*/model_400.pth           # cosines of pairs of the same and of other classes
+    python misc/plot.py curves results/mine/*_?                      # loss and kNN accuracy of any number of runs
+    python misc/plot.py similarity results/mine/*_0/model_4.pth      # cosines of pairs of the same and of other classes
     python misc/plot.py neighbours results/model_400.pth             # test images and their nearest training images
     python misc/plot.py map results/model_400.pth                    # t-SNE of the test images' features
     python misc/plot.py negatives results/model_400.pth              # which negatives each objective pushes away
@@ -35,7 +35,7 @@ from utils import MEAN, STD, load_data, seeded
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
 STANDARD, DEBIASED, HARD = 'standard', 'debiased, τ⁺ = 0.1', 'hard, τ⁺ = 0.1, β = 1'
-OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[2], HARD: COLOURS[1]}  # the same in every picture
+OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[2], HARD: COLOURS[1]}  # in all pictures of objectives
 CLASSES = ['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59', '#e76300', '#b9ac70', '#717581', '#92dadd']
 # Petroff, Accessible color sequences for data visualization, arXiv 2107.02270
 RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
@@ -83,8 +83,10 @@ def curves(args):
         raise ValueError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
     titles = names([runs[0] for runs in groups.values()], but='seed')
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-    spare = [colour for colour in COLOURS if colour not in {OWN.get(title) for title in titles}]
-    colours = [OWN[title] if title in OWN else spare.pop(0) for title in titles]
+    objectives = [runs[0]['objective'] for runs in groups.values()]
+    own = [OWN.get(name) if objectives.count(name) == 1 else None for name in objectives]
+    spare = [colour for colour in COLOURS if colour not in own]
+    colours = [colour or spare.pop(0) for colour in own]
     for name, colour, marker, runs in zip(titles, colours, 'os^DvP*X', groups.values()):
         log = pd.concat(run['log'] for run in runs)
         for axes, column in (left, 'train_loss'), (right, 'test_acc@1'):
@@ -146,7 +148,7 @@ def similarity(args):
         labels = data.test_labels[chosen]
         i, j = torch.triu_indices(len(z), len(z), 1)
         cosine, same = (z @ z.T)[i, j], labels[i] == labels[j]
-        for pairs, colour, text in ((same, COLOURS[0], 'same class'), (~same, COLOURS[1], 'different classes')):
+        for pairs, colour, text in ((same, COLOURS[5], 'same class'), (~same, COLOURS[7], 'different classes')):
             panel.hist(cosine[pairs].numpy(), bins=np.linspace(-1, 1, 101), density=True, color=colour, alpha=0.55,
                        label=text)
             panel.axvline(cosine[pairs].mean(), color=colour, linestyle='--', linewidth=1)

@@ -1,11 +1,10 @@
 """contrastive_loss on sequences: 20 kinds of Markov chain, in 5 groups of 4 similar ones, told apart without labels.
-Two views of a sequence are two windows of it with a fifth of their symbols replaced. Two minutes on a CPU.
+Two views of a sequence are two windows of it with a fifth of their symbols replaced. Some minutes on a CPU.
 """
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
@@ -14,7 +13,9 @@ from losses import contrastive_loss
 
 SYMBOLS, LENGTH, WINDOW = 8, 128, 48
 OBJECTIVES = {'standard': dict(tau_plus=0, beta=0), 'debiased': dict(tau_plus=0.05, beta=0), 'untrained': dict(steps=0),
-              'hard, β = 1': dict(tau_plus=0.05, beta=1), 'hard, β = 2': dict(tau_plus=0.05, beta=2)}
+              'hard, β = 1': dict(tau_plus=0.05, beta=1), 'hard, β = 2': dict(tau_plus=0.05, beta=2),
+              'standard, t = 0.1': dict(tau_plus=0, beta=0, temperature=0.1),
+              'hard, β = 1, t = 0.1': dict(tau_plus=0.05, beta=1, temperature=0.1)}
 
 
 def sequences(transitions, n):
@@ -22,13 +23,13 @@ def sequences(transitions, n):
     kind, x = torch.randint(len(transitions), (n,)), [torch.randint(SYMBOLS, (n,))]
     while len(x) < LENGTH:
         x.append(torch.multinomial(transitions[kind, x[-1]], 1)[:, 0])
-    return F.one_hot(torch.stack(x, 1), SYMBOLS).mT.float(), kind  # (n, SYMBOLS, LENGTH)
+    return nn.functional.one_hot(torch.stack(x, 1), SYMBOLS).mT.float(), kind  # (n, SYMBOLS, LENGTH)
 
 
 def view(x):
     """A random window of each sequence, with noise: (n, SYMBOLS, LENGTH) -> (n, SYMBOLS, WINDOW)."""
     place = torch.randint(LENGTH - WINDOW + 1, (len(x), 1, 1)) + torch.arange(WINDOW)
-    noise = F.one_hot(torch.randint(SYMBOLS, (len(x), WINDOW)), SYMBOLS).mT.float()
+    noise = nn.functional.one_hot(torch.randint(SYMBOLS, (len(x), WINDOW)), SYMBOLS).mT.float()
     return torch.where(torch.rand(len(x), 1, WINDOW) < 0.2, noise, x.gather(2, place.expand(-1, SYMBOLS, -1)))
 
 
@@ -43,7 +44,7 @@ def accuracy(seed, steps=400, width=64, **objective):
     optimizer = torch.optim.Adam([*f.parameters(), *g.parameters()], 3e-3)
     for _ in range(steps):
         batch = x[torch.randint(len(x), (128,))]
-        z1, z2 = (F.normalize(g(f(view(batch)).mean(2)), dim=1) for _ in range(2))
+        z1, z2 = (nn.functional.normalize(g(f(view(batch)).mean(2)), dim=1) for _ in range(2))
         optimizer.zero_grad()
         contrastive_loss(z1, z2, **objective).backward()
         optimizer.step()

@@ -9,6 +9,7 @@ counted, so add your own. On two CPU cores 15 runs of 80,000 views of 16 px (Res
 about two hours.
 """
 
+import hashlib
 import json
 import os
 import shlex
@@ -82,7 +83,7 @@ def main(argv=None):
 
 
 def run_all(runs, epochs, probe, jobs):
-    """Train and probe every (directory, flags), some at a time. SIGTERM and Ctrl-C let those that run save first."""
+    """Train and probe every (directory, flags), some at a time. Signals that end it let those that run save first."""
     running, stopped = set(), []
 
     def stop(signum, frame):
@@ -111,15 +112,16 @@ def run_all(runs, epochs, probe, jobs):
     def train_and_probe(run):
         directory, flags = run
         checkpoint = directory / f'model_{epochs}.pth'
-        given, trained = vars(linear.arguments(['--model_path', str(checkpoint), *probe])), checkpoint.exists()
+        wanted = ['--model_path', str(checkpoint), *probe]
         call('main.py', *flags, '--results_dir', str(directory))
         for name in METRICS[1:]:
             settings, _ = read_probe(directory, epochs, name)
-            if trained and settings and all(settings[k] == value for k, value in given.items() if value is not None):
+            if settings and shlex.split(settings['command'])[1:] == wanted:
                 return f'{directory}: probed before'
-        return f'{directory}: ' + call('linear.py', '--model_path', str(checkpoint), *probe)
+        return f'{directory}: ' + call('linear.py', *wanted)
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(signum) != signal.SIG_IGN}  # as under nohup
     try:
         with ThreadPoolExecutor(jobs) as pool:
             for line in pool.map(train_and_probe, runs):
@@ -159,13 +161,17 @@ def read_run(directory):
 
 
 def read_probe(directory, epochs, name):
-    """Settings and last row of a finished probe of the run's last encoder, or None and None."""
-    file = directory / f'model_{epochs}_{name}.csv'
+    """Settings and last row of a finished probe of the run's last encoder, or None and None.
+
+    A probe of an encoder that was there before does not count; where the encoder is gone, its probe does.
+    """
+    file, checkpoint = directory / f'model_{epochs}_{name}.csv', directory / f'model_{epochs}.pth'
     try:
-        settings = json.loads(file.with_suffix('.json').read_text())
-        row = pd.read_csv(file).iloc[-1]
-        if row['epoch'] == settings['settings']['epochs']:
-            return settings['settings'] | {'command': settings['command']}, row
+        about = json.loads(file.with_suffix('.json').read_text())
+        row, settings = pd.read_csv(file).iloc[-1], about['settings'] | {'command': about['command']}
+        probed = not checkpoint.exists() or about['encoder'] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        if probed and row['epoch'] == settings['epochs']:
+            return settings, row
     except (OSError, ValueError, KeyError, IndexError):
         pass
     return None, None
@@ -182,6 +188,9 @@ def make_table(results):
     """
     rows = []
     for directory in sorted(path.parent for path in results.rglob('config.json')):
+        if not (directory / 'log.csv').exists():
+            print(f'{directory}: no log.csv, left out', file=sys.stderr)
+            continue
         run = read_run(directory)
         epochs, log = run['settings']['epochs'], run['log']
         if len(log) < epochs:
@@ -242,7 +251,7 @@ def markdown(table):
         lines.append([row['objective'], *(row[name] for name in differ), row['seeds'],
                       *(cell(row, name) for name in shown)])
     return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines) + (
-        f'\n± is the standard deviation over seeds. Training took {minutes} minutes a run. All rows: '
+        f'\n± is the standard deviation over seeds. Training took {minutes} minutes a run, on average. All rows: '
         + ', '.join(f'{name} {table[name].iloc[0]}' for name in shared) + '.\n')
 
 

@@ -1,5 +1,6 @@
 """The table, the pictures and the example: what they show is what the runs left."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -70,7 +71,7 @@ def test_table_has_means_deviations_and_paired_differences(runs, capsys):
     assert hard['linear_command'] == 'linear.py --lr 1'
     text = (runs / 'table.md').read_text()
     assert '| hard, τ⁺ = 0.1, β = 0.5 | 2 | 18.00 ± 5.66 | +3.00 ± 1.41 | 37.00 ± 1.41 | +2.00 ± 5.66 |' in text
-    assert '| standard | 2 | 15.00 ± 7.07 |  | 35.00 ± 7.07 |  |' in text and 'took 2 minutes a run' in text
+    assert '| standard | 2 | 15.00 ± 7.07 |  | 35.00 ± 7.07 |  |' in text and 'took 2 minutes a run, on average' in text
     assert 'resnet18' in text and text in capsys.readouterr().out
 
 
@@ -102,6 +103,16 @@ def test_table_refuses_what_would_count_twice_or_is_not_finished(runs, capsys):
     assert '-2.00 (1 of 2 seeds)' in (runs / 'table.md').read_text()
 
 
+def test_probe_of_another_encoder_does_not_count(runs):
+    (runs / 'hard_0' / 'model_2.pth').write_bytes(b'retrained')
+    file = runs / 'standard_0' / 'model_2_linear.json'
+    (runs / 'standard_0' / 'model_2.pth').write_bytes(b'')
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(encoder=hashlib.sha256().hexdigest())))
+    (runs / 'began').mkdir()
+    shutil.copy(runs / 'hard_0' / 'config.json', runs / 'began')  # stopped before its log
+    assert sweep.make_table(runs)['linear_seeds'].tolist() == [2, 1]
+
+
 def test_ranks_and_data_sets_are_kept_apart(runs):
     for change in (dict(ranks=8), dict(images=dict(train=31, test=9))):
         config = json.loads((runs / 'hard_1' / 'config.json').read_text())
@@ -110,8 +121,9 @@ def test_ranks_and_data_sets_are_kept_apart(runs):
         assert len(plot.curves(arguments(*sorted(runs.iterdir()))).axes[0].lines) == 3
 
 
-def test_table_of_the_readme_is_that_of_the_logs_kept():
-    kept = HOME / 'results' / 'cifar10_jpeg'
+@pytest.mark.parametrize('name', ['cifar10_jpeg', 'cifar10_jpeg_controls'])
+def test_tables_of_the_readme_are_those_of_the_logs_kept(name):
+    kept = HOME / 'results' / name
     table = sweep.make_table(kept)
     assert table.to_csv(index=False) == (kept / 'table.csv').read_text()
     assert table['seeds'].min() >= 3
@@ -141,11 +153,13 @@ def test_sweep_trains_probes_and_continues(tiny, tmp_path, run):
     assert pd.read_csv(tmp_path / 'r' / 'table.csv')['beta'].tolist() == [0, 2]
     assert first.out.count('linear probe') >= 4
     (tmp_path / 'r' / 'standard_1' / 'model_1_linear.csv').unlink()
-    for path in (tmp_path / 'r' / 'hard_b2_0').glob('*[hvg]'):  # all but the probe, which is then of no encoder
-        path.unlink() if 'linear' not in path.name else None
+    other = torch.load(tmp_path / 'r' / 'hard_b2_0' / 'model_1.pth')
+    torch.save({name: value + 0 for name, value in other.items()} | {'g.3.bias': other['g.3.bias'] + 1},
+               tmp_path / 'r' / 'hard_b2_0' / 'model_1.pth')  # its probe is of another encoder
     again = run('misc/sweep.py', flags, cwd=tmp_path)
     assert again.code == 0 and again.out.count('probed before') == 2
     assert (tmp_path / 'r' / 'table.csv').read_bytes() == table
+    assert run('misc/sweep.py', [*flags[:-1], '--epochs 2 --lr 0.1'], cwd=tmp_path).out.count('probed before') == 0
     broken = run('misc/sweep.py', [*flags, '--batch_size', '31'], cwd=tmp_path)
     assert broken.code == 1 and '--batch_size' in broken.err and 'Traceback' not in broken.err
 
@@ -153,7 +167,8 @@ def test_sweep_trains_probes_and_continues(tiny, tmp_path, run):
 @pytest.mark.slow
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_sweep_lets_its_runs_save(tiny, tmp_path, run, signum):
-    flags = [*tiny, '--epochs', '400', '--results_dir', tmp_path, '--objectives', 'standard', 'hard_b2', '--jobs', '2']
+    flags = [*tiny, '--epochs', '400', '--results_dir', tmp_path, '--objectives', 'standard', 'hard_b2', '--jobs', '2',
+             '--save_every', '400']
     job = Job('misc/sweep.py', flags, cwd=tmp_path)
     logs = [tmp_path / name / 'log.csv' for name in ('standard_0', 'hard_b2_0')]
     while job.process.poll() is None and not all(log.exists() and log.stat().st_size > 100 for log in logs):
@@ -161,9 +176,8 @@ def test_a_signal_to_the_sweep_lets_its_runs_save(tiny, tmp_path, run, signum):
     job.process.send_signal(signum)
     job.finish()
     assert job.code == 128 + signum and job.err == 'Stopped; the same command continues the sweep\n'
-    for log in logs:  # each saved where it was, in the middle of an epoch
-        state = torch.load(log.with_name('last.pth'), weights_only=True)
-        assert state['epoch'] == len(pd.read_csv(log)) and (state['step'] > 0 or state['epoch'] > 0)
+    for log in logs:  # without the signal, the state saved would be that of the beginning
+        assert torch.load(log.with_name('last.pth'), weights_only=True)['epoch'] == len(pd.read_csv(log)) > 0
     assert not (tmp_path / 'standard_1').exists()
 
 
@@ -275,8 +289,10 @@ def test_jpeg_files_are_the_first_of_each_class(tmp_path, monkeypatch, capsys):
     labels = torch.arange(8) % 2  # class 0: 0, 20, 40, 60; class 1: 10, 30, 50, 70
     monkeypatch.setattr(cifar10_jpeg, 'load_data', lambda name, root: Data(images, labels, images, labels, ['a', 'b']))
     flags = ['--root', str(tmp_path), '--train', '3', '--test', '1']
+    (tmp_path / 'cifar10_jpeg.part' / 'train' / 'a').mkdir(parents=True)
+    (tmp_path / 'cifar10_jpeg.part' / 'train' / 'a' / '0007.jpg').write_text('')
     cifar10_jpeg.main(flags)
-    data = load_data('folder', tmp_path / 'cifar10_jpeg', 32)
+    data = load_data('folder', tmp_path / 'cifar10_jpeg', 32)  # without what an interrupted call had left
     assert data.train[:, 0, 0, 0].sub(torch.tensor([0, 20, 40, 10, 30, 50])).abs().max() <= 2
     assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and len(data.test) == 2
     with pytest.raises(SystemExit, match='cifar10_jpeg is there already'):
