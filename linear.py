@@ -71,8 +71,8 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     net.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    frozen = {name: value.clone() for name, value in net.state_dict().items()
-              if args.bn == 'eval' or name in dict(net.named_parameters())}
+    kept = net.state_dict() if args.bn == 'eval' else dict(net.named_parameters())
+    frozen = {name: value.clone() for name, value in kept.items()}
     probe = torch.nn.Linear(net.width, len(data.classes), device=device)
     optimizer = torch.optim.Adam(probe.parameters(), args.lr, weight_decay=args.weight_decay)
     args.precision = args.precision or runtime.default_precision()

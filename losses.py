@@ -42,6 +42,7 @@ def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=Non
         beta: concentration >= 0 of the weights on hard negatives. 0: every negative weighs the same.
         labels: (B,) integers, optional. Negatives with the anchor's label are left out, the papers' unbiased
             oracle: N is then counted for each anchor, an anchor without negatives adds 0, tau_plus must be 0.
+            A negative label is unknown, and like no other.
         chunk_size: samples whose rows of the similarity matrix are computed at a time (by default as many as
             fit a fixed tile). It changes memory, which grows with B * chunk_size and not with B**2, not values.
 
@@ -95,7 +96,10 @@ class _ContrastiveLoss(torch.autograd.Function):
             world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
             B, first = b * world, b * rank  # the whole batch, and the place of this rank's samples in it
             columns = _gather(z).view(V * B, D)
-            labels_all = labels if labels is None else _gather(labels[None]).flatten()
+            if labels is not None:
+                unknown = -1 - torch.arange(first, first + b, device=z.device)  # each sample is of its own class
+                labels = torch.where(labels < 0, unknown, labels)
+                labels_all = _gather(labels[None]).flatten()
             grad_z = torch.zeros_like(columns).view(V, B, D) if with_grad else None
             total, log_tau = z.new_zeros(()), math.log(tau_plus) if tau_plus > 0 else -math.inf
             own = torch.eye(V, dtype=torch.bool, device=z.device)[:, :, None]  # an anchor is not its own positive
@@ -171,7 +175,7 @@ def _gather(x):
     """(V, b, ...) on each rank -> (V, B, ...), the whole batch in rank order."""
     if not _distributed():
         return x
-    whole = x.new_empty(x.shape[0], x.shape[1] * dist.get_world_size(), *x.shape[2:])
-    for mine, all_ranks in zip(x, whole):
-        dist.all_gather(list(all_ranks.chunk(dist.get_world_size())), mine.contiguous())
-    return whole
+    V, *rest = x.shape
+    whole = x.new_empty(dist.get_world_size() * V, *rest)
+    dist.all_gather_into_tensor(whole, x.contiguous())
+    return whole.unflatten(0, (-1, V)).transpose(0, 1).flatten(1, 2)  # (n V, b, ...) -> (V, n b, ...)

@@ -34,7 +34,7 @@ import runtime
 from augment import DeviceViews, normalize
 from losses import contrastive_loss
 from model import ARCHS, Model, read_checkpoint
-from runtime import RANK, WORLD, number
+from runtime import LOCAL_WORLD, RANK, WORLD, number
 from utils import DATASETS, ReferenceViews, load_data
 
 SMALL = ('python main.py --dataset_name shapes --arch resnet18 --image_size 16 --test_size 16 --batch_size 64 '
@@ -58,8 +58,8 @@ def arguments(argv=None):
                       help='one BatchNorm batch of all views (as published: one after the other)')
     data.add_argument('--augment', default='device', choices=('device', 'pil'),
                       help='make views in batches on the device, or by PIL and OpenCV in workers')
-    data.add_argument('--workers', default=min(16, os.cpu_count()), type=runtime.integer(0, 256),
-                      help='processes for --augment pil')
+    data.add_argument('--workers', default=max(1, min(16, os.cpu_count() // LOCAL_WORLD)),
+                      type=runtime.integer(0, 256), help='processes of each rank for --augment pil')
     model = parser.add_argument_group('model')
     model.add_argument('--arch', default='resnet50', choices=ARCHS, help='backbone f')
     model.add_argument('--feature_dim', default=128, type=runtime.integer(1, 65536),
@@ -151,11 +151,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     cuda = device.type == 'cuda'
-    net = Model(args.feature_dim, args.arch)
-    if args.sync_bn:
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    net, optimizer = build(args, device)
     # All that resuming needs: shuffles and views are functions of (seed, epoch, step), so no generator has a state.
     state = dict(epoch=0, step=0, seconds=0.0, losses=torch.zeros(steps, device=device), log=[])
     if saved:
@@ -166,8 +162,6 @@ def main(argv=None):
         if state['epoch'] == args.epochs:
             return runtime.say(f'{args.results_dir} holds this run, finished: {describe(state["log"][-1])}')
         runtime.say(f'Continuing {args.results_dir} after epoch {state["epoch"]}, step {state["step"]}')
-    if args.compile and not args.sync_bn:  # SyncBatchNorm breaks the graph at every layer
-        net.compile(dynamic=False)  # in place: the names of the weights stay as they are
     # Views go through the network one by one, and DDP must not overwrite BatchNorm's buffers between two forwards.
     warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated', FutureWarning)
     ddp = DistributedDataParallel(net, [device] if cuda else None, broadcast_buffers=False) if WORLD > 1 else net
@@ -234,6 +228,17 @@ def main(argv=None):
     runtime.say(f'Finished: files in {results}. Next: python linear.py --model_path {results}/model_{args.epochs}.pth')
 
 
+def build(args, device):
+    """The network on its device, ready to train, and its optimizer."""
+    net = Model(args.feature_dim, args.arch)
+    if args.sync_bn:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net.to(device, memory_format=torch.channels_last)
+    if args.compile and not args.sync_bn:  # SyncBatchNorm breaks the graph at every layer
+        net.compile(dynamic=False)  # in place: the names of the weights stay as they are
+    return net, torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+
+
 def train_step(net, views, labels, optimizer, objective, autocast, joint=False):
     """One step on V views (b, 3, h, w) of this rank's images; returns the loss of the whole batch."""
     with autocast:
@@ -246,9 +251,17 @@ def train_step(net, views, labels, optimizer, objective, autocast, joint=False):
 
 
 def annealed(beta, epoch, epochs, steps=9):
-    """beta falls to 0 in 9 values, each for epochs // 9 epochs, the first for twice that, as published."""
-    part = epoch // (epochs // steps) if epochs >= steps else epoch * steps // epochs
-    return beta * (1 - min(max(part - 1, 0), steps - 1) / (steps - 1))
+    """The epoch's value as beta falls to 0 in 9 values.
+
+    As published, the next value (at first beta itself) comes at every multiple of epochs // 9, where there are 9 of
+    them: for 400 epochs at 44, 88, ..., 396. Elsewhere the published code runs out of values; here beta falls evenly.
+    """
+    each = epochs // steps
+    if each and epochs // each == steps:
+        part = max(epoch // each - 1, 0)
+    else:
+        part = int((steps - 1) * (epoch - 1) / max(epochs - 1, 1) + 0.5)
+    return beta * (1 - part / (steps - 1))
 
 
 def average_buffers(net):

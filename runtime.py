@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others before it ends with an error
 RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
-WORLD = int(os.environ.get('WORLD_SIZE', 1))
+WORLD, LOCAL_WORLD = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 locks = []  # files that stay open, and so locked, until the process ends
 
 
@@ -81,7 +81,7 @@ def one_line_errors():
 def start():
     """Join torchrun's process group, if there is one, and return this rank's device."""
     cuda = torch.cuda.is_available()
-    if cuda and torch.cuda.device_count() < int(os.environ.get('LOCAL_WORLD_SIZE', 1)):
+    if cuda and torch.cuda.device_count() < LOCAL_WORLD:
         raise ValueError(f'{torch.cuda.device_count()} GPUs here: start at most as many ranks, one for each')
     device = torch.device('cuda', LOCAL_RANK) if cuda else torch.device('cpu')
     if cuda:
@@ -207,7 +207,7 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Takes SIGTERM and Ctrl-C until the loop asks; a second one ends the process at once, which loses no file."""
+    """Keeps SIGTERM and Ctrl-C until the loop asks; a second Ctrl-C ends the process at once, which loses no file."""
 
     def __init__(self):
         self.caught = 0
@@ -216,7 +216,8 @@ class Signals:
 
     def catch(self, signum, frame):
         self.caught = signum
-        signal.signal(signum, signal.SIG_DFL)
+        if signum == signal.SIGINT:  # SIGTERM may come twice, from a cluster's scheduler and from torchrun
+            signal.signal(signum, signal.SIG_DFL)
 
     def check(self):
         """Raise Stopped, on every rank, if any rank was asked to stop. Every rank must call it at the same place."""

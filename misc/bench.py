@@ -3,18 +3,22 @@
     python misc/bench.py loss       # the objective against its textbook form
     python misc/bench.py augment    # views in batches on the device against PIL's, one CPU thread each
     python misc/bench.py step       # a training step against the published configuration's
-    python misc/bench.py epoch      # the whole training loop against bare steps on one fixed batch
+    python misc/bench.py epoch      # main.py's training loop against bare steps on one fixed batch
 
-Reference and ours take turns; each row holds their medians. --csv FILE keeps the rows.
+Reference and ours take turns (epoch: bare steps, main.py, bare steps); each row holds their medians.
+--csv FILE keeps the rows.
 """
 
 import math
+import os
 import statistics
+import subprocess
 import sys
 import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import cv2
 import pandas as pd
@@ -23,10 +27,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import main as train
 import runtime
 from augment import DeviceViews
 from losses import contrastive_loss
-from main import device_name, train_step
 from model import ARCHS, Model
 from utils import ReferenceViews, load_data
 
@@ -50,11 +54,11 @@ def main(argv=None):
     device, cuda = torch.device(args.device), args.device == 'cuda'
     args.arch = args.arch or ('resnet50' if cuda else 'resnet18')
     args.image_size, args.batch_size = args.image_size or (32 if cuda else 16), args.batch_size or (256 if cuda else 32)
-    print(f'{device_name(device)}; torch {torch.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}')
+    print(f'{train.device_name(device)}; torch {torch.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}')
     rows = []
     for what, size, reference, ours, views in BENCHES[args.what](args, device):
         ratio = reference / ours
-        rows.append(dict(zip(COLUMNS, (what, size, device_name(device), reference, ours, ratio))))
+        rows.append(dict(zip(COLUMNS, (what, size, train.device_name(device), reference, ours, ratio))))
         rate = f', {1e3 * views / ours:.0f} views/s' if views else ''
         print(f'{what}, {size}: reference {reference:.3g} ms, ours {ours:.3g} ms, ratio {ratio:.2f}{rate}', flush=True)
     if args.csv:
@@ -63,17 +67,21 @@ def main(argv=None):
 
 
 def alternate(repeat, device, *functions):
-    """Median milliseconds of each function, called in turn; the first call of each is a warm-up."""
-    times = [[] for _ in functions]
+    """Median milliseconds of each function, called in turn; the first turn is a warm-up.
+
+    On CUDA a turn is 10 calls, so that the host's time to start the first does not count.
+    """
+    times, calls = [[] for _ in functions], 10 if device.type == 'cuda' else 1
     for i in range(repeat + 1):
         for function, seen in zip(functions, times):
             if device.type == 'cuda':
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                function()
+                for _ in range(calls):
+                    function()
                 end.record()
                 end.synchronize()
-                elapsed = start.elapsed_time(end)
+                elapsed = start.elapsed_time(end) / calls
             else:
                 start = time.perf_counter()
                 function()
@@ -141,25 +149,29 @@ def bench_augment(args, device):
 
     reference = consume(ReferenceViews(images, batch, 32), 1)
     ours = consume(DeviceViews(images, batch, 32, device=device, compile=device.type == 'cuda'), 1)
-    yield ('views of 96 px images against PIL, one thread', f'{2 * batch} views of 32 px',
+    yield (f'views of 96 px images on {device.type} against PIL, one CPU thread', f'{2 * batch} views of 32 px',
            *alternate(args.repeat, device, reference, ours), 2 * batch)
 
 
 def training(args, device, objective=contrastive_loss, published=False):
     """One step on a network and optimizer of its own, as main.py makes them or in the published configuration."""
     torch.manual_seed(0)
-    cuda = device.type == 'cuda'
-    net = Model(arch=args.arch).to(device)
-    if not published:
-        net.to(memory_format=torch.channels_last)
-        if cuda:
-            net.compile(dynamic=False)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-6, fused=None if published else True)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cuda and not published)
+    flags, _ = train.arguments(['--arch', args.arch, *fast(device)])
+    autocast = runtime.autocast(device, 'fp32' if published else flags.precision)
+    if published:
+        net = Model(arch=args.arch).to(device)
+        optimizer = torch.optim.Adam(net.parameters(), flags.lr, weight_decay=flags.weight_decay)
+    else:
+        net, optimizer = train.build(flags, device)
 
     def step(views):
-        return train_step(net, views, None, optimizer, lambda *z, labels: objective(*z), autocast)
+        return train.train_step(net, views, None, optimizer, lambda *z, labels: objective(*z), autocast)
     return step
+
+
+def fast(device):
+    """main.py's default flags on the device, also where it would choose another."""
+    return ('--compile', '--precision', 'bf16') if device.type == 'cuda' else ('--no-compile', '--precision', 'fp32')
 
 
 def fixed_views(args, device):
@@ -196,23 +208,24 @@ def ceilings(device):
 
 
 def bench_epoch(args, device):
+    """Epochs of main.py in a process of its own, as it logs them, the first left out: it compiles and warms up."""
     torch.backends.cudnn.benchmark = True
-    images, n, steps = load_data('shapes').train, 2 * args.batch_size, 10 if device.type == 'cuda' else 3
-    loader = DeviceViews(images, args.batch_size, args.image_size, device=device, compile=device.type == 'cuda')
-    step = training(args, device)
-    fixed, _ = next(loader.epoch(1))
-    stream = (views for epoch in range(1, 10**9) for views, _ in loader.epoch(epoch))
-
-    def bare():
-        for _ in range(steps):
-            step(fixed)
-
-    def loop():
-        for views in islice(stream, steps):
-            step(views)
-
-    bare_ms, loop_ms = (t / steps for t in alternate(args.repeat, device, bare, loop))
-    yield (f'{args.arch} training loop against bare steps', f'{n} views of {args.image_size} px', bare_ms, loop_ms, n)
+    n, epochs = 2 * args.batch_size, 5 if device.type == 'cuda' else 2
+    step, views = training(args, device), fixed_views(args, device)
+    views = [x.contiguous(memory_format=torch.channels_last) for x in views]
+    bare = partial(alternate, args.repeat, device, partial(step, views))
+    before = bare()
+    with TemporaryDirectory() as results:
+        flags = ('--dataset_name', 'shapes', '--arch', args.arch, '--image_size', args.image_size, '--test_size',
+                 args.image_size, '--batch_size', args.batch_size, '--epochs', epochs, '--results_dir', results)
+        environment = os.environ | ({} if device.type == 'cuda' else {'CUDA_VISIBLE_DEVICES': ''})
+        done = subprocess.run([sys.executable, train.__file__, *map(str, flags), *fast(device)], env=environment,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise SystemExit(f'main.py ended with {done.returncode}: {done.stdout.strip().splitlines()[-1]}')
+        rate = pd.read_csv(Path(results, 'log.csv'))['images/s'][1:].median()
+    yield (f'{args.arch}, main.py\'s training loop against bare steps', f'{n} views of {args.image_size} px',
+           statistics.median(before + bare()), 1e3 * args.batch_size / rate, n)
 
 
 BENCHES = {'loss': bench_loss, 'augment': bench_augment, 'step': bench_step, 'epoch': bench_epoch}

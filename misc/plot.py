@@ -81,13 +81,14 @@ def curves(args):
         groups.setdefault(repr(run['identity'] | {'seed': None}), []).append(run)
     if len(groups) > len(COLOURS):
         raise ValueError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
-    titles = names([runs[0] for runs in groups.values()], but='seed')
+    groups = sorted(groups.values(), key=lambda runs: (runs[0]['settings']['tau_plus'], runs[0]['settings']['beta']))
+    titles = names([runs[0] for runs in groups], but='seed')
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-    objectives = [runs[0]['objective'] for runs in groups.values()]
+    objectives = [runs[0]['objective'] for runs in groups]
     own = [OWN.get(name) if objectives.count(name) == 1 else None for name in objectives]
     spare = [colour for colour in COLOURS if colour not in own]
     colours = [colour or spare.pop(0) for colour in own]
-    for name, colour, marker, runs in zip(titles, colours, 'os^DvP*X', groups.values()):
+    for name, colour, marker, runs in zip(titles, colours, 'os^DvP*X', groups):
         log = pd.concat(run['log'] for run in runs)
         for axes, column in (left, 'train_loss'), (right, 'test_acc@1'):
             by = log.dropna(subset=column).groupby('epoch')[column]
@@ -199,8 +200,8 @@ def class_map(args):
     labels = data.test_labels[chosen].numpy()
     place = TSNE(metric='cosine', random_state=args.seed, perplexity=min(30, len(x) / 4)).fit_transform(x)  # (n, 2)
     figure, axes = plt.subplots(figsize=(8, 6))
-    for label, name in enumerate(data.classes):
-        style = dict(color=CLASSES[label % 10], marker=MARKERS[(label + label // 5) % 5])  # 50 different ones
+    for label, name in enumerate(data.classes):  # 50 styles; those of like hue differ in the marker
+        style = dict(color=CLASSES[label % 10], marker=MARKERS[(label + 3 * (label // 5)) % 5])
         axes.scatter(*place[labels == label].T, s=10, alpha=0.8, linewidths=0, label=name, **style)
     axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)', xticks=[], yticks=[],
              title=f'f\'s features of {len(x)} test images, {run["data"]}, {run["objective"]}')

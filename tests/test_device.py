@@ -46,6 +46,11 @@ def test_images_in_host_memory_give_the_views_of_resident_ones():
         assert torch.equal(index, same) and all(map(torch.equal, views, others))
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)  # fp32 means with TF32 there, as in main.py's help
+
+
 @pytest.fixture(scope='module')
 def eager(tiny, tmp_path_factory):
     results = tmp_path_factory.mktemp('eager')

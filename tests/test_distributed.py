@@ -55,7 +55,7 @@ BATCH = 8
 def losses_and_gradients(rank, world, V):
     from losses import contrastive_loss
     whole = F.normalize(torch.randn(V, BATCH, 6, generator=torch.Generator().manual_seed(V)), dim=-1)
-    all_labels = torch.tensor([0, 0, 0, 0, 0, 1, 2, 2])  # some ranks hold one class alone
+    all_labels = torch.tensor([0, 0, 0, 0, -1, 1, -1, 0])  # some ranks hold one class alone; -1: unknown
     results = []
     for setting in SETTINGS:
         part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
@@ -184,6 +184,17 @@ def test_torchrun_trains_logs_and_saves_once_and_one_process_continues(tiny, tmp
     assert again.code == 0 and 'Continuing' in again.out
     log = pd.read_csv(results / 'log.csv')
     assert list(log['epoch']) == [1, 2, 3] and log['train_loss'].notna().all()
+
+
+@pytest.mark.slow
+def test_compiled_ranks_train_as_eager_ones(tiny, tmp_path, run):
+    losses = []
+    for compile in ('--compile', '--no-compile'):
+        job = run('main.py', [*flags(tiny, tmp_path / compile, 2), '--lr', '1e-5', compile],
+                  torchrun=['--nproc_per_node=2'])
+        assert job.code == 0, job.err
+        losses.append(pd.read_csv(tmp_path / compile / 'log.csv')['train_loss'].tolist())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != losses[1]  # another order of sums
 
 
 @pytest.mark.slow

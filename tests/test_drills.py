@@ -39,6 +39,9 @@ def test_train_stop_resume_probe(flags, run, whole, tmp_path, signum, code):
     job = Job('main.py', [*flags, tmp_path / 'r'])
     wait_for((tmp_path / 'r' / 'model_1.pth').exists, job)
     job.process.send_signal(signum)
+    if signum == signal.SIGTERM:  # from a scheduler to each process, and from torchrun once more
+        time.sleep(0.02)
+        job.process.send_signal(signum)
     job.finish()
     assert job.code == code and job.err == '', job.err
     assert job.out.splitlines()[-1].endswith('the same command continues')

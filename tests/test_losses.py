@@ -164,6 +164,14 @@ def test_beta_moves_gradient_from_easy_to_hard_negatives():
     assert 2 * hard[0] < hard[3] and easy[0] > 2 * easy[3] > 0
 
 
+def test_negative_labels_are_unknown():
+    """As if each sample with one had a class of its own."""
+    views = unit_views(5, 4)
+    expected = value_and_gradient(contrastive_loss, views, tau_plus=0, labels=torch.tensor([0, 0, 5, 6, 7]))
+    found = value_and_gradient(contrastive_loss, views, tau_plus=0, labels=torch.tensor([0, 0, -1, -1, -4]))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_labels_leave_out_false_negatives():
     views = unit_views(6, 8)
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
