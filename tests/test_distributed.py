@@ -55,7 +55,7 @@ BATCH = 8
 def losses_and_gradients(rank, world, V):
     from losses import contrastive_loss
     whole = F.normalize(torch.randn(V, BATCH, 6, generator=torch.Generator().manual_seed(V)), dim=-1)
-    all_labels = torch.tensor([0, 0, 0, 0, -1, 1, -1, 0])  # some ranks hold one class alone; -1: unknown
+    all_labels = torch.tensor([-1, 0, 0, 0, -1, 1, 0, 0])  # some ranks hold one class alone; -1: unknown
     results = []
     for setting in SETTINGS:
         part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
