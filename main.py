@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0             # the same batch over eight GPUs
 
 Everything that a run leaves is in --results_dir; the same command continues a run that was stopped. On two CPU
-cores a ResNet-18 takes about 170 views of 16 px a second; for ResNet-50 at 32 px have a GPU.
+cores a ResNet-18 takes about 200 views of 16 px a second; for ResNet-50 at 32 px have a GPU.
 """
 
 import argparse
@@ -73,7 +73,8 @@ def arguments(argv=None):
                       help='prior probability of a false negative (default: 0.1 where the estimator has it)')
     loss.add_argument('--beta', type=runtime.non_negative,
                       help='concentration on hard negatives (default: 1.0 where the estimator has it)')
-    loss.add_argument('--anneal', default='none', choices=('none', 'down'), help='lower beta to 0 in 9 steps')
+    loss.add_argument('--anneal', default='none', choices=('none', 'down'),
+                      help='lower beta to 0 in 9 values, evenly over the epochs')
     loss.add_argument('--oracle', action='store_true', help='leave out false negatives by their labels (upper bound)')
     train = parser.add_argument_group('training')
     train.add_argument('--batch_size', default=256, type=number(int, 'an integer of at least 2', lambda x: x >= 2),
