@@ -74,7 +74,7 @@ def arguments(argv=None):
     loss.add_argument('--beta', type=runtime.non_negative,
                       help='concentration on hard negatives (default: 1.0 where the estimator has it)')
     loss.add_argument('--anneal', default='none', choices=('none', 'down'),
-                      help='lower beta to 0 in 9 values, evenly over the epochs')
+                      help='lower beta to 0: after every ninth of the epochs the next of 9 values')
     loss.add_argument('--oracle', action='store_true', help='leave out false negatives by their labels (upper bound)')
     train = parser.add_argument_group('training')
     train.add_argument('--batch_size', default=256, type=number(int, 'an integer of at least 2', lambda x: x >= 2),
@@ -254,12 +254,13 @@ def train_step(net, views, labels, optimizer, objective, autocast, joint=False):
 def annealed(beta, epoch, epochs, steps=9):
     """The epoch's value as beta falls to 0 in 9 values.
 
-    As published, the next value (at first beta itself) comes at every multiple of epochs // 9, where there are 9 of
-    them: for 400 epochs at 44, 88, ..., 396. Elsewhere the published code runs out of values; here beta falls evenly.
+    As published, the next value (at first beta itself) comes after every multiple of epochs // 9, where there are 9
+    of them: for 400 epochs after 44, 88, ..., 396. With more of them (below 81 epochs) the published code runs out of
+    values; there beta falls evenly.
     """
     each = epochs // steps
     if each and epochs // each == steps:
-        part = max(epoch // each - 1, 0)
+        part = max((epoch - 1) // each - 1, 0)
     else:
         part = int((steps - 1) * (epoch - 1) / max(epochs - 1, 1) + 0.5)
     return beta * (1 - part / (steps - 1))
@@ -374,7 +375,7 @@ def open_run(results, args, data, device):
     if state_file.exists():
         try:
             state = read_checkpoint(state_file)
-            if not {'model', 'optimizer', 'epoch', 'step', 'losses', 'log'} <= {*state}:
+            if not isinstance(state, dict) or not {'model', 'optimizer', 'epoch', 'step', 'losses', 'log'} <= {*state}:
                 raise ValueError(f'{state_file}: not the state of a run')
         except ValueError as error:
             raise ValueError(f'{error}. The run cannot be continued; intact beside it: {", ".join(kept) or "nothing"}. '

@@ -82,7 +82,8 @@ def load_model(path):
     state = read_checkpoint(path)
     while isinstance(state, dict) and isinstance(inner := state.get('model', state.get('state_dict')), dict):
         state = inner
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
         raise ValueError(f'{path}: no model weights in it')
     state = {re.sub(r'^(module\.|_orig_mod\.)+', '', name): value for name, value in state.items()
              if name.rpartition('.')[2] not in ('total_ops', 'total_params')}

@@ -88,8 +88,9 @@ def start():
         torch.cuda.set_device(device)
     if 'RANK' in os.environ and not dist.is_initialized():
         store, _, _ = next(dist.rendezvous('env://', timeout=TIMEOUT))
-        # After a restart the store still holds the addresses of the ranks that died: each restart has its own keys.
-        store = dist.PrefixStore(f'restart {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            # torchrun's own store outlives a restart, with the addresses of ranks that died: each has keys of its own.
+            store = dist.PrefixStore(f'restart {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
         dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=RANK, world_size=WORLD, timeout=TIMEOUT,
                                 device_id=device if cuda else None)
     return device
@@ -207,12 +208,13 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Keeps SIGTERM and Ctrl-C until the loop asks; a second Ctrl-C ends the process at once, which loses no file."""
+    """Keeps Ctrl-C, SIGTERM and SIGHUP until the loop asks; a second Ctrl-C ends at once, which loses no file."""
 
     def __init__(self):
         self.caught = 0
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.catch)
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(signum, self.catch)
 
     def catch(self, signum, frame):
         self.caught = signum

@@ -113,8 +113,8 @@ def _folder(root, store_size, unlabeled):
     splits, problems = [], []
     for split in (root / 'train', test):
         files = [(path, label) for label, c in enumerate(classes) for path in _image_files(split / c)]
-        problems += [f'{split / c}: no image in it' for label, c in enumerate(classes)
-                     if label not in {found for _, found in files}]
+        found = {label for _, label in files}
+        problems += [f'{split / c}: no image in it' for label, c in enumerate(classes) if label not in found]
         splits.append(files)
     if unlabeled and (root / 'unlabeled').is_dir():
         splits[0] += [(path, -1) for path in _image_files(root / 'unlabeled')]

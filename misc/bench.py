@@ -184,8 +184,6 @@ def bench_step(args, device):
     last = [x.contiguous(memory_format=torch.channels_last) for x in views]
     published = training(args, device, textbook, published=True)
     ours, standard = (training(args, device, objective) for objective in (contrastive_loss, standard_loss))
-    for _ in range(3):
-        ours(last), standard(last)  # compile before timing
     reference_ms, ours_ms = alternate(args.repeat, device, partial(published, views), partial(ours, last))
     yield (f'{args.arch} step against the published configuration', f'{n} views of {args.image_size} px', reference_ms,
            ours_ms, n)
@@ -222,7 +220,7 @@ def bench_epoch(args, device):
         done = subprocess.run([sys.executable, train.__file__, *map(str, flags), *fast(device)], env=environment,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            raise SystemExit(f'main.py ended with {done.returncode}: {done.stdout.strip().splitlines()[-1]}')
+            raise SystemExit(f'main.py ended with {done.returncode}: {(done.stdout.splitlines() or ["no output"])[-1]}')
         rate = pd.read_csv(Path(results, 'log.csv'))['images/s'][1:].median()
     yield (f'{args.arch}, main.py\'s training loop against bare steps', f'{n} views of {args.image_size} px',
            statistics.median(before + bare()), 1e3 * args.batch_size / rate, n)

@@ -46,9 +46,12 @@ def test_images_in_host_memory_give_the_views_of_resident_ones():
         assert torch.equal(index, same) and all(map(torch.equal, views, others))
 
 
-@pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)  # fp32 means with TF32 there, as in main.py's help
+@pytest.fixture(scope='module', autouse=True)
+def exact_convolutions():
+    """On a GPU --precision fp32 has TF32 in them, whose rounding depends on the kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+        yield
 
 
 @pytest.fixture(scope='module')

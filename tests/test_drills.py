@@ -34,7 +34,8 @@ def whole(flags, run, tmp_path_factory):
 
 
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143),
-                                          pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+                                          pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+                                          pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)])
 def test_train_stop_resume_probe(flags, run, whole, tmp_path, signum, code):
     job = Job('main.py', [*flags, tmp_path / 'r'])
     wait_for((tmp_path / 'r' / 'model_1.pth').exists, job)
