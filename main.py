@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0             # the same batch over eight GPUs
 
 Everything that a run leaves is in --results_dir; the same command continues a run that was stopped. On two CPU
-cores a ResNet-18 takes about 200 views of 16 px a second; for ResNet-50 at 32 px have a GPU.
+cores a ResNet-18 takes about 180 views of 16 px a second; for ResNet-50 at 32 px have a GPU.
 """
 
 import argparse
