@@ -162,7 +162,7 @@ def main(argv=None):
         state.update(saved)
         if state['epoch'] == args.epochs:
             return runtime.say(f'{args.results_dir} holds this run, finished: {describe(state["log"][-1])}')
-        runtime.say(f'Continuing {args.results_dir} after epoch {state["epoch"]}, step {state["step"]}')
+        runtime.say(f'Continuing {args.results_dir} in epoch {state["epoch"] + 1} after step {state["step"]}')
     # Views go through the network one by one, and DDP must not overwrite BatchNorm's buffers between two forwards.
     warnings.filterwarnings('ignore', '`broadcast_buffers` is deprecated', FutureWarning)
     ddp = DistributedDataParallel(net, [device] if cuda else None, broadcast_buffers=False) if WORLD > 1 else net

@@ -83,7 +83,8 @@ def curves(args):
         raise ValueError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
     groups = sorted(groups.values(), key=lambda runs: (runs[0]['settings']['tau_plus'], runs[0]['settings']['beta']))
     titles = names([runs[0] for runs in groups], but='seed')
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+    columns = max(1, min(3, 110 // (max(map(len, titles)) + 8)))  # of the legend, which 8 inches hold
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8 + 0.2 * -(-len(titles) // columns)))
     objectives = [runs[0]['objective'] for runs in groups]
     own = [OWN.get(name) if objectives.count(name) == 1 else None for name in objectives]
     spare = [colour for colour in COLOURS if colour not in own]
@@ -99,7 +100,7 @@ def curves(args):
     right.set(xlabel='epoch', ylabel='kNN accuracy on test images (%)')
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*left.get_legend_handles_labels(), loc='outside upper center', ncols=min(3, len(titles)))
+    figure.legend(*left.get_legend_handles_labels(), loc='outside upper center', ncols=columns)
     return figure
 
 

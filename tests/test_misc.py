@@ -196,6 +196,18 @@ def test_curves_are_means_over_seeds(runs):
     assert loss.get_xlabel() == 'epoch' and '%' in accuracy.get_ylabel()
 
 
+def test_long_names_stay_within_the_picture(runs):
+    for name, changes in (('hard_0', dict(temperature=0.25, batch_size=128)), ('hard_1', dict(temperature=0.1))):
+        config = json.loads((runs / name / 'config.json').read_text())
+        config['settings'] |= changes
+        (runs / name / 'config.json').write_text(json.dumps(config))
+    figure = plot.curves(arguments(*sorted(runs.iterdir())))
+    figure.canvas.draw()
+    legend, = figure.legends
+    assert len(legend.get_texts()) == 3 and legend.get_window_extent().x0 >= 0
+    assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree, on_the_cpu):
     checkpoint = run_of_one_epoch / 'model_1.pth'
     panel, = plot.similarity(arguments(checkpoint)).axes
