@@ -254,12 +254,12 @@ def train_step(net, views, labels, optimizer, objective, autocast, joint=False):
 def annealed(beta, epoch, epochs, steps=9):
     """The epoch's value as beta falls to 0 in 9 values.
 
-    As published, the next value (at first beta itself) comes after every multiple of epochs // 9, where there are 9
-    of them: for 400 epochs after 44, 88, ..., 396. With more of them (below 81 epochs) the published code runs out of
-    values; there beta falls evenly.
+    As published, the next value (at first beta itself) comes after every multiple of epochs // 9: for 400 epochs after
+    44, 88, ..., 396. Where that does not reach 0 just in time, in some runs below 81 epochs and at multiples of 9, beta
+    falls evenly.
     """
     each = epochs // steps
-    if each and epochs // each == steps:
+    if each and (epochs - 1) // each == steps:
         part = max((epoch - 1) // each - 1, 0)
     else:
         part = int((steps - 1) * (epoch - 1) / max(epochs - 1, 1) + 0.5)

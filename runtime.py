@@ -199,6 +199,11 @@ def lock(directory):
         raise ValueError(f'another run is writing in {directory}: wait for it, or choose another directory') from None
 
 
+def stop_signals():
+    """The signals that ask a process to end, without those it ignores, as nohup lets it."""
+    return [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+
+
 class Stopped(Exception):
     """Somebody asked the run to stop, by the signal whose number it holds."""
 
@@ -212,9 +217,8 @@ class Signals:
 
     def __init__(self):
         self.caught = 0
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets it
-                signal.signal(signum, self.catch)
+        for signum in stop_signals():
+            signal.signal(signum, self.catch)
 
     def catch(self, signum, frame):
         self.caught = signum

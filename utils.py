@@ -20,6 +20,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
+from runtime import LOCAL_WORLD
+
 DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, on every data set, as published
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -119,7 +121,7 @@ def _folder(root, store_size, unlabeled):
     if unlabeled and (root / 'unlabeled').is_dir():
         splits[0] += [(path, -1) for path in _image_files(root / 'unlabeled')]
     needed, memory = sum(map(len, splits)) * 3 * store_size**2, os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    if needed * int(os.environ.get('LOCAL_WORLD_SIZE', 1)) > 0.8 * memory:
+    if needed * LOCAL_WORLD > 0.8 * memory:
         raise DataError(f'{root}: {needed / 1e9:.1f} GB at --store_size {store_size}, and this machine has '
                         f'{memory / 1e9:.1f} GB of memory: lower --store_size')
     images = []

@@ -175,20 +175,23 @@ def fast(device):
 
 
 def fixed_views(args, device):
-    return [torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device) for _ in range(2)]
+    """Two views (B, 3, h, w) in channels_last, as DeviceViews yields them."""
+    shape = args.batch_size, 3, args.image_size, args.image_size
+    return [torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2)]
 
 
 def bench_step(args, device):
     torch.backends.cudnn.benchmark = True
     views, n = fixed_views(args, device), 2 * args.batch_size
-    last = [x.contiguous(memory_format=torch.channels_last) for x in views]
+    contiguous = [x.contiguous() for x in views]
     published = training(args, device, textbook, published=True)
     ours, standard = (training(args, device, objective) for objective in (contrastive_loss, standard_loss))
-    reference_ms, ours_ms = alternate(args.repeat, device, partial(published, views), partial(ours, last))
+    reference_ms, ours_ms = alternate(args.repeat, device, partial(published, contiguous),
+                                      partial(ours, views))
     yield (f'{args.arch} step against the published configuration', f'{n} views of {args.image_size} px', reference_ms,
            ours_ms, n)
     yield (f'{args.arch} step, hard against standard', f'{n} views of {args.image_size} px',
-           *alternate(args.repeat, device, partial(standard, last), partial(ours, last)), n)
+           *alternate(args.repeat, device, partial(standard, views), partial(ours, views)), n)
     if device.type == 'cuda' and args.arch == 'resnet50' and args.image_size == 32:
         rate, bandwidth = ceilings(device)
         arithmetic, memory = 1e3 * n * FLOP_PER_VIEW / rate, 1e3 * n * BYTES_PER_VIEW / bandwidth
@@ -210,7 +213,6 @@ def bench_epoch(args, device):
     torch.backends.cudnn.benchmark = True
     n, epochs = 2 * args.batch_size, 5 if device.type == 'cuda' else 2
     step, views = training(args, device), fixed_views(args, device)
-    views = [x.contiguous(memory_format=torch.channels_last) for x in views]
     bare = partial(alternate, args.repeat, device, partial(step, views))
     before = bare()
     with TemporaryDirectory() as results:

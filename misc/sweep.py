@@ -120,8 +120,7 @@ def run_all(runs, epochs, probe, jobs):
                 return f'{directory}: probed before'
         return f'{directory}: ' + call('linear.py', *wanted)
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-              if signal.getsignal(signum) != signal.SIG_IGN}  # as under nohup
+    before = {signum: signal.signal(signum, stop) for signum in runtime.stop_signals()}
     try:
         with ThreadPoolExecutor(jobs) as pool:
             for line in pool.map(train_and_probe, runs):

@@ -123,7 +123,7 @@ def test_beta_is_annealed_as_published():
     """400 epochs: the next of linspace(beta, 0, 9) after every 44th epoch, the first of them beta itself."""
     betas = [main.annealed(1.0, epoch, 400) for epoch in range(1, 401)]
     assert betas[:88] == [1.0] * 88 and betas[88] == 1 - 1 / 8 and betas[395] == 1 / 8 and betas[396:] == [0.0] * 4
-    for epochs in (2, 4, 5, 10, 17, 50, 100, 398):
+    for epochs in (2, 4, 5, 9, 10, 17, 50, 81, 100, 399):
         betas_here = [main.annealed(2.0, epoch, epochs) for epoch in range(1, epochs + 1)]
         assert betas_here == sorted(betas_here, reverse=True) and betas_here[0] == 2 and betas_here[-1] == 0
         assert sum(betas_here) / epochs == pytest.approx(1, abs=0.25)  # half the time below the middle, about
