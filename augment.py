@@ -12,11 +12,14 @@ synchronisation, for CPU and CUDA, eager and compiled.
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils import BLUR_SIGMA, CROP_RATIO, CROP_SCALE, JITTER, MEAN, STD, blur_kernel_size, epoch_batches, seeded
-
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, on every data set, as published
+CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+JITTER = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
+BLUR_SIGMA = (0.1, 2.0)  # pixels
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL converts to grayscale
 
 
@@ -149,6 +152,23 @@ def gaussian_blur(x, sigma, kernel_size):
     return sum(k * x[:, :, :, i:i + w] for i, k in enumerate(kernel))
 
 
+def seeded(*key, device='cpu'):
+    """A generator whose stream is a function of the key, integers such as (seed, epoch, step), alone."""
+    seed = int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed >> 1)
+
+
+def epoch_batches(n, batch_size, seed, epoch, drop_last=True):
+    """The epoch's shuffle of n images, cut into whole batches of indices: a function of (seed, epoch) alone."""
+    batches = torch.randperm(n, generator=seeded(seed, epoch)).split(batch_size)
+    return batches[:n // batch_size] if drop_last else batches
+
+
+def blur_kernel_size(size):
+    """The published 0.1 of the image, made odd, which OpenCV needs: 3 pixels at 32."""
+    return int(0.1 * size) | 1
+
+
 class DeviceViews:
     """What utils.ReferenceViews yields, made in batches on the device.
 
@@ -160,14 +180,17 @@ class DeviceViews:
                  resident=True, compile=False):
         self.device, self.resident = torch.device(device), resident
         self.images = images.to(self.device) if resident else images
-        self.size, self.views, self.seed = size, views, seed
-        self.batches = lambda epoch: epoch_batches(len(images), batch_size, seed, epoch, drop_last)
-        self.part = lambda x: x.tensor_split(world)[rank]
+        self.batch_size, self.size, self.views, self.seed, self.drop_last = batch_size, size, views, seed, drop_last
+        self.rank, self.world = rank, world
         self.apply = torch.compile(apply, dynamic=False) if compile else apply
         self.stream = None if resident else torch.cuda.Stream(self.device)
 
+    def part(self, x):
+        """This rank's part of a whole batch's rows."""
+        return x.tensor_split(self.world)[self.rank]
+
     def epoch(self, epoch, start=0):
-        batches = self.batches(epoch)
+        batches = epoch_batches(len(self.images), self.batch_size, self.seed, epoch, self.drop_last)
         sizes = [len(batch) for batch in batches]
         order = torch.cat(batches).to(self.device if self.resident else 'cpu')  # (steps * batch_size,), moved once
         parts = [self.part(batch) for batch in order.split(sizes)]

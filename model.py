@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from runtime import UserError
+
 ARCHS = {  # (bottleneck blocks, blocks in each stage), by which a checkpoint is recognised
     'resnet18': (False, (2, 2, 2, 2)),
     'resnet34': (False, (3, 4, 6, 3)),
@@ -52,7 +54,7 @@ def read_checkpoint(path):
     """What torch.save wrote to path, on the CPU: tensors and plain containers only, no objects.
 
     Raises:
-        ValueError: naming the file: missing, damaged (zip checksums are verified), or with pickled objects in it.
+        UserError: naming the file: missing, damaged (zip checksums are verified), or with pickled objects in it.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -62,12 +64,12 @@ def read_checkpoint(path):
         return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         there = ', '.join(sorted(p.name for p in Path(path).parent.glob('*.pth'))) or 'no other checkpoint'
-        raise ValueError(f'{path}: no such file; in {Path(path).parent} there is {there}') from None
+        raise UserError(f'{path}: no such file; in {Path(path).parent} there is {there}') from None
     except pickle.UnpicklingError as error:
-        raise ValueError(f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run') from error
+        raise UserError(f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run') from error
     except Exception as error:  # torch.load and zipfile raise many kinds for a damaged file
         reason = f' ({error})' if isinstance(error, (OSError, zipfile.BadZipFile)) else ''
-        raise ValueError(f'{path}: damaged or not a checkpoint{reason}') from error
+        raise UserError(f'{path}: damaged or not a checkpoint{reason}') from error
 
 
 def load_model(path):
@@ -77,14 +79,14 @@ def load_model(path):
     does not fit exactly is an error, since an encoder with some random weights would go unnoticed.
 
     Raises:
-        ValueError: naming the file and the first tensor that is missing, unexpected or of a wrong shape.
+        UserError: naming the file and the first tensor that is missing, unexpected or of a wrong shape.
     """
     state = read_checkpoint(path)
     while isinstance(state, dict) and isinstance(inner := state.get('model', state.get('state_dict')), dict):
         state = inner
     if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
-        raise ValueError(f'{path}: no model weights in it')
+        raise UserError(f'{path}: no model weights in it')
     state = {re.sub(r'^(module\.|_orig_mod\.)+', '', name): value for name, value in state.items()
              if name.rpartition('.')[2] not in ('total_ops', 'total_params')}
     depths = tuple(len({name.split('.')[2] for name in state if name.startswith(f'f.{i}.')}) for i in (3, 4, 5, 6))
@@ -92,16 +94,16 @@ def load_model(path):
     arch = next((arch for arch, known in ARCHS.items() if known == kind), None)
     for name in ('f.0.weight', 'g.3.weight'):
         if name not in state:
-            raise ValueError(f'{path}: not a checkpoint of this encoder: {name} is missing')
+            raise UserError(f'{path}: not a checkpoint of this encoder: {name} is missing')
     if arch is None:
-        raise ValueError(f'{path}: its stages f.3 to f.6 have {depths} blocks, which is none of {", ".join(ARCHS)}')
+        raise UserError(f'{path}: its stages f.3 to f.6 have {depths} blocks, which is none of {", ".join(ARCHS)}')
     model = Model(len(state['g.3.weight']), arch)
     expected = model.state_dict()
     for name in [*expected, *state]:
         if name not in state or name not in expected:
-            raise ValueError(f'{path}: {name} is {"missing" if name in expected else "unexpected"} for {arch}')
+            raise UserError(f'{path}: {name} is {"missing" if name in expected else "unexpected"} for {arch}')
         if state[name].shape != expected[name].shape:
-            raise ValueError(f'{path}: {name} has shape {tuple(state[name].shape)}, {arch} needs '
+            raise UserError(f'{path}: {name} has shape {tuple(state[name].shape)}, {arch} needs '
                              f'{tuple(expected[name].shape)}')
     model.load_state_dict(state)
     return model

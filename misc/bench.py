@@ -27,26 +27,29 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import flags
 import main as train
 import runtime
 from augment import DeviceViews
+from data import load_data
 from losses import contrastive_loss
 from model import ARCHS, Model
-from utils import ReferenceViews, load_data
+from runs import device_name, write_table
+from utils import ReferenceViews
 
 COLUMNS = ('what', 'size', 'device', 'reference_ms', 'ours_ms', 'ratio')
 FLOP_PER_VIEW, BYTES_PER_VIEW = 7.8e9, 131e6  # ResNet-50 at 32 px, a training step; bytes in bf16, BatchNorm+ReLU fused
 
 
 def main(argv=None):
-    parser = runtime.Parser(prog='bench.py', description=__doc__.partition('\n')[0])
+    parser = flags.Parser(prog='bench.py', description=__doc__.partition('\n')[0])
     parser.add_argument('what', choices=('loss', 'augment', 'step', 'epoch'), help='what to time')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', choices=('cuda', 'cpu'),
                         help='where')
     parser.add_argument('--arch', choices=ARCHS, help='backbone of step and epoch (default: resnet50; 18 on a CPU)')
-    parser.add_argument('--image_size', type=runtime.integer(8, 512), help='pixels of views (default: 32; 16 on a CPU)')
-    parser.add_argument('--batch_size', type=runtime.integer(2, 65536), help='images (default: 256; 32 on a CPU)')
-    parser.add_argument('--repeat', default=9, type=runtime.positive_int, help='timings of which the median is taken')
+    parser.add_argument('--image_size', type=flags.integer(8, 512), help='pixels of views (default: 32; 16 on a CPU)')
+    parser.add_argument('--batch_size', type=flags.integer(2, 65536), help='images (default: 256; 32 on a CPU)')
+    parser.add_argument('--repeat', default=9, type=flags.positive_int, help='timings of which the median is taken')
     parser.add_argument('--csv', help='file for the rows')
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
@@ -54,16 +57,15 @@ def main(argv=None):
     device, cuda = torch.device(args.device), args.device == 'cuda'
     args.arch = args.arch or ('resnet50' if cuda else 'resnet18')
     args.image_size, args.batch_size = args.image_size or (32 if cuda else 16), args.batch_size or (256 if cuda else 32)
-    print(f'{train.device_name(device)}; torch {torch.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}')
+    print(f'{device_name(device)}; torch {torch.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}')
     rows = []
     for what, size, reference, ours, views in BENCHES[args.what](args, device):
         ratio = reference / ours
-        rows.append(dict(zip(COLUMNS, (what, size, train.device_name(device), reference, ours, ratio))))
+        rows.append((what, size, device_name(device), reference, ours, ratio))
         rate = f', {1e3 * views / ours:.0f} views/s' if views else ''
         print(f'{what}, {size}: reference {reference:.3g} ms, ours {ours:.3g} ms, ratio {ratio:.2f}{rate}', flush=True)
     if args.csv:
-        with runtime.one_line_errors():
-            runtime.write(args.csv, pd.DataFrame(rows).to_csv(index=False).encode())
+        write_table(args.csv, rows, COLUMNS)
 
 
 def alternate(repeat, device, *functions):
@@ -89,6 +91,14 @@ def alternate(repeat, device, *functions):
             if i:
                 seen.append(elapsed)
     return [statistics.median(seen) for seen in times]
+
+
+def peak_memory(reset=False):
+    """The most memory, in bytes, that this process has held at once since the last reset (Linux)."""
+    if reset:
+        Path('/proc/self/clear_refs').write_text('5')
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(status.partition('VmHWM:')[2].split()[0])
 
 
 def textbook(z1, z2, temperature=0.5, tau_plus=0.1, beta=1.0):
@@ -129,7 +139,7 @@ def bench_loss(args, device):
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        before, peak = runtime.peak_memory(reset=True), runtime.peak_memory
+        before, peak = peak_memory(reset=True), peak_memory
     elapsed, = alternate(1, device, step(hard, z))
     after = peak()
     print(f'loss, B=16384: {elapsed:.0f} ms, at most {(after - before) / 1e9:.2f} GB beyond inputs and gradients; '
@@ -156,13 +166,13 @@ def bench_augment(args, device):
 def training(args, device, objective=contrastive_loss, published=False):
     """One step on a network and optimizer of its own, as main.py makes them or in the published configuration."""
     torch.manual_seed(0)
-    flags, _ = train.arguments(['--arch', args.arch, *fast(device)])
-    autocast = runtime.autocast(device, 'fp32' if published else flags.precision)
+    settings, _ = train.arguments(['--arch', args.arch, *fast(device)])
+    autocast = runtime.autocast(device, 'fp32' if published else settings.precision)
     if published:
         net = Model(arch=args.arch).to(device)
-        optimizer = torch.optim.Adam(net.parameters(), flags.lr, weight_decay=flags.weight_decay)
+        optimizer = torch.optim.Adam(net.parameters(), settings.lr, weight_decay=settings.weight_decay)
     else:
-        net, optimizer = train.build(flags, device)
+        net, optimizer = train.build(settings, device)
 
     def step(views):
         return train.train_step(net, views, None, optimizer, lambda *z, labels: objective(*z), autocast)
@@ -216,10 +226,10 @@ def bench_epoch(args, device):
     bare = partial(alternate, args.repeat, device, partial(step, views))
     before = bare()
     with TemporaryDirectory() as results:
-        flags = ('--dataset_name', 'shapes', '--arch', args.arch, '--image_size', args.image_size, '--test_size',
-                 args.image_size, '--batch_size', args.batch_size, '--epochs', epochs, '--results_dir', results)
+        command = ('--dataset_name', 'shapes', '--arch', args.arch, '--image_size', args.image_size, '--test_size',
+                   args.image_size, '--batch_size', args.batch_size, '--epochs', epochs, '--results_dir', results)
         environment = os.environ | ({} if device.type == 'cuda' else {'CUDA_VISIBLE_DEVICES': ''})
-        done = subprocess.run([sys.executable, train.__file__, *map(str, flags), *fast(device)], env=environment,
+        done = subprocess.run([sys.executable, train.__file__, *map(str, command), *fast(device)], env=environment,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise SystemExit(f'main.py ended with {done.returncode}: {(done.stdout.splitlines() or ["no output"])[-1]}')

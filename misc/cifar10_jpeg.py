@@ -10,31 +10,32 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import flags
 import runtime
-from utils import load_data
+from data import load_data
+from runtime import UserError
 
 
 def main(argv=None):
-    parser = runtime.Parser(prog='cifar10_jpeg.py', description=__doc__.partition('\n')[0])
+    parser = flags.Parser(prog='cifar10_jpeg.py', description=__doc__.partition('\n')[0])
     parser.add_argument('--root', default='data', help='where CIFAR-10 is or comes to, and cifar10_jpeg comes to')
-    parser.add_argument('--train', default=1000, type=runtime.integer(1, 5000), help='training images of each class')
-    parser.add_argument('--test', default=200, type=runtime.integer(1, 1000), help='test images of each class')
+    parser.add_argument('--train', default=1000, type=flags.integer(1, 5000), help='training images of each class')
+    parser.add_argument('--test', default=200, type=flags.integer(1, 1000), help='test images of each class')
     args = parser.parse_args(argv)
     out, beside = Path(args.root, 'cifar10_jpeg'), Path(args.root, 'cifar10_jpeg.part')
-    with runtime.one_line_errors():
-        if out.exists():
-            raise ValueError(f'{out} is there already')
-        data = load_data('cifar10', args.root)
-        shutil.rmtree(beside, ignore_errors=True)  # what an interrupted call left
-        splits = ('train', data.train, data.train_labels, args.train), ('test', data.test, data.test_labels, args.test)
-        for split, images, labels, count in splits:
-            for label, name in enumerate(data.classes):
-                folder = beside / split / name
-                folder.mkdir(parents=True, exist_ok=True)
-                for i, index in enumerate((labels == label).nonzero()[:count, 0]):
-                    image = Image.fromarray(images[index].permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
-                    image.save(folder / f'{i:04}.jpg', quality=75)
-        beside.rename(out)
+    if out.exists():
+        raise UserError(f'{out} is there already')
+    data = load_data('cifar10', args.root)
+    shutil.rmtree(beside, ignore_errors=True)  # what an interrupted call left
+    splits = ('train', data.train, data.train_labels, args.train), ('test', data.test, data.test_labels, args.test)
+    for split, images, labels, count in splits:
+        for label, name in enumerate(data.classes):
+            folder = beside / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i, index in enumerate((labels == label).nonzero()[:count, 0]):
+                image = Image.fromarray(images[index].permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+                image.save(folder / f'{i:04}.jpg', quality=75)
+    beside.rename(out)
     print(out)
 
 

@@ -25,13 +25,15 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import flags
 import runtime
-from augment import apply, draw
+from augment import MEAN, STD, apply, draw, seeded
+from data import load_data
+from evaluate import encode
 from losses import contrastive_loss
-from main import encode
 from model import load_model, unit
-from sweep import OBJECTIVE, read_run
-from utils import MEAN, STD, load_data, seeded
+from runs import OBJECTIVE, read_run, write
+from runtime import UserError
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
 STANDARD, DEBIASED, HARD = 'standard', 'debiased, τ⁺ = 0.1', 'hard, τ⁺ = 0.1, β = 1'
@@ -47,7 +49,7 @@ plt.rcParams.update({'figure.dpi': 160, 'savefig.facecolor': 'white', 'font.size
 
 
 def main(argv=None):
-    parser = runtime.Parser(prog='plot.py', description=__doc__.partition('\n')[0])
+    parser = flags.Parser(prog='plot.py', description=__doc__.partition('\n')[0])
     commands = parser.add_subparsers(dest='what', required=True, metavar='PICTURE', prog='plot.py')
     for name, (function, what, plural) in PICTURES.items():
         command = commands.add_parser(name, help=function.__doc__.partition('\n')[0])
@@ -55,21 +57,20 @@ def main(argv=None):
         command.add_argument('--out', type=Path, help=f'file to write (default: {name}.png in the first run)')
         if name != 'curves':
             command.add_argument('--root', help='directory of the data set (default: as in config.json)')
-            command.add_argument('--seed', default=0, type=runtime.seed, help='of the choice of images')
+            command.add_argument('--seed', default=0, type=flags.seed, help='of the choice of images')
         if name == 'negatives':
-            command.add_argument('--query', default=0, type=runtime.integer(0, BATCH - 1),
+            command.add_argument('--query', default=0, type=flags.integer(0, BATCH - 1),
                                  help='which image of the batch is the query')
         if name in ('similarity', 'map'):
-            command.add_argument('--images', default=2000, type=runtime.integer(100, 5000),
+            command.add_argument('--images', default=2000, type=flags.integer(100, 5000),
                                  help='test images, at most, drawn at random')
     args = parser.parse_args(argv)
     args.out = args.out or (args.paths[0] if args.what == 'curves' else args.paths[0].parent) / f'{args.what}.png'
     if args.out.suffix != '.png':
         parser.error(f'--out {args.out}: pictures are PNG files, their names end in .png')
-    with runtime.one_line_errors():
-        figure, png = PICTURES[args.what][0](args), io.BytesIO()
-        figure.savefig(png)
-        runtime.write(args.out, png.getbuffer())
+    figure, png = PICTURES[args.what][0](args), io.BytesIO()
+    figure.savefig(png)
+    write(args.out, png.getbuffer())
     print(args.out)
 
 
@@ -80,7 +81,7 @@ def curves(args):
         run = read_run(path)
         groups.setdefault(repr(run['identity'] | {'seed': None}), []).append(run)
     if len(groups) > len(COLOURS):
-        raise ValueError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
+        raise UserError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
     groups = sorted(groups.values(), key=lambda runs: (runs[0]['settings']['tau_plus'], runs[0]['settings']['beta']))
     titles = names([runs[0] for runs in groups], but='seed')
     columns = max(1, min(3, 110 // (max(map(len, titles)) + 8)))  # of the legend, which 8 inches hold
@@ -229,7 +230,7 @@ def negatives(args):
     net, run, data = open_checkpoint(args.paths[0], args.root)
     settings = run['settings']
     if len(data.test) < BATCH:
-        raise ValueError(f'{len(data.test)} test images: a batch of {BATCH} is drawn')
+        raise UserError(f'{len(data.test)} test images: a batch of {BATCH} is drawn')
     chosen = some(len(data.test), BATCH, args.seed)
     images, labels, query = data.test[chosen], data.test_labels[chosen].repeat(2), args.query
     drawn = [draw(BATCH, *images.shape[2:], seeded(args.seed, view)) for view in range(2)]

@@ -9,8 +9,6 @@ counted, so add your own. On two CPU cores 15 runs of 80,000 views of 16 px (Res
 about two hours.
 """
 
-import hashlib
-import json
 import os
 import shlex
 import signal
@@ -22,9 +20,10 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import linear
-import main as train
+import flags
+import runs
 import runtime
+from runtime import UserError
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = {
@@ -35,8 +34,6 @@ OBJECTIVES = {
     'hard_b2': ['--estimator', 'hard', '--beta', '2'],
 }
 OWN = ('--estimator', '--debiased', '--beta', '--seed')  # flags of main.py that the sweep sets
-OBJECTIVE = ['estimator', 'tau_plus', 'beta', 'anneal']
-SYMBOLS = ('tau_plus', 'τ⁺'), ('beta', 'β')
 METRICS = ['knn', 'linear', 'linear_bn_train']
 TITLES = dict(knn='kNN, %', linear='linear probe, %', linear_bn_train='probe, BatchNorm drifting, %',
               **{f'{name}_gain': 'against standard' for name in METRICS})
@@ -45,21 +42,22 @@ SHOWN = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'e
 
 
 def main(argv=None):
-    parser = runtime.Parser(prog='sweep.py', description=__doc__.partition('\n')[0],
+    parser = flags.Parser(prog='sweep.py', description=__doc__.partition('\n')[0],
                             epilog='All other flags are those of main.py.')
     parser.add_argument('--results_dir', default='results/sweep', help='directory of the runs and of the table')
     parser.add_argument('--objectives', nargs='+', default=list(OBJECTIVES), choices=OBJECTIVES, help='what to compare')
     parser.add_argument('--tau_plus', help='of all objectives but the standard one (default: main.py\'s)')
-    parser.add_argument('--seeds', default=3, type=runtime.positive_int, help='runs of each: seeds 0, 1, ...')
-    parser.add_argument('--jobs', default=1, type=runtime.positive_int, help='runs at a time, which share the cores')
+    parser.add_argument('--seeds', default=3, type=flags.positive_int, help='runs of each: seeds 0, 1, ...')
+    parser.add_argument('--jobs', default=1, type=flags.positive_int, help='runs at a time, which share the cores')
     parser.add_argument('--probe', default='', help='flags of linear.py, in quotes: --probe="--epochs 10"')
     parser.add_argument('--table_only', action='store_true', help='train nothing: make the table of what is there')
-    args, flags = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(argv)  # the rest is main.py's, which checks it
     results = Path(args.results_dir)
-    if args.table_only and flags:
-        parser.error(f'--table_only trains nothing and takes no flags of main.py, got {" ".join(flags)}')
+    if args.table_only and rest:
+        parser.error(f'--table_only trains nothing and takes no flags of main.py, got {" ".join(rest)}')
     if not args.table_only:
-        if own := [flag for flag in flags if flag.partition('=')[0] in OWN]:
+        own = [flag for flag in rest if flag.partition('=')[0] in OWN]
+        if own:
             parser.error(f'{" ".join(own)}: the sweep sets {", ".join(OWN)} itself')
         try:
             probe = shlex.split(args.probe)
@@ -67,22 +65,30 @@ def main(argv=None):
             parser.error(f'--probe {args.probe}: {error}')
         if '--model_path' in args.probe:
             parser.error('--probe: the sweep sets --model_path itself')
-        linear.arguments(probe)  # wrong flags end here, before anything is trained
-        runs = []
+        planned = []
         for seed in range(args.seeds):
             for name in dict.fromkeys(args.objectives):
                 tau_plus = ['--tau_plus', args.tau_plus] if args.tau_plus and name != 'standard' else []
-                runs.append((results / f'{name}_{seed}', [*flags, *OBJECTIVES[name], *tau_plus, '--seed', str(seed)]))
-        epochs = {train.arguments(flags)[0].epochs for _, flags in runs}.pop()
-        run_all(runs, epochs, probe, args.jobs)
-    with runtime.one_line_errors():
-        table = make_table(results)
-        runtime.write(results / 'table.csv', table.to_csv(index=False).encode())
-        runtime.write(results / 'table.md', markdown(table).encode())
+                planned.append((results / f'{name}_{seed}', [*rest, *OBJECTIVES[name], *tau_plus, '--seed', str(seed)]))
+        check('linear.py', *probe, '--model_path', os.devnull)
+        for _, wanted in planned[:len(planned) // args.seeds]:
+            check('main.py', *wanted, '--dataset_name', 'folder', '--root', os.devnull)
+        run_all(planned, probe, args.jobs)
+    table = make_table(results)
+    runs.write_table(results / 'table.csv', table, list(table))
+    runs.write(results / 'table.md', markdown(table).encode())
     print(f'\n{markdown(table)}\nfiles in {results}: table.csv, table.md')
 
 
-def run_all(runs, epochs, probe, jobs):
+def check(script, *arguments):
+    """End as the script does if it finds a flag wrong. It checks them first; what comes next must make it fail."""
+    done = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True)
+    if done.returncode == 2:
+        sys.stderr.write(done.stderr)
+        sys.exit(2)
+
+
+def run_all(planned, probe, jobs):
     """Train and probe every (directory, flags), some at a time. Signals that end it let those that run save first."""
     running, stopped = set(), []
 
@@ -95,7 +101,7 @@ def run_all(runs, epochs, probe, jobs):
         command = [os.path.relpath(ROOT / script), *arguments]
         # In a session of its own a run does not get the terminal's Ctrl-C as well, which would be its second signal.
         with subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env={**os.environ, 'OMP_NUM_THREADS': str(max(1, os.cpu_count() // jobs))},
+                              env={**os.environ, 'OMP_NUM_THREADS': str(max(1, runtime.CORES // jobs))},
                               start_new_session=True) as process:
             running.add(process)
             if stopped:
@@ -105,17 +111,17 @@ def run_all(runs, epochs, probe, jobs):
         if stopped:
             raise runtime.Stopped(stopped[0])
         if process.returncode:
-            raise SystemExit(f'error: {shlex.join(command)} ended with {process.returncode}: {lines[-1]}. '
-                             'The same command continues the sweep')
+            raise UserError(f'{shlex.join(command)} ended with {process.returncode}: {lines[-1]}. '
+                            'The same command continues the sweep')
         return lines[-1]
 
     def train_and_probe(run):
         directory, flags = run
-        checkpoint = directory / f'model_{epochs}.pth'
-        wanted = ['--model_path', str(checkpoint), *probe]
         call('main.py', *flags, '--results_dir', str(directory))
+        epochs = runs.read_config(directory / 'config.json')['settings']['epochs']
+        wanted = ['--model_path', str(directory / f'model_{epochs}.pth'), *probe]
         for name in METRICS[1:]:
-            settings, _ = read_probe(directory, epochs, name)
+            settings, _ = runs.read_probe(directory, epochs, name)
             if settings and shlex.split(settings['command'])[1:] == wanted:
                 return f'{directory}: probed before'
         return f'{directory}: ' + call('linear.py', *wanted)
@@ -123,7 +129,7 @@ def run_all(runs, epochs, probe, jobs):
     before = {signum: signal.signal(signum, stop) for signum in runtime.stop_signals()}
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            for line in pool.map(train_and_probe, runs):
+            for line in pool.map(train_and_probe, planned):
                 print(line, flush=True)
     except runtime.Stopped as error:
         print('Stopped; the same command continues the sweep', file=sys.stderr)
@@ -133,49 +139,6 @@ def run_all(runs, epochs, probe, jobs):
             signal.signal(signum, handler)
 
 
-def read_run(directory):
-    """The config.json of a run, its log (a DataFrame), and the objective's and the data set's names for people.
-
-    Raises:
-        ValueError: naming what is missing or not of a run.
-    """
-    for name in ('config.json', 'log.csv'):
-        if not (directory / name).is_file():
-            raise ValueError(f'{directory} is not the directory of a run: {name} is missing')
-    run = runtime.read_config(directory / 'config.json')
-    try:
-        run['log'] = pd.read_csv(directory / 'log.csv')[list(train.COLUMNS)].astype(float)
-        settings = run['settings']
-        run['objective'] = settings['estimator'] + ''.join(
-            f', {symbol} = {settings[name]:g}' for name, symbol in SYMBOLS if settings[name])
-        run['objective'] += ', annealed' * (settings['anneal'] == 'down') + ', oracle' * settings['oracle']
-        folder = settings['dataset_name'] == 'folder'
-        run['data'] = Path(settings['root']).absolute().name if folder else settings['dataset_name']
-        run['identity'] = {name: value for name, value in settings.items() if name not in train.FREE}
-        run['identity'] |= dict(objective=run['objective'], data=run['data'], ranks=run['ranks'],
-                                images='{train} + {test}'.format(**run['images']))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{directory}: config.json or log.csv is not of a run ({error!r})') from None
-    return run
-
-
-def read_probe(directory, epochs, name):
-    """Settings and last row of a finished probe of the run's last encoder, or None and None.
-
-    A probe of an encoder that was there before does not count; where the encoder is gone, its probe does.
-    """
-    file, checkpoint = directory / f'model_{epochs}_{name}.csv', directory / f'model_{epochs}.pth'
-    try:
-        about = json.loads(file.with_suffix('.json').read_text())
-        row, settings = pd.read_csv(file).iloc[-1], about['settings'] | {'command': about['command']}
-        probed = not checkpoint.exists() or about['encoder'] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-        if probed and row['epoch'] == settings['epochs']:
-            return settings, row
-    except (OSError, ValueError, KeyError, IndexError):
-        pass
-    return None, None
-
-
 def make_table(results):
     """A row for every group of finished runs in the directory that differ in the seed alone.
 
@@ -183,14 +146,14 @@ def make_table(results):
     difference, seed by seed, to the standard objective's at the same settings.
 
     Raises:
-        ValueError: no finished run there, or two of the same settings and seed.
+        UserError: no finished run there, or two of the same settings and seed.
     """
     rows = []
     for directory in sorted(path.parent for path in results.rglob('config.json')):
         if not (directory / 'log.csv').exists():
             print(f'{directory}: no log.csv, left out', file=sys.stderr)
             continue
-        run = read_run(directory)
+        run = runs.read_run(directory)
         epochs, log = run['settings']['epochs'], run['log']
         if len(log) < epochs:
             print(f'{directory}: not finished, left out', file=sys.stderr)
@@ -199,7 +162,7 @@ def make_table(results):
                                      command=run['command'], device=run['device'],
                                      versions=', '.join(map(' '.join, run['versions'].items())))
         for probe in METRICS[1:]:
-            settings, last = read_probe(directory, epochs, probe)
+            settings, last = runs.read_probe(directory, epochs, probe)
             row |= {probe: None if last is None else last['test_acc@1'], f'{probe}_command': None, f'{probe}_how': None}
             if settings:
                 row[f'{probe}_command'] = settings.pop('command')
@@ -207,26 +170,27 @@ def make_table(results):
                                                 if name not in ('model_path', 'root'))
         rows.append(row)
     if not rows:
-        raise ValueError(f'{results} holds no finished run')
-    runs = pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
+        raise UserError(f'{results} holds no finished run')
+    found = pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
     commands = ['command', *(f'{probe}_command' for probe in METRICS[1:])]
     told = [*(f'{probe}_how' for probe in METRICS[1:]), 'device', 'versions']  # rows may mix these, and then say so
-    same = [name for name in runs if name not in ['seed', 'minutes', *METRICS, *commands, *told]]
-    if (twice := runs.duplicated([*same, 'seed'])).any():
-        raise ValueError(f'{results} holds the same run twice: {runs.loc[twice, "command"].iloc[0]}')
-    pair = ['seed', *(name for name in same if name not in ('objective', *OBJECTIVE))]
-    standard = runs.loc[runs['objective'] == 'standard', [*pair, *METRICS]]
-    base = runs[pair].merge(standard, 'left', pair, validate='m:1')[METRICS].where(runs['objective'] != 'standard')
-    runs[[f'{name}_gain' for name in METRICS]] = runs[METRICS] - base
+    same = [name for name in found if name not in ['seed', 'minutes', *METRICS, *commands, *told]]
+    twice = found.duplicated([*same, 'seed'])
+    if twice.any():
+        raise UserError(f'{results} holds the same run twice: {found.loc[twice, "command"].iloc[0]}')
+    pair = ['seed', *(name for name in same if name not in ('objective', *runs.OBJECTIVE))]
+    standard = found.loc[found['objective'] == 'standard', [*pair, *METRICS]]
+    base = found[pair].merge(standard, 'left', pair, validate='m:1')[METRICS].where(found['objective'] != 'standard')
+    found[[f'{name}_gain' for name in METRICS]] = found[METRICS] - base
     columns = dict(seeds=('seed', 'size'), minutes=('minutes', 'mean'))
     for name in METRICS + [f'{name}_gain' for name in METRICS]:
         columns |= {name: (name, 'mean'), f'{name}_std': (name, 'std'), f'{name}_seeds': (name, 'count')}
     columns |= {name: (name, 'last') for name in commands}
     columns |= {name: (name, lambda values: '; '.join(dict.fromkeys(values.dropna()))) for name in told}
-    table = runs.groupby(same, dropna=False, as_index=False).agg(**columns)
+    table = found.groupby(same, dropna=False, as_index=False).agg(**columns)
     numbers = [name for name in columns if table[name].dtype == float]
     table[numbers] = table[numbers].round(2)
-    order = ['objective', *OBJECTIVE, *columns, *pair[1:]]
+    order = ['objective', *runs.OBJECTIVE, *columns, *pair[1:]]
     return table.sort_values([*pair[1:], 'tau_plus', 'beta'], ignore_index=True)[order]
 
 

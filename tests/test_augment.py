@@ -13,8 +13,20 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 import augment
-from augment import DeviceViews, apply, draw
-from utils import BLUR_SIGMA, CROP_RATIO, CROP_SCALE, JITTER, MEAN, STD, ReferenceViews, blur_kernel_size, seeded
+from augment import (
+    BLUR_SIGMA,
+    CROP_RATIO,
+    CROP_SCALE,
+    JITTER,
+    MEAN,
+    STD,
+    DeviceViews,
+    apply,
+    blur_kernel_size,
+    draw,
+    seeded,
+)
+from utils import ReferenceViews
 
 SIZES = [(32, 32), (96, 96), (72, 120)]
 COUNT = 180  # images and parameter sets of each size: 540 together

@@ -11,8 +11,8 @@ import torchvision
 from PIL import Image
 from torchvision.datasets import CIFAR10, STL10
 
-import utils
-from utils import DataError, load_data
+import data as sets
+from data import DataError, load_data
 
 RNG = np.random.default_rng(0)
 
@@ -92,7 +92,7 @@ def test_cifar10(tmp_path, monkeypatch):
 
 
 def test_shapes_are_balanced_fixed_and_not_told_by_colour():
-    data, again = utils._shapes(600, 200), utils._shapes(600, 200)
+    data, again = sets._shapes(600, 200), sets._shapes(600, 200)
     assert torch.equal(data.train, again.train) and data.train.shape == (600, 3, 96, 96)
     assert data.train_labels.bincount().min() > 30 and len(data.classes) == 10
     mean = data.train.float().mean((2, 3))  # (600, 3)

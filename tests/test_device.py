@@ -9,9 +9,8 @@ from conftest import assert_same_outcome, outcome
 import linear
 import main
 import runtime
-from augment import DeviceViews, apply, draw
+from augment import DeviceViews, apply, draw, seeded
 from losses import contrastive_loss
-from utils import seeded
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')

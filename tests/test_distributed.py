@@ -104,7 +104,7 @@ def parameter_gradients(rank, world, kind, joint):
                 setattr(parent, name, new.double())
     views = torch.randn(2, BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    ddp = main.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
+    ddp = main.distributed(net, torch.device('cpu'))
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
     autocast = torch.autocast('cpu', enabled=False)
     losses = [main.train_step(ddp, [x[part] for x in views], None, optimizer, contrastive_loss, autocast, joint)
@@ -127,16 +127,17 @@ def test_parameter_gradients_are_those_of_one_process(one, ranks, case):
 
 
 def features_and_gathered(rank, world):
+    import evaluate
     import main
     import runtime
     torch.manual_seed(0)
     net = main.Model(16, 'resnet18')
     images = torch.randint(256, (23, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features = main.encode(net, images, torch.arange(23), None, torch.autocast('cpu', enabled=False),
-                           torch.device('cpu'), batch_size=5)
+    features = evaluate.encode(net, images, torch.arange(23), 0, torch.autocast('cpu', enabled=False),
+                               torch.device('cpu'), batch_size=5)
     gathered = runtime.gather(torch.arange(7).tensor_split(world)[rank])
     net.f[1].running_var.fill_(rank)
-    main.average_buffers(net)
+    runtime.average_buffers(net)
     return features, gathered, net.f[1].running_var.unique().tolist()
 
 
@@ -154,9 +155,9 @@ def memory_of_the_loss(rank, world, B):
     from losses import contrastive_loss
     views = [F.normalize(torch.randn(B // world, 128), dim=1).requires_grad_() for _ in range(2)]
     contrastive_loss(*[x[:64] for x in views]).backward()  # libraries are loaded
-    before = runtime.peak_memory(reset=True)
+    before = bench.peak_memory(reset=True)
     contrastive_loss(*views, chunk_size=B // world // 16).backward()
-    return (runtime.peak_memory() - before) / 1e6
+    return (bench.peak_memory() - before) / 1e6
 
 
 @pytest.mark.slow

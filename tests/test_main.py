@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from conftest import assert_same_outcome, outcome
 from torchvision.datasets import STL10
 
+import evaluate
 import linear
 import main
 import model
+import runs
 import runtime
+from data import load_data
 from losses import contrastive_loss
-from utils import load_data
+from runtime import UserError
 
 CPU, NO_AUTOCAST = torch.device('cpu'), torch.autocast('cpu', enabled=False)
 
@@ -99,7 +102,8 @@ def test_knn_is_the_weighted_vote():
             votes[memory_labels[j]] += math.exp(similarity[j] / 0.5)
         ranked = list(np.argsort(-votes))
         hits += [ranked[0] == label, label.item() in ranked[:5]]
-    assert main.knn(memory, queries, memory_labels, labels, k=30) == pytest.approx(list(100 * hits / 30))
+    found = evaluate.knn(memory, queries, memory_labels, labels, k=30, temperature=0.5)
+    assert found == pytest.approx(list(100 * hits / 30))
 
 
 def test_encode_is_f_in_eval_mode_at_the_size_asked_for():
@@ -108,12 +112,12 @@ def test_encode_is_f_in_eval_mode_at_the_size_asked_for():
     images = torch.randint(256, (10, 3, 24, 24), dtype=torch.uint8)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     index = torch.tensor([7, 3, 3])
-    features = main.encode(net, images, index, None, NO_AUTOCAST, CPU, batch_size=2)
+    features = evaluate.encode(net, images, index, 0, NO_AUTOCAST, CPU, batch_size=2)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
     expected = net.eval().f((images[index] / 255 - mean) / std).flatten(1)
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(main.encode(net, images, index, 16, NO_AUTOCAST, CPU), expected)
+    assert not torch.allclose(evaluate.encode(net, images, index, 16, NO_AUTOCAST, CPU), expected)
 
 
 def test_files_of_a_run(finished, tiny):
@@ -165,7 +169,7 @@ def snapshot(results):
 
 
 def refuses(argv, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         main.main(argv)
 
 
@@ -207,7 +211,7 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_state(tiny, tmp
 
     monkeypatch.setattr(main, 'train_step', broken)
     refuses([*tiny, '--epochs', '3', '--results_dir', str(tmp_path)],
-            r'loss is nan at epoch 2, step 2; the last good state .* --lr 0.001 .* --temperature 0.5')
+            r'loss is nan at epoch 2, step 2; the last good state is untouched.* --lr too high')
     assert model.read_checkpoint(tmp_path / 'last.pth')['epoch'] == 1
 
 
@@ -320,7 +324,7 @@ def test_probe(finished, capsys, bn, tmp_path):
 
 
 def test_probe_notices_a_moved_encoder(finished, monkeypatch):
-    encode = main.encode
+    encode = evaluate.encode
 
     def moving(net, *args, **kwargs):
         net.f[0].weight.data += 1e-3
@@ -338,12 +342,12 @@ def test_stopped_probe_leaves_the_finished_one(finished, tmp_path, monkeypatch):
     linear.main([*flags, '1'])
     before = snapshot(tmp_path)
 
-    def end_in_epoch_2(path, data, write=runtime.write):
+    def end_in_epoch_2(path, data, write=runs.write):
         if data.count(b'\n') == 3:
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(runtime, 'write', end_in_epoch_2)
+    monkeypatch.setattr(runs, 'write', end_in_epoch_2)
     with pytest.raises(KeyboardInterrupt):
         linear.main([*flags, '3'])
     assert pd.read_csv(tmp_path / 'model_3_linear.partial.csv')['epoch'].tolist() == [1]
@@ -353,14 +357,14 @@ def test_stopped_probe_leaves_the_finished_one(finished, tmp_path, monkeypatch):
 
 def test_probe_of_a_checkpoint_alone_takes_stl10(finished, tmp_path, capsys):
     shutil.copy(finished / 'model_3.pth', tmp_path)
-    with pytest.raises(SystemExit, match=r'STL10 is not in .*stl10_binary'):
+    with pytest.raises(UserError, match=r'STL10 is not in .*stl10_binary'):
         linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--root', '/proc/nowhere'])
     assert 'No config.json beside' in capsys.readouterr().out
 
 
 def test_probe_says_what_is_wrong(tmp_path, finished):
     for path, message in ((tmp_path / 'none.pth', 'no such file'), (finished / 'log.csv', 'log.csv: ')):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(UserError, match=message):
             linear.main(['--model_path', str(path)])
 
 
@@ -376,7 +380,7 @@ def test_stl10_is_trained_on_and_probed_at_96_pixels(tmp_path, monkeypatch, caps
     for files in ('train_list', 'test_list'):
         monkeypatch.setattr(STL10, files, [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
                                            for name, _ in getattr(STL10, files)])
-    sizes, encode = [], main.encode
+    sizes, encode = [], evaluate.encode
 
     def spy(net, images, index, size, *args, **kwargs):
         sizes.append((len(index), *images.shape[2:], size))
@@ -389,5 +393,5 @@ def test_stl10_is_trained_on_and_probed_at_96_pixels(tmp_path, monkeypatch, caps
                '--results_dir', str(results)])
     assert json.loads((results / 'config.json').read_text())['images'] == {'train': 32, 'test': 10}
     linear.main(['--model_path', str(results / 'model_1.pth'), '--epochs', '1'])
-    assert sizes == [(20, 96, 96, None), (10, 96, 96, None), (10, 96, 96, None)]  # memory, test, and the probe's test
+    assert sizes == [(20, 96, 96, 0), (10, 96, 96, 0), (10, 96, 96, 0)]  # memory, test, and the probe's test
     assert 'linear probe' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The table, the pictures and the example: what they show is what the runs left."""
+"""The table, the pictures and the example: what they show is what the logs left."""
 
 import hashlib
 import json
@@ -17,15 +17,16 @@ import torch.nn.functional as F
 from conftest import HOME, Job
 
 import cifar10_jpeg
-import linear
 import main
 import model
 import plot
+import runs
 import sequences
 import sweep
 from augment import normalize
+from data import Data, load_data
 from losses import contrastive_loss
-from utils import Data, load_data
+from runtime import UserError
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +42,7 @@ def on_the_cpu(monkeypatch):
 
 
 @pytest.fixture
-def runs(run_of_one_epoch, tmp_path):
+def logs(run_of_one_epoch, tmp_path):
     """Logs of two objectives with two seeds each, and their probes: kNN 10, 20; 14, 22; probes 30, 40; 36, 38."""
     config = json.loads((run_of_one_epoch / 'config.json').read_text())
     for estimator, beta, seed, knn, probe in (('standard', 0.0, 0, 10, 30), ('standard', 0.0, 1, 20, 40),
@@ -51,17 +52,17 @@ def runs(run_of_one_epoch, tmp_path):
         config['settings'] |= dict(estimator=estimator, beta=beta, tau_plus=0.1 * (beta > 0), seed=seed, epochs=2)
         (directory / 'config.json').write_text(json.dumps(config))
         rows = [(1, 5.0, None, None, 1e-3, 9.0, 60.0), (2, 4.0 + beta, knn, 99, 1e-3, 9.0, 90.0)]
-        pd.DataFrame(rows, columns=main.COLUMNS).to_csv(directory / 'log.csv', index=False)
-        row = dict.fromkeys(linear.COLUMNS, 1) | {'test_acc@1': probe}
+        pd.DataFrame(rows, columns=runs.LOG).to_csv(directory / 'log.csv', index=False)
+        row = dict.fromkeys(runs.PROBE, 1) | {'test_acc@1': probe}
         pd.DataFrame([row]).to_csv(directory / 'model_2_linear.csv', index=False)
         about = dict(command='linear.py --lr 1', settings=dict(epochs=1, lr=1, model_path=str(directory)))
         (directory / 'model_2_linear.json').write_text(json.dumps(about))
     return tmp_path
 
 
-def test_table_has_means_deviations_and_paired_differences(runs, capsys):
-    sweep.main(['--table_only', '--results_dir', str(runs)])
-    table = pd.read_csv(runs / 'table.csv')
+def test_table_has_means_deviations_and_paired_differences(logs, capsys):
+    sweep.main(['--table_only', '--results_dir', str(logs)])
+    table = pd.read_csv(logs / 'table.csv')
     assert list(table['objective']) == ['standard', 'hard, τ⁺ = 0.1, β = 0.5']
     hard = table.iloc[1]
     assert hard[['seeds', 'knn', 'linear', 'minutes', 'epochs', 'beta']].tolist() == [2, 18, 37, 2.5, 2, 0.5]
@@ -69,56 +70,56 @@ def test_table_has_means_deviations_and_paired_differences(runs, capsys):
     assert hard['knn_gain_std'] == pytest.approx(2**0.5, abs=0.01)
     assert hard['linear_gain_std'] == pytest.approx(32**0.5, abs=0.01)
     assert hard['linear_command'] == 'linear.py --lr 1'
-    text = (runs / 'table.md').read_text()
+    text = (logs / 'table.md').read_text()
     assert '| hard, τ⁺ = 0.1, β = 0.5 | 2 | 18.00 ± 5.66 | +3.00 ± 1.41 | 37.00 ± 1.41 | +2.00 ± 5.66 |' in text
     assert '| standard | 2 | 15.00 ± 7.07 |  | 35.00 ± 7.07 |  |' in text and 'took 2 minutes a run, on average' in text
     assert 'resnet18' in text and text in capsys.readouterr().out
 
 
-def test_table_keeps_other_settings_apart_and_leaves_unfinished_runs_out(runs, capsys):
+def test_table_keeps_other_settings_apart_and_leaves_unfinished_runs_out(logs, capsys):
     for name, change in (('hard_0', dict(batch_size=16)), ('hard_1', dict(epochs=3))):
-        config = json.loads((runs / name / 'config.json').read_text())
+        config = json.loads((logs / name / 'config.json').read_text())
         config['settings'] |= change
-        (runs / name / 'config.json').write_text(json.dumps(config))
-    sweep.main(['--table_only', '--results_dir', str(runs)])
-    table = pd.read_csv(runs / 'table.csv')
+        (logs / name / 'config.json').write_text(json.dumps(config))
+    sweep.main(['--table_only', '--results_dir', str(logs)])
+    table = pd.read_csv(logs / 'table.csv')
     assert table[['objective', 'batch_size', 'seeds']].values.tolist() == [
         ['standard', 8, 2], ['hard, τ⁺ = 0.1, β = 0.5', 16, 1]]
     assert np.isnan(table['knn_gain'][1])  # there is no standard run at that batch size
     assert 'hard_1: not finished' in capsys.readouterr().err
-    assert '| objective | batch_size | seeds |' in (runs / 'table.md').read_text()
+    assert '| objective | batch_size | seeds |' in (logs / 'table.md').read_text()
 
 
-def test_table_refuses_what_would_count_twice_or_is_not_finished(runs, capsys):
-    shutil.copytree(runs / 'standard_0', runs / 'backup')
-    with pytest.raises(SystemExit, match='holds the same run twice'):
-        sweep.main(['--table_only', '--results_dir', str(runs)])
-    shutil.rmtree(runs / 'backup')
-    (runs / 'standard_0' / 'model_2_linear.json').write_text(
+def test_table_refuses_what_would_count_twice_or_is_not_finished(logs, capsys):
+    shutil.copytree(logs / 'standard_0', logs / 'backup')
+    with pytest.raises(UserError, match='holds the same run twice'):
+        sweep.main(['--table_only', '--results_dir', str(logs)])
+    shutil.rmtree(logs / 'backup')
+    (logs / 'standard_0' / 'model_2_linear.json').write_text(
         '{"command": "linear.py --epochs 9", "settings": {"epochs": 9, "lr": 1}}')  # its CSV ends after 1
-    sweep.main(['--table_only', '--results_dir', str(runs)])
-    table = pd.read_csv(runs / 'table.csv')
+    sweep.main(['--table_only', '--results_dir', str(logs)])
+    table = pd.read_csv(logs / 'table.csv')
     assert table['seeds'].tolist() == [2, 2] and table['linear_seeds'].tolist() == [1, 2]
     assert table['linear'].tolist() == [40, 37] and table['linear_gain'][1] == -2 and table['knn_gain'][1] == 3
-    assert '-2.00 (1 of 2 seeds)' in (runs / 'table.md').read_text()
+    assert '-2.00 (1 of 2 seeds)' in (logs / 'table.md').read_text()
 
 
-def test_probe_of_another_encoder_does_not_count(runs):
-    (runs / 'hard_0' / 'model_2.pth').write_bytes(b'retrained')
-    file = runs / 'standard_0' / 'model_2_linear.json'
-    (runs / 'standard_0' / 'model_2.pth').write_bytes(b'')
+def test_probe_of_another_encoder_does_not_count(logs):
+    (logs / 'hard_0' / 'model_2.pth').write_bytes(b'retrained')
+    file = logs / 'standard_0' / 'model_2_linear.json'
+    (logs / 'standard_0' / 'model_2.pth').write_bytes(b'')
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(encoder=hashlib.sha256().hexdigest())))
-    (runs / 'began').mkdir()
-    shutil.copy(runs / 'hard_0' / 'config.json', runs / 'began')  # stopped before its log
-    assert sweep.make_table(runs)['linear_seeds'].tolist() == [2, 1]
+    (logs / 'began').mkdir()
+    shutil.copy(logs / 'hard_0' / 'config.json', logs / 'began')  # stopped before its log
+    assert sweep.make_table(logs)['linear_seeds'].tolist() == [2, 1]
 
 
-def test_ranks_and_data_sets_are_kept_apart(runs):
+def test_ranks_and_data_sets_are_kept_apart(logs):
     for change in (dict(ranks=8), dict(images=dict(train=31, test=9))):
-        config = json.loads((runs / 'hard_1' / 'config.json').read_text())
-        (runs / 'hard_1' / 'config.json').write_text(json.dumps(config | change))
-        assert sweep.make_table(runs)['seeds'].tolist() == [2, 1, 1]
-        assert len(plot.curves(arguments(*sorted(runs.iterdir()))).axes[0].lines) == 3
+        config = json.loads((logs / 'hard_1' / 'config.json').read_text())
+        (logs / 'hard_1' / 'config.json').write_text(json.dumps(config | change))
+        assert sweep.make_table(logs)['seeds'].tolist() == [2, 1, 1]
+        assert len(plot.curves(arguments(*sorted(logs.iterdir()))).axes[0].lines) == 3
 
 
 @pytest.mark.parametrize('name', ['cifar10_jpeg', 'cifar10_jpeg_controls'])
@@ -185,8 +186,8 @@ def arguments(*paths, **kwargs):
     return Namespace(paths=list(paths), **dict(dict(root=None, seed=0, images=9, query=0), **kwargs))
 
 
-def test_curves_are_means_over_seeds(runs):
-    figure = plot.curves(arguments(*sorted(runs.iterdir())))
+def test_curves_are_means_over_seeds(logs):
+    figure = plot.curves(arguments(*sorted(logs.iterdir())))
     loss, accuracy = figure.axes
     lines = {line.get_label(): line for line in loss.lines}
     assert set(lines) == {'standard', 'hard, τ⁺ = 0.1, β = 0.5'}
@@ -196,12 +197,12 @@ def test_curves_are_means_over_seeds(runs):
     assert loss.get_xlabel() == 'epoch' and '%' in accuracy.get_ylabel()
 
 
-def test_long_names_stay_within_the_picture(runs):
+def test_long_names_stay_within_the_picture(logs):
     for name, changes in (('hard_0', dict(temperature=0.25, batch_size=128)), ('hard_1', dict(temperature=0.1))):
-        config = json.loads((runs / name / 'config.json').read_text())
+        config = json.loads((logs / name / 'config.json').read_text())
         config['settings'] |= changes
-        (runs / name / 'config.json').write_text(json.dumps(config))
-    figure = plot.curves(arguments(*sorted(runs.iterdir())))
+        (logs / name / 'config.json').write_text(json.dumps(config))
+    figure = plot.curves(arguments(*sorted(logs.iterdir())))
     figure.canvas.draw()
     legend, = figure.legends
     assert len(legend.get_texts()) == 3 and legend.get_window_extent().x0 >= 0
@@ -253,7 +254,7 @@ def test_push_is_the_derivative_of_the_loss_by_a_cosine():
         assert found[i, j].item() == pytest.approx((values[0] - values[1]).item() / 2e-5, rel=1e-5)
 
 
-def test_every_picture_is_written(run_of_one_epoch, runs, tmp_path, monkeypatch, capsys):
+def test_every_picture_is_written(run_of_one_epoch, logs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot, 'BATCH', 9)
     checkpoint = str(run_of_one_epoch / 'model_1.pth')
     for what in plot.PICTURES:
@@ -274,7 +275,7 @@ def test_every_picture_is_written(run_of_one_epoch, runs, tmp_path, monkeypatch,
 def test_pictures_of_nothing_are_refused(run_of_one_epoch, tmp_path, flags, message):
     (tmp_path / 'foreign.pth').write_text('hello')
     places = dict(run=run_of_one_epoch, foreign=tmp_path / 'foreign.pth')
-    with pytest.raises(SystemExit, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         plot.main([flag.format(**places) for flag in flags])
 
 
@@ -307,5 +308,5 @@ def test_jpeg_files_are_the_first_of_each_class(tmp_path, monkeypatch, capsys):
     data = load_data('folder', tmp_path / 'cifar10_jpeg', 32)  # without what an interrupted call had left
     assert data.train[:, 0, 0, 0].sub(torch.tensor([0, 20, 40, 10, 30, 50])).abs().max() <= 2
     assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and len(data.test) == 2
-    with pytest.raises(SystemExit, match='cifar10_jpeg is there already'):
+    with pytest.raises(UserError, match='cifar10_jpeg is there already'):
         cifar10_jpeg.main(flags)
