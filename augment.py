@@ -10,9 +10,9 @@ grayscale, Gaussian blur. Drawing is apart from applying, and both are plain tor
 synchronisation, for CPU and CUDA, eager and compiled.
 """
 
+import hashlib
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -23,13 +23,14 @@ BLUR_SIGMA = (0.1, 2.0)  # pixels
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL converts to grayscale
 
 
-def draw(n, height, width, generator):
+def draw(n, height, width, generator, blur=True):
     """Parameters of n views of (height, width) images, each drawn by itself, on the generator's device.
 
     Returns a dict of (n,) tensors: top, left, h, w of the crop in pixels; flip; brightness, contrast,
     saturation (factors, 1 = unchanged) and hue (turns, in [-0.5, 0.5]); order (n, 4), the jitter operations
     in the order they act (0 brightness, 1 contrast, 2 saturation, 3 hue); gray; sigma of the blur in pixels
     (0 = none). The distributions are torchvision's: RandomResizedCrop's ten tries with its fall-back included.
+    Without blur, all sigmas are 0.
     """
     device = generator.device
 
@@ -54,7 +55,7 @@ def draw(n, height, width, generator):
     factors = [torch.where(jitter, uniform(1 - s, 1 + s), 1) for s in JITTER[:3]]
     hue = torch.where(jitter, uniform(-JITTER[3], JITTER[3]), 0)
     order = uniform(0, 1, 4).argsort(1)
-    sigma = torch.where(uniform(0, 1) < 0.5, uniform(*BLUR_SIGMA), 0)
+    sigma = torch.where(uniform(0, 1) < 0.5, uniform(*BLUR_SIGMA), 0) * blur
     return dict(top=top, left=left, h=h, w=w, flip=uniform(0, 1) < 0.5, brightness=factors[0], contrast=factors[1],
                 saturation=factors[2], hue=hue, order=order, gray=uniform(0, 1) < 0.2, sigma=sigma)
 
@@ -154,14 +155,29 @@ def gaussian_blur(x, sigma, kernel_size):
 
 def seeded(*key, device='cpu'):
     """A generator whose stream is a function of the key, integers such as (seed, epoch, step), alone."""
-    seed = int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(seed >> 1)
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
 
 
-def epoch_batches(n, batch_size, seed, epoch, drop_last=True):
-    """The epoch's shuffle of n images, cut into whole batches of indices: a function of (seed, epoch) alone."""
-    batches = torch.randperm(n, generator=seeded(seed, epoch)).split(batch_size)
+def epoch_batches(n, batch_size, seed, epoch, drop_last=True, labels=None, views=2):
+    """The epoch's shuffle of n images in whole batches: indices (W, b) of the images that its views are made of.
+
+    W is 1, all views being of one image, or with labels (n,) the number of views: every view but the first is then of
+    a random image of the same class, itself possible, drawn anew each epoch. All is a function of (seed, epoch) alone.
+    """
+    order = torch.randperm(n, generator=seeded(seed, epoch))[None]  # (1, n)
+    if labels is not None:
+        draws = [same_class(labels, seeded(seed, epoch, 0, view)) for view in range(1, views)]
+        order = torch.cat([order, *(other[order] for other in draws)])  # (V, n)
+    batches = order.split(batch_size, 1)
     return batches[:n // batch_size] if drop_last else batches
+
+
+def same_class(labels, generator):
+    """For each of n images the index of a random one that has its label: (n,) -> (n,)"""
+    by_class, counts = labels.argsort(), labels.bincount()
+    first, count = (counts.cumsum(0) - counts)[labels], counts[labels]
+    return by_class[first + (torch.rand(len(labels), generator=generator, dtype=torch.float64) * count).long()]
 
 
 def blur_kernel_size(size):
@@ -177,36 +193,38 @@ class DeviceViews:
     """
 
     def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, drop_last=True,
-                 resident=True, compile=False):
+                 resident=True, compile=False, blur=True, labels=None):
         self.device, self.resident = torch.device(device), resident
         self.images = images.to(self.device) if resident else images
         self.batch_size, self.size, self.views, self.seed, self.drop_last = batch_size, size, views, seed, drop_last
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.blur, self.labels = rank, world, blur, labels
         self.apply = torch.compile(apply, dynamic=False) if compile else apply
         self.stream = None if resident else torch.cuda.Stream(self.device)
 
-    def part(self, x):
-        """This rank's part of a whole batch's rows."""
-        return x.tensor_split(self.world)[self.rank]
+    def part(self, x, dim=0):
+        """This rank's part of a whole batch."""
+        return x.tensor_split(self.world, dim)[self.rank]
 
     def epoch(self, epoch, start=0):
-        batches = epoch_batches(len(self.images), self.batch_size, self.seed, epoch, self.drop_last)
-        sizes = [len(batch) for batch in batches]
-        order = torch.cat(batches).to(self.device if self.resident else 'cpu')  # (steps * batch_size,), moved once
-        parts = [self.part(batch) for batch in order.split(sizes)]
+        batches = epoch_batches(len(self.images), self.batch_size, self.seed, epoch, self.drop_last, self.labels,
+                                self.views)
+        sizes = [batch.shape[1] for batch in batches]
+        order = torch.cat(batches, 1).to(self.device if self.resident else 'cpu')  # (W, steps * batch_size), moved once
+        parts = [self.part(batch, 1) for batch in order.split(sizes, 1)]
         ahead = self.fetch(parts[start]) if start < len(parts) else None
         for step in range(start, len(parts)):
             images, index = self.arrived(ahead)
             if step + 1 < len(parts):
                 ahead = self.fetch(parts[step + 1])
             generator = seeded(self.seed, epoch, step, device=self.device)
-            yield [self.view(images, sizes[step], generator) for _ in range(self.views)], index
+            yield [self.view(images[min(v, len(images) - 1)], sizes[step], generator) for v in range(self.views)], index
 
     def fetch(self, index):
-        """Start bringing the images (b, 3, H, W) of index (b,) to the device."""
+        """Start bringing the images (W, b, 3, H, W') of index (W, b) to the device, and the index of the first."""
+        images = self.images.index_select(0, index.flatten()).unflatten(0, index.shape)
         if self.resident:
-            return self.images[index], index
-        batch = self.images[index].pin_memory(), index.pin_memory()
+            return images, index[0]
+        batch = images.pin_memory(), index[0].pin_memory()
         with torch.cuda.stream(self.stream):
             return [x.to(self.device, non_blocking=True) for x in batch]
 
@@ -221,7 +239,7 @@ class DeviceViews:
 
     def view(self, images, whole, generator):
         """A random view of each image; parameters are drawn for the whole batch, the same for any number of ranks."""
-        p = {name: self.part(values) for name, values in draw(whole, *images.shape[2:], generator).items()}
+        p = {name: self.part(values) for name, values in draw(whole, *images.shape[2:], generator, self.blur).items()}
         n = max(1, len(images))
         some = 48 if self.device.type == 'cpu' else n  # images at a time: few enough for a core's cache
         return torch.cat([self.apply(images[i:i + some], {name: values[i:i + some] for name, values in p.items()},

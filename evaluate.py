@@ -1,5 +1,7 @@
 """What an encoder is worth: features of images, kNN accuracy, and the hits @1 and @5 that every accuracy counts."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +18,7 @@ def encode(net, images, index, size, autocast, device, signals=None, batch_size=
     is raised between two batches; several ranks, which would have to agree on it, finish first.
     """
     net.eval()
-    features = torch.zeros(len(index), net.width, device=device)
+    features = torch.zeros(len(index), net.features, device=device)
     for i in range(RANK * batch_size, len(index), WORLD * batch_size):
         x = images[index[i:i + batch_size].to(images.device)].to(device).float() / 255
         if size:
@@ -29,8 +31,12 @@ def encode(net, images, index, size, autocast, device, signals=None, batch_size=
 
 
 def hits(scores, labels):
-    """How many of n labels (n,) are first, and among the first five, by their scores (n, classes): (2,) counts."""
-    hit = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]  # (n, 5)
+    """How many of n labels (n,) are first, and among the first five, by their scores (n, classes): (2,) counts.
+
+    A class with a score of -inf is never a hit.
+    """
+    top = scores.topk(min(5, scores.shape[1]))
+    hit = (top.indices == labels[:, None]) & (top.values > -math.inf)  # (n, 5)
     return torch.stack([hit[:, 0].sum(), hit.sum()])
 
 
@@ -45,5 +51,5 @@ def knn(memory, queries, memory_labels, labels, k, temperature):
         similarity, nearest = (query @ memory.T).topk(k)  # (b, k)
         votes = query.new_zeros(len(query), classes)
         votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
-        counts += hits(votes, label)
+        counts += hits(votes.where(votes > 0, -math.inf), label)  # no vote, no hit
     return (100 * counts.double() / len(queries)).tolist()

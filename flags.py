@@ -1,6 +1,7 @@
-"""Flags: a parser whose errors are one line, the types of values, and the flags that both scripts have."""
+"""Flags: a parser whose errors are one line, the types of values, and the data's flags, which both scripts have."""
 
 import argparse
+import sys
 
 from runtime import RANK
 
@@ -18,10 +19,15 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, said once for all ranks."""
+    """argparse with errors of one line, said once for all ranks. `--flag = value` is read as DCL's README prints it."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        kept = [word for before, word in zip(['', *words], words) if word != '=' or before[:2] != '--']
+        return super().parse_known_args(kept, namespace)
 
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {message}\n' if RANK == 0 else None)
@@ -44,9 +50,16 @@ def integer(low, high):
     return number(int, f'an integer from {low} to {high}', lambda x: low <= x <= high)
 
 
-positive_int = number(int, 'an integer of at least 1', lambda x: x >= 1)
-positive = number(float, 'a positive number', lambda x: 0 < x < float('inf'))
-non_negative = number(float, 'a number of at least 0', lambda x: 0 <= x < float('inf'))
+def real(low, high):
+    return number(float, f'a number from {low} to {high}', lambda x: low <= x <= high)
+
+
+def positive(high):
+    return number(float, f'a positive number of at most {high}', lambda x: 0 < x <= high)
+
+
+epochs, epochs_or_0 = integer(1, 1_000_000), integer(0, 1_000_000)
+images = integer(1, 1_000_000)
 seed = integer(0, 2**32 - 1)
 
 
@@ -57,9 +70,16 @@ def boolean(value):
     return value.lower() in ('true', 'yes', '1')
 
 
+def path(value):
+    """An argparse type: the name of a file or directory."""
+    if not value.strip() or '\0' in value:
+        raise argparse.ArgumentTypeError(f'must name a file or directory, got {value!r}')
+    return value
+
+
 def add_data_flags(group):
     """Add the flags that name a data set and its sizes, without defaults: DATA holds those."""
-    group.add_argument('--root', help='directory of the data set; stl10 and cifar are downloaded to it')
+    group.add_argument('--root', type=path, help='directory of the data set; stl10 and cifar are downloaded to it')
     group.add_argument('--dataset_name', choices=DATASETS, help='what to train on')
     group.add_argument('--store_size', type=integer(8, 1024), help='pixels at which the images of a folder are kept')
     group.add_argument('--image_size', type=integer(8, 512), help='pixels of the training views')

@@ -1,12 +1,15 @@
-"""Train a linear probe on a frozen encoder and report its accuracy on the test images.
+"""Train a probe on a frozen encoder and report its accuracy on the test images.
 
-    python linear.py --model_path results/model_400.pth               # frozen BatchNorm statistics
-    python linear.py --model_path results/model_400.pth --bn train    # the published protocol: they drift
+    python linear.py --model_path results/model_400.pth                     # on random views, as published
+    python linear.py --model_path results/model_400.pth --bn train          # BatchNorm's statistics drift, as published
+    python linear.py --model_path results/model_400.pth --augment none      # on features computed once: seconds
+    python linear.py --model_path results/model_400.pth --probe logistic    # scikit-learn's logistic regression on them
 
 Data set and sizes come from the config.json beside the checkpoint unless a flag says otherwise. The probe leaves
-model_400_linear.csv (with --bn train: model_400_linear_bn_train.csv), a row an epoch, beside the checkpoint, and its
-settings in a .json beside that; both replace those of a former probe only when it ends, until then the rows are in
-model_400_linear.partial.csv. The result is the last epoch's accuracy, not the best on the test set.
+model_400_linear.csv beside the checkpoint, a row an epoch, its settings in a .json, and its weights and classes in a
+.pth; with the flags above, the names say linear_bn_train, linear_cached and logistic. They replace those of a former
+probe only when it ends. The result is the last epoch's accuracy, not the best on the test set. The untrained encoder,
+model_0.pth, is probed as well if it lies beside the checkpoint.
 """
 
 import hashlib
@@ -15,12 +18,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 import flags
 import runs
 import runtime
-from augment import DeviceViews
+from augment import DeviceViews, epoch_batches
 from data import load_data
 from evaluate import encode, hits
 from model import load_model
@@ -30,21 +35,29 @@ from runtime import RANK, WORLD, UserError
 def arguments(argv=None):
     parser = flags.Parser(prog='linear.py', description=__doc__.partition('\n')[0])
     data = parser.add_argument_group('encoder and data (default: as in the config.json beside the checkpoint)')
-    data.add_argument('--model_path', default='results/model_400.pth', help='checkpoint of the encoder')
+    data.add_argument('--model_path', default='results/model_400.pth', type=flags.path, help='checkpoint')
     flags.add_data_flags(data)
     train = parser.add_argument_group('probe')
+    train.add_argument('--probe', default='linear', choices=('linear', 'logistic'),
+                       help='one layer by Adam, or logistic regression, which needs none of the flags below')
+    train.add_argument('--augment', default='views', choices=('views', 'none'),
+                       help='train on random views, or on features of the images themselves, computed once')
     train.add_argument('--bn', default='eval', choices=('eval', 'train'),
                        help='freeze BatchNorm\'s statistics too, or let them drift as in the published code '
                             '(under torchrun: by each rank\'s part of a batch)')
-    train.add_argument('--batch_size', default=512, type=flags.positive_int, help='images in a batch, over all ranks')
-    train.add_argument('--epochs', default=100, type=flags.positive_int, help='passes over the labelled images')
-    train.add_argument('--lr', default=1e-3, type=flags.positive, help='learning rate of Adam')
-    train.add_argument('--weight_decay', default=1e-6, type=flags.non_negative, help='weight decay of Adam')
+    train.add_argument('--batch_size', default=512, type=flags.images, help='images in a batch, over all ranks')
+    train.add_argument('--epochs', default=100, type=flags.epochs, help='passes over the labelled images')
+    train.add_argument('--lr', default=1e-3, type=flags.positive(1000), help='learning rate of Adam')
+    train.add_argument('--weight_decay', default=1e-6, type=flags.real(0, 100), help='weight decay of Adam')
     train.add_argument('--precision', choices=('bf16', 'fp32'), help='of the encoder (default: bf16 on CUDA)')
     train.add_argument('--seed', default=0, help='of the probe\'s weights, shuffles and views', type=flags.seed)
     args = parser.parse_args(argv)
-    if args.batch_size < WORLD:
-        parser.error(f'--batch_size {args.batch_size} leaves some of {WORLD} ranks without an image')
+    if args.batch_size < (1 + (args.bn == 'train')) * WORLD:
+        parser.error(f'--batch_size {args.batch_size} leaves a rank less than it needs: 1 image, 2 with --bn train')
+    if args.probe == 'logistic':
+        args.augment, args.epochs = 'none', 1
+    if args.augment == 'none' and args.bn == 'train':
+        parser.error('--bn train needs --augment views and --probe linear: features computed once cannot drift')
     args.precision = args.precision or runtime.default_precision()
     return args
 
@@ -52,53 +65,24 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     path = Path(args.model_path)
-    net = load_model(path)
+    untrained = path.with_name('model_0.pth')
+    net, log = load_model(path, head=False), runs.accuracies(path)
     take_settings(args, path.with_name('config.json'))
     data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=False)
     device = runtime.start()
-
-    torch.manual_seed(args.seed)
-    net.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    kept = net.state_dict() if args.bn == 'eval' else dict(net.named_parameters())
-    frozen = {name: value.clone() for name, value in kept.items()}
-    probe = torch.nn.Linear(net.width, len(data.classes), device=device)
-    optimizer = torch.optim.Adam(probe.parameters(), args.lr, weight_decay=args.weight_decay)
-    autocast = runtime.autocast(device, args.precision)
-    resident = runtime.fits(device, data.train, data.test)
-    batches = DeviceViews(data.train, args.batch_size, args.image_size, views=1, seed=args.seed, device=device,
-                          rank=RANK, world=WORLD, drop_last=False, resident=resident)
-    train_labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
-
-    rows, features = [], None
-    out = path.with_name(f'{path.stem}_linear' + ('_bn_train' if args.bn == 'train' else ''))
-    about = dict(settings=vars(args), encoder=hashlib.sha256(path.read_bytes()).hexdigest(), **runs.provenance(device))
-    bar = tqdm(range(1, args.epochs + 1), 'linear probe', disable=None if RANK == 0 else True, leave=False)
-    for epoch in bar:
-        train = train_epoch(net, probe, batches, train_labels, optimizer, autocast, args.bn == 'train', epoch)
-        if features is None or args.bn == 'train':  # frozen entirely, the encoder gives the same every time
-            runtime.average_buffers(net)
-            features = encode(net, data.test, torch.arange(len(data.test)), args.test_size, autocast, device)
-        test = tested(probe, features, test_labels)
-        if not math.isfinite(train[0]):
-            raise UserError(f'the loss is {train[0]} in epoch {epoch}: --lr {args.lr} is too high')
-        rows.append((epoch, *train, *test))
-        bar.set_postfix_str(f'train {train[1]:.2f} %, test {test[1]:.2f} %')
-        if RANK == 0:
-            runs.write_table(f'{out}.partial.csv', rows, runs.PROBE)
-
-    after = net.state_dict()
-    moved = [name for name, value in frozen.items() if not torch.equal(value, after[name])]
-    assert not moved, f'the probe moved the encoder: {moved}'
-    if RANK == 0:
-        Path(f'{out}.json').unlink(missing_ok=True)  # never the settings of one with the rows of another
-        Path(f'{out}.partial.csv').replace(f'{out}.csv')
-        runs.write_json(f'{out}.json', about)
-    runtime.say(f'{runs.knn_accuracy(path)}linear probe {test[1]:.2f} % (@5 {test[2]:.2f} %), files in {path.parent}')
+    knn = f'kNN {log[path.name]:.2f} %, ' if path.name in log else ''
+    first, five = probe_encoder(args, path, net, data, device)
+    text = f'{knn}{args.probe} probe {first:.2f} % (@5 {five:.2f} %)'
+    if untrained.exists() and untrained != path:
+        knn = f'kNN {log[untrained.name]:.2f} %, ' if untrained.name in log else ''
+        first, _ = probe_encoder(args, untrained, load_model(untrained, head=False), data, device)
+        text += f'; untrained: {knn}{args.probe} probe {first:.2f} %'
+    runtime.say(f'{text}; files in {path.parent}')
 
 
 def take_settings(args, config):
     """Fill the data flags that were not given: from the run's config.json where it is of this data set, else DATA."""
-    settings = runs.read_config(config)['settings'] if config.exists() else {}
+    settings = runs.read_json(config)['settings'] if config.exists() else {}
     if args.dataset_name is None and not settings:
         runtime.say(f'No {config.name} beside {args.model_path}: taking {flags.DATA["dataset_name"]}, as published')
     if args.dataset_name not in (None, settings.get('dataset_name')):
@@ -108,25 +92,96 @@ def take_settings(args, config):
             setattr(args, name, settings.get(name, default))
 
 
-def train_epoch(net, probe, batches, labels, optimizer, autocast, drift, epoch):
-    """Train the probe on every image once: mean loss, and accuracies @1 and @5 in percent, as it went."""
-    sums = torch.zeros(3, dtype=torch.float64, device=labels.device)  # losses, hits @1 and @5
-    for (x,), index in batches.epoch(epoch):
+def probe_encoder(args, path, net, data, device):
+    """Train and test the probe of one encoder, write its files, and return its test accuracies @1 and @5 in percent."""
+    torch.manual_seed(args.seed)
+    net.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    frozen = runs.digest(dict(net.named_parameters() if args.bn == 'train' else net.state_dict()))
+    probe = torch.nn.Linear(net.features, len(data.classes), device=device)
+    optimizer = torch.optim.Adam(probe.parameters(), args.lr, weight_decay=args.weight_decay)
+    autocast, resident = runtime.autocast(device, args.precision), runtime.fits(device, data.train, data.test)
+    labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
+
+    def features(images):
+        return encode(net, images, torch.arange(len(images)), args.test_size, autocast, device)
+
+    out = path.with_name(f'{path.stem}_{args.probe}' + ('_bn_train' if args.bn == 'train' else '')
+                         + ('_cached' if args.augment == 'none' and args.probe == 'linear' else ''))
+    about = dict(settings={**vars(args), 'model_path': str(path)}, **runs.provenance(device),
+                 encoder=hashlib.sha256(path.read_bytes()).hexdigest())
+    rows, test_features = [], features(data.test)
+    if args.augment == 'none':
+        train_features = features(data.train)
+    else:
+        batches = DeviceViews(data.train, args.batch_size, args.image_size, views=1, seed=args.seed, device=device,
+                              rank=RANK, world=WORLD, drop_last=False, resident=resident)
+    for epoch in tqdm(range(1, args.epochs + 1), out.name, disable=None if RANK == 0 else True, leave=False):
+        if args.probe == 'logistic':
+            fit_logistic(probe, train_features, labels)
+            train = tested(probe, train_features, labels)
+        elif args.augment == 'none':
+            order = epoch_batches(len(labels), args.batch_size, args.seed, epoch, drop_last=False)
+            pairs = ((train_features[batch[0]], labels[batch[0]]) for batch in order)
+            train = train_epoch(probe, optimizer, pairs, len(labels))
+        else:
+            pairs = features_of_views(net, batches.epoch(epoch), labels, autocast, args.bn == 'train')
+            train = train_epoch(probe, optimizer, pairs, len(labels))
+        if args.bn == 'train':  # frozen entirely, the encoder gives the same features every time
+            runtime.average_buffers(net)
+            test_features = features(data.test)
+        if not math.isfinite(train[0]):
+            raise UserError(f'the loss is {train[0]} in epoch {epoch}: --lr {args.lr} is too high')
+        rows.append((epoch, *train, *tested(probe, test_features, test_labels)))
+        if RANK == 0:
+            runs.write_table(f'{out}.partial.csv', rows, runs.PROBE)
+
+    after = runs.digest(dict(net.named_parameters() if args.bn == 'train' else net.state_dict()))
+    assert after == frozen, 'the probe moved the encoder'
+    if RANK == 0:
+        Path(f'{out}.json').unlink(missing_ok=True)  # never the settings of one with the rows of another
+        runs.write_tensors(f'{out}.pth', dict(probe.cpu().state_dict(), classes=data.classes))
+        Path(f'{out}.partial.csv').replace(f'{out}.csv')
+        runs.write_json(f'{out}.json', about)
+    return rows[-1][-2:]
+
+
+def features_of_views(net, batches, labels, autocast, drift):
+    """For every batch of views the features (B, F) and labels (B,) of its images on all ranks."""
+    for (x,), index in batches:
         net.train(drift and len(x) > 1)  # one tiny image has no variance, and an empty part of a batch no statistics
         with torch.no_grad(), autocast:
-            feature = net.f(x).flatten(1).float()  # (b, 3, h, w) -> (b, width)
-        output, target = probe(runtime.gather(feature)), runtime.gather(labels[index])
+            feature = net.f(x).flatten(1).float()  # (b, 3, h, w) -> (b, F)
+        yield runtime.gather(feature), runtime.gather(labels[index])
+
+
+def train_epoch(probe, optimizer, pairs, n):
+    """Train the probe on n images in batches: mean loss, and accuracies @1 and @5 in percent, as it went."""
+    sums = torch.zeros(3, dtype=torch.float64, device=probe.weight.device)  # losses, hits @1 and @5
+    for feature, target in pairs:
+        output = probe(feature)
         loss = F.cross_entropy(output, target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         sums += sums_of(output.detach(), target, loss.detach())
-    return means(sums, len(labels))
+    return means(sums, n)
+
+
+def fit_logistic(probe, features, labels):
+    """Give the probe the weights of scikit-learn's logistic regression on standardised features."""
+    scaler = StandardScaler().fit(features.cpu())
+    found = LogisticRegression(max_iter=2000).fit(scaler.transform(features.cpu()), labels.cpu())
+    weight, bias = found.coef_ / scaler.scale_, found.intercept_ - found.coef_ @ (scaler.mean_ / scaler.scale_)
+    if len(found.classes_) == 2:  # of two classes it keeps the difference
+        weight, bias = [-weight[0] / 2, weight[0] / 2], [-bias[0] / 2, bias[0] / 2]
+    with torch.no_grad():
+        for own, values in (probe.weight, weight), (probe.bias, bias):
+            own[torch.as_tensor(found.classes_)] = torch.as_tensor(values, dtype=own.dtype, device=own.device)
 
 
 @torch.no_grad()
 def tested(probe, features, labels):
-    """What train_epoch() returns, of the probe on features (n, width)."""
+    """What train_epoch() returns, of the probe on features (n, F)."""
     output = probe(features)
     return means(sums_of(output, labels, F.cross_entropy(output, labels)), len(labels))
 

@@ -9,6 +9,7 @@ cores a ResNet-18 takes about 180 views of 16 px a second; for ResNet-50 at 32 p
 """
 
 import argparse
+import math
 import time
 from functools import partial
 from inspect import signature
@@ -24,7 +25,6 @@ import runtime
 from augment import DeviceViews
 from data import load_data
 from evaluate import encode, knn
-from flags import number
 from losses import contrastive_loss
 from model import ARCHS, Model
 from runtime import RANK, WORLD, UserError
@@ -36,49 +36,59 @@ SMALL = ('python main.py --dataset_name shapes --arch resnet18 --image_size 16 -
 
 def arguments(argv=None):
     parser = flags.Parser(prog='main.py', description=__doc__.partition('\n')[0])
-    data = parser.add_argument_group('data')
+    data = parser.add_argument_group('data and views')
     flags.add_data_flags(data)
     parser.set_defaults(**flags.DATA)
     data.add_argument('--views', default=2, type=flags.integer(2, 16), help='random views of each image')
-    data.add_argument('--joint_views', action='store_true',
-                      help='one BatchNorm batch of all views (as published: one after the other)')
+    data.add_argument('--positives', default='view', choices=('view', 'label'),
+                      help='views of one image, or of random images of its class (HCL\'s true-label variant)')
+    data.add_argument('--blur', default='published', choices=('published', 'none'),
+                      help='a tenth of the view with probability 0.5, or none, as in leftthomas\'s recipe')
     data.add_argument('--augment', default='device', choices=('device', 'pil'),
                       help='make views in batches on the device, or by PIL and OpenCV in workers')
     data.add_argument('--workers', default=min(16, runtime.CORES), type=flags.integer(0, 256),
                       help='processes of each rank for --augment pil')
     model = parser.add_argument_group('model')
     model.add_argument('--arch', default='resnet50', choices=ARCHS, help='backbone f')
-    model.add_argument('--feature_dim', default=128, type=flags.integer(1, 65536),
-                       help='dimension of the embedding z')
+    model.add_argument('--width', default=1, type=float, choices=(0.125, 0.25, 0.5, 1, 2, 4), help='of f, a factor')
+    model.add_argument('--stem', default='cifar', choices=('cifar', 'imagenet'),
+                       help='3x3 of stride 1, or 7x7 of stride 2 and a max-pool, for views of 96 pixels and more')
+    model.add_argument('--hidden_dim', type=flags.integer(1, 65536), help='of g (default: 512 times width)')
+    model.add_argument('--feature_dim', default=128, type=flags.integer(1, 65536), help='of the embedding z')
     loss = parser.add_argument_group('objective')
     loss.add_argument('--estimator', choices=('hard', 'debiased', 'standard', 'easy'),
                       help='hard negatives, debiased, or standard = easy (default: hard; standard with --oracle)')
-    loss.add_argument('--debiased', type=flags.boolean, help='False is short for --estimator standard')
-    loss.add_argument('--temperature', default=0.5, type=flags.positive, help='t')
-    loss.add_argument('--tau_plus', type=number(float, 'in [0, 1)', lambda x: 0 <= x < 1),
+    loss.add_argument('--debiased', type=flags.boolean,
+                      help='DCL\'s flag: True is debiased, or hard with --beta; False is standard')
+    loss.add_argument('--temperature', default=0.5, type=flags.positive(100), help='t')
+    loss.add_argument('--tau_plus', type=flags.number(float, 'in [0, 1)', lambda x: 0 <= x < 1),
                       help='prior probability of a false negative (default: 0.1 where the estimator has it)')
-    loss.add_argument('--beta', type=flags.non_negative,
+    loss.add_argument('--beta', type=flags.real(0, 1000),
                       help='concentration on hard negatives (default: 1.0 where the estimator has it)')
-    loss.add_argument('--anneal', default='none', choices=('none', 'down'),
-                      help='lower beta to 0: after every ninth of the epochs the next of 9 values')
+    loss.add_argument('--anneal', default='none', choices=('none', 'down'), help='lower beta to 0, in 9 values')
     loss.add_argument('--oracle', action='store_true', help='leave out false negatives by their labels (upper bound)')
     train = parser.add_argument_group('training')
-    train.add_argument('--batch_size', default=256, type=number(int, 'an integer of at least 2', lambda x: x >= 2),
-                       help='images in the whole batch, over all ranks')
-    train.add_argument('--epochs', default=400, type=flags.positive_int, help='passes over the training images')
-    train.add_argument('--lr', default=1e-3, type=flags.positive, help='learning rate of Adam')
-    train.add_argument('--weight_decay', default=1e-6, type=flags.non_negative, help='weight decay of Adam')
+    train.add_argument('--batch_size', default=256, type=flags.integer(2, 1_000_000), help='images, over all ranks')
+    train.add_argument('--epochs', default=400, type=flags.epochs, help='passes over the training images')
+    train.add_argument('--optimizer', default='adam', choices=('adam', 'sgd'), help='SGD has momentum 0.9')
+    train.add_argument('--lr', default=1e-3, type=flags.positive(1000), help='learning rate')
+    train.add_argument('--schedule', default='constant', choices=('constant', 'cosine'), help='of the learning rate')
+    train.add_argument('--warmup', default=0, type=flags.epochs_or_0, help='epochs in which the rate rises from 0')
+    train.add_argument('--weight_decay', default=1e-6, type=flags.real(0, 100), help='the optimizer\'s')
+    train.add_argument('--joint_views', action='store_true',
+                       help='one BatchNorm batch of all views (as published: one after the other)')
+    train.add_argument('--sync_bn', action='store_true', help='BatchNorm over the whole batch, not each rank\'s part')
     train.add_argument('--seed', default=0, type=flags.seed, help='of weights, shuffles and views')
     train.add_argument('--precision', choices=('bf16', 'fp32'),
                        help='bf16 autocast, or float32 with cuDNN\'s TF32; the loss is float32 (default: bf16 on CUDA)')
     train.add_argument('--compile', action=argparse.BooleanOptionalAction,
                        help='compile the views, and the network unless --sync_bn (default: on CUDA)')
-    train.add_argument('--sync_bn', action='store_true', help='BatchNorm over the whole batch, not each rank\'s part')
     out = parser.add_argument_group('monitor and results')
-    out.add_argument('--k', default=200, type=flags.positive_int, help='neighbours of the kNN monitor')
-    out.add_argument('--knn_every', default=10, type=flags.positive_int, help='epochs between kNN evaluations')
-    out.add_argument('--save_every', default=25, type=flags.positive_int, help='epochs between kept encoders')
-    out.add_argument('--results_dir', default='results', help='directory of everything that the run writes')
+    out.add_argument('--k', default=200, type=flags.images, help='neighbours of the kNN monitor')
+    out.add_argument('--knn_temperature', type=flags.positive(100), help='of its weights (default: --temperature)')
+    out.add_argument('--knn_every', default=10, type=flags.epochs, help='epochs between its evaluations')
+    out.add_argument('--save_every', default=25, type=flags.epochs, help='epochs between kept encoders')
+    out.add_argument('--results_dir', default='results', type=flags.path, help='directory of all that the run writes')
     args = parser.parse_args(argv)
     resolve_objective(parser, args)
     if args.batch_size % WORLD:
@@ -87,44 +97,42 @@ def arguments(argv=None):
         parser.error(f'--batch_size {args.batch_size} leaves a rank less than the 2 images that BatchNorm needs')
     if args.sync_bn and not torch.cuda.is_available():
         parser.error('--sync_bn needs CUDA: PyTorch has no SyncBatchNorm for CPUs')
+    if args.warmup >= args.epochs:
+        parser.error(f'--warmup {args.warmup} leaves nothing of --epochs {args.epochs}')
+    args.hidden_dim = args.hidden_dim or int(512 * args.width)
+    args.knn_temperature = args.knn_temperature or args.temperature
     args.precision = args.precision or runtime.default_precision()
-    if args.compile is None:
-        args.compile = torch.cuda.is_available()
+    args.compile = torch.cuda.is_available() if args.compile is None else args.compile
     return args, parser
 
 
 def resolve_objective(parser, args):
-    """Turn --estimator, --debiased, --oracle, --tau_plus, --beta and --anneal into one objective, or one error."""
-    if args.debiased is False:
-        if args.estimator in ('hard', 'debiased'):
-            parser.error(f'--debiased False contradicts --estimator {args.estimator}')
-        args.estimator = 'standard'
-    if args.debiased and args.oracle:
-        parser.error('--debiased True contradicts --oracle, which has no false negatives to correct for')
-    args.estimator = args.estimator or ('standard' if args.oracle else 'hard')
-    args.estimator = 'standard' if args.estimator == 'easy' else args.estimator
-    if args.oracle and args.estimator == 'debiased':
-        parser.error('--estimator debiased contradicts --oracle, which has no false negatives to correct for')
-    if args.debiased and args.estimator == 'standard':
-        parser.error('--debiased True contradicts --estimator standard')
-    if args.tau_plus and (args.estimator == 'standard' or args.oracle):
-        parser.error(f'--tau_plus {args.tau_plus} has no effect with '
-                     f'{"--oracle" if args.oracle else "--estimator standard"}: leave it out')
-    if args.beta and args.estimator != 'hard':
-        parser.error(f'--beta {args.beta} has no effect with --estimator {args.estimator}: leave it out')
-    if args.anneal == 'down' and args.estimator != 'hard':
-        parser.error(f'--anneal down needs --estimator hard, got {args.estimator}')
-    if args.tau_plus is None:
-        args.tau_plus = 0.0 if args.oracle or args.estimator == 'standard' else 0.1
-    if args.beta is None:
-        args.beta = 1.0 if args.estimator == 'hard' else 0.0
+    """Turn the objective's flags into the values that act. Contradictions are errors; what has no effect is told."""
+    estimator = 'standard' if args.estimator == 'easy' else args.estimator
+    if args.debiased is False and estimator in ('hard', 'debiased'):
+        parser.error(f'--debiased False contradicts --estimator {estimator}')
+    if args.debiased and estimator == 'standard':
+        parser.error(f'--debiased True contradicts --estimator {args.estimator}')
+    if args.oracle and (args.debiased or estimator == 'debiased'):
+        parser.error('--oracle leaves no false negatives, for which the debiased objective would correct: choose one')
+    if estimator is None and args.debiased is not None:
+        estimator = 'standard' if not args.debiased else 'hard' if args.beta else 'debiased'
+    args.estimator = estimator or ('standard' if args.oracle and not args.beta else 'hard')
+    hard, corrected = args.estimator == 'hard', args.estimator != 'standard' and not args.oracle
+    for name, acts, default, off in (('tau_plus', corrected, 0.1, 0.0), ('beta', hard, 1.0, 0.0),
+                                     ('anneal', hard, 'none', 'none')):
+        given = getattr(args, name)
+        if given not in (None, off) and not acts:
+            runtime.say(f'--{name} {given} has no effect on the {args.estimator} objective'
+                        + (' with --oracle' if args.oracle else ''))
+        setattr(args, name, off if not acts else default if given is None else given)
     del args.debiased
 
 
 def main(argv=None):
     args, parser = arguments(argv)
     # Before runtime.start(): a download may take longer than the ranks wait for each other.
-    data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=not args.oracle)
+    data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=not needs_labels(args))
     steps = check_sizes(parser, args, data)
     device, results = runtime.start(), Path(args.results_dir)
     saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
@@ -133,32 +141,31 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True
     net, optimizer = build(args, device)
     # All that resuming needs: shuffles and views are functions of (seed, epoch, step), so no generator has a state.
-    state = dict(epoch=0, step=0, seconds=0.0, losses=torch.zeros(steps, device=device), log=[])
+    state = dict(run=runs.fingerprint(vars(args), data), epoch=0, step=0, seconds=0.0, log=[],
+                 losses=torch.zeros(steps, device=device))
     if saved:
-        restore(state, net, optimizer, saved)
+        runs.restore(results, saved, state, net, optimizer)
         if state['epoch'] == args.epochs:
             return runtime.say(f'{results} holds this run, finished: {describe(state["log"][-1])}')
         runtime.say(f'Continuing {results} in epoch {state["epoch"] + 1} after step {state["step"]}')
-    resident = runtime.fits(device, data.train, data.test)
-    batches = training_views(args, data.train, device, resident)
-    data.train, data.test = batches.images, data.test.to(device) if resident else data.test  # not on the host as well
-    classes = data.train_labels.to(device) if args.oracle else None
+    batches, data = place(args, data, device)
+    labels = data.train_labels.to(device) if args.oracle else None
     ddp, autocast = distributed(net, device), runtime.autocast(device, args.precision)
-
     saver, signals = runs.Saver(results, net, optimizer), runtime.Signals()
-    if not saved:
-        saver.save(state)  # from here on there is always a state to continue from
     bar = tqdm(total=args.epochs * steps, initial=state['epoch'] * steps + state['step'], unit='step',
                disable=None if RANK == 0 else True)
     try:
+        if not saved:
+            state['log'].append({'epoch': 0, **monitor(net, data, args, autocast, device, signals)})
+            saver.save(state, keep=True)  # from here on there is always a state to continue from
+            runtime.say(f'untrained: {describe(state["log"][0])}')
         for epoch in range(state['epoch'] + 1, args.epochs + 1):
-            train_epoch(ddp, batches, classes, optimizer, objective(args, epoch), autocast, args.joint_views, state,
-                        signals, bar)
+            train_epoch(ddp, batches, labels, optimizer, args, autocast, state, signals, bar)
             runtime.average_buffers(net)
-            row = {'epoch': epoch, 'train_loss': state['losses'].mean().item(), 'lr': args.lr,
+            row = {'epoch': epoch, 'train_loss': state['losses'].mean().item(), 'lr': learning_rate(args, epoch),
                    'images/s': args.batch_size * steps / state['seconds'], 'seconds': state['seconds']}
             if epoch % args.knn_every == 0 or epoch == args.epochs:
-                row |= monitor(net, data, args.test_size, args.k, autocast, device, signals)
+                row |= monitor(net, data, args, autocast, device, signals)
             state.update(epoch=epoch, step=0, seconds=0.0, log=[*state['log'], row])
             saver.epoch_ended(state, keep=epoch % args.save_every == 0 or epoch == args.epochs)
             runtime.say(f'epoch {epoch}/{args.epochs}: {describe(row)}')
@@ -173,13 +180,17 @@ def main(argv=None):
     runtime.say(f'Finished: files in {results}. Next: python linear.py --model_path {results}/model_{args.epochs}.pth')
 
 
-def train_epoch(net, batches, labels, optimizer, objective, autocast, joint, state, signals, bar):
+def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals, bar):
     """The rest of an epoch, from state's step on. Now and then it waits for the device: loss, progress, signals."""
     net.train()
     began, first, steps = time.monotonic() - state['seconds'], state['step'], len(state['losses'])
     look_every = 20 if state['losses'].is_cuda or WORLD > 1 else 1  # a look waits for the device and the other ranks
+    loss_of = objective(args, state['epoch'] + 1)
     for views, index in batches.epoch(state['epoch'] + 1, state['step']):
-        loss = train_step(net, views, None if labels is None else labels[index], optimizer, objective, autocast, joint)
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(args, state['epoch'] + state['step'] / steps)
+        batch_labels = None if labels is None else labels[index]
+        loss = train_step(net, views, batch_labels, optimizer, loss_of, autocast, args.joint_views)
         state['losses'][state['step']] = loss
         state.update(step=state['step'] + 1, seconds=time.monotonic() - began)
         if state['step'] % look_every == 0 or state['step'] == steps:
@@ -187,7 +198,7 @@ def train_epoch(net, batches, labels, optimizer, objective, autocast, joint, sta
             check_finite(losses, state['epoch'] + 1)
             bar.update(state['epoch'] * steps + state['step'] - bar.n)
             bar.set_postfix_str(f'epoch {state["epoch"] + 1}, loss {losses.mean():.4f}')
-            if state['step'] == first + 3 and not state['log'] and not state['losses'].is_cuda:
+            if state['step'] == first + 3 and state['epoch'] == 0 and not state['losses'].is_cuda:
                 tell_time(state['seconds'] / state['step'] * (bar.total - state['step']))
             signals.check()
 
@@ -217,14 +228,22 @@ def tell_time(seconds):
     runtime.say(f'No CUDA device: about {tqdm.format_interval(seconds)} to go on this CPU{hint}')
 
 
-def monitor(net, data, size, k, autocast, device, signals):
+def monitor(net, data, args, autocast, device, signals):
     """kNN accuracy on the test images, by the labelled training images, as columns of the log."""
     labelled, everything = (data.train_labels >= 0).nonzero()[:, 0], torch.arange(len(data.test))
-    memory = encode(net, data.train, labelled, size, autocast, device, signals)
-    queries = encode(net, data.test, everything, size, autocast, device, signals)
+    memory = encode(net, data.train, labelled, args.test_size, autocast, device, signals)
+    queries = encode(net, data.test, everything, args.test_size, autocast, device, signals)
     labels = data.train_labels[labelled].to(device), data.test_labels.to(device)
-    first, five = knn(memory, queries, *labels, k, temperature=0.5)
+    first, five = knn(memory, queries, *labels, args.k, args.knn_temperature)
     return {'test_acc@1': first, 'test_acc@5': five}
+
+
+def learning_rate(args, epochs):
+    """The rate after so many epochs, a fraction within one: it rises linearly, then stays or falls as half a cosine."""
+    if epochs < args.warmup:
+        return args.lr * epochs / args.warmup
+    done = (epochs - args.warmup) / (args.epochs - args.warmup)
+    return args.lr * (0.5 + 0.5 * math.cos(math.pi * done) if args.schedule == 'cosine' else 1)
 
 
 def objective(args, epoch):
@@ -237,11 +256,11 @@ def annealed(beta, epoch, epochs, steps=9):
     """The epoch's value as beta falls to 0 in 9 values.
 
     As published, the next value (at first beta itself) comes after every multiple of epochs // 9: for 400 epochs after
-    44, 88, ..., 396. Where that does not reach 0 just in time, in some runs below 81 epochs and at multiples of 9, beta
-    falls evenly.
+    44, 88, ..., 396. Where the published code runs out of values and crashes, in some runs below 81 epochs, beta falls
+    evenly.
     """
     each = epochs // steps
-    if each and (epochs - 1) // each == steps:
+    if each and epochs // each == steps:
         part = max((epoch - 1) // each - 1, 0)
     else:
         part = int((steps - 1) * (epoch - 1) / max(epochs - 1, 1) + 0.5)
@@ -250,12 +269,14 @@ def annealed(beta, epoch, epochs, steps=9):
 
 def build(args, device):
     """The network on its device, ready to train, and its optimizer."""
-    net = Model(args.feature_dim, args.arch)
+    net = Model(args.feature_dim, args.arch, args.hidden_dim, args.stem, args.width)
     if args.sync_bn:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
     if args.compile and not args.sync_bn:  # SyncBatchNorm breaks the graph at every layer
         net.compile(dynamic=False)  # in place: the names of the weights stay as they are
+    if args.optimizer == 'sgd':
+        return net, torch.optim.SGD(net.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, fused=True)
     return net, torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
 
 
@@ -269,21 +290,23 @@ def distributed(net, device):
     return DistributedDataParallel(net, [device] if device.type == 'cuda' else None, **{name: False})
 
 
-def restore(state, net, optimizer, saved):
-    """Put what open_run() read back where it belongs."""
-    net.load_state_dict(saved.pop('model'))
-    optimizer.load_state_dict(saved.pop('optimizer'))
-    state['losses'][:saved['step']] = saved.pop('losses')
-    state.update(saved)
-
-
-def training_views(args, images, device, resident):
-    """The views of --augment: epoch(e) yields (views, index) batches on the device."""
+def place(args, data, device):
+    """The training views, epoch(e) of which yields (views, index) batches, and the data, on the device if it fits."""
+    resident = runtime.fits(device, data.train, data.test)
     common = dict(batch_size=args.batch_size, size=args.image_size, views=args.views, seed=args.seed, device=device,
-                  rank=RANK, world=WORLD)
+                  rank=RANK, world=WORLD, blur=args.blur == 'published',
+                  labels=data.train_labels if args.positives == 'label' else None)
     if args.augment == 'pil':
-        return ReferenceViews(images, **common, workers=args.workers)
-    return DeviceViews(images, **common, resident=resident, compile=args.compile)
+        batches = ReferenceViews(data.train, **common, workers=args.workers)
+    else:
+        batches = DeviceViews(data.train, **common, resident=resident, compile=args.compile)
+    data.train, data.test = batches.images, data.test.to(device) if resident else data.test  # not on the host as well
+    return batches, data
+
+
+def needs_labels(args):
+    """Whether images without labels are of no use to the run."""
+    return args.oracle or args.positives == 'label'
 
 
 def check_sizes(parser, args, data):
@@ -297,8 +320,8 @@ def check_sizes(parser, args, data):
 
 
 def describe(row):
-    accuracy = f', kNN {row["test_acc@1"]:.2f} %' if row.get('test_acc@1') is not None else ''
-    return f'loss {row["train_loss"]:.4f}{accuracy}, {row["seconds"]:.1f} s'
+    names = ('train_loss', 'loss {:.4f}'), ('test_acc@1', 'kNN {:.2f} %'), ('seconds', '{:.1f} s')
+    return ', '.join(text.format(row[name]) for name, text in names if name in row)
 
 
 if __name__ == '__main__':

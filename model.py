@@ -7,41 +7,62 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from runtime import UserError
 
-ARCHS = {  # (bottleneck blocks, blocks in each stage), by which a checkpoint is recognised
-    'resnet18': (False, (2, 2, 2, 2)),
-    'resnet34': (False, (3, 4, 6, 3)),
-    'resnet50': (True, (3, 4, 6, 3)),
-    'resnet101': (True, (3, 4, 23, 3)),
-    'resnet152': (True, (3, 8, 36, 3)),
+ARCHS = {  # blocks, and how many of them in each stage: a checkpoint is recognised by that
+    'resnet18': (BasicBlock, (2, 2, 2, 2)),
+    'resnet34': (BasicBlock, (3, 4, 6, 3)),
+    'resnet50': (Bottleneck, (3, 4, 6, 3)),
+    'resnet101': (Bottleneck, (3, 4, 23, 3)),
+    'resnet152': (Bottleneck, (3, 8, 36, 3)),
 }
+
+
+class Scaled(ResNet):
+    """torchvision's ResNet with all numbers of channels multiplied."""
+
+    def __init__(self, block, blocks, factor):
+        self.factor = factor  # the constructor builds the stages
+        super().__init__(block, blocks)
+
+    def _make_layer(self, block, planes, *args, **kwargs):
+        if planes == 64:  # the first stage takes what the stem gives
+            self.inplanes = int(64 * self.factor)
+        return super()._make_layer(block, int(planes * self.factor), *args, **kwargs)
 
 
 class Model(nn.Module):
     """SimCLR's network as HCL publishes it: ResNet with a 3x3 stride-1 stem and no max-pool, then a two-layer head.
 
-    f: (B, 3, H, W) -> (B, width, 1, 1), width 2048 (512 for ResNet-18 and 34); g: width -> 512 -> feature_dim.
+    f: (B, 3, H, W) -> (B, features, 1, 1), 2048 features (512 for ResNet-18 and 34) times width;
+    g: features -> hidden_dim -> feature_dim.
 
     Args:
         feature_dim: dimension D of the embedding that the loss sees.
         arch: one of ARCHS.
+        hidden_dim: dimension between the two layers of g; 0: 512 times width, as published for width 1.
+        stem: 'cifar', the published one, or 'imagenet', 7x7 of stride 2 and a max-pool, a sixteenth of the pixels.
+        width: factor on all numbers of channels of f.
     """
 
-    def __init__(self, feature_dim=128, arch='resnet50'):
+    def __init__(self, feature_dim=128, arch='resnet50', hidden_dim=0, stem='cifar', width=1):
         super().__init__()
-        resnet = torchvision.models.get_model(arch, weights=None)
-        resnet.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        self.width = resnet.fc.in_features
-        self.f = nn.Sequential(*[m for m in resnet.children() if not isinstance(m, (nn.MaxPool2d, nn.Linear))])
-        self.g = nn.Sequential(nn.Linear(self.width, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(inplace=True),
-                               nn.Linear(512, feature_dim))
+        block, blocks = ARCHS[arch]
+        resnet, channels, hidden_dim = Scaled(block, blocks, width), int(64 * width), hidden_dim or int(512 * width)
+        self.features = int(512 * width) * block.expansion
+        kernel, stride = (3, 1) if stem == 'cifar' else (7, 2)
+        conv = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
+        relu = resnet.relu if stem == 'cifar' else nn.Sequential(resnet.relu, resnet.maxpool)  # keeps the names below
+        stages = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
+        self.f = nn.Sequential(conv, nn.BatchNorm2d(channels), relu, *stages, resnet.avgpool)
+        self.g = nn.Sequential(nn.Linear(self.features, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim),
+                               nn.ReLU(inplace=True), nn.Linear(hidden_dim, feature_dim))
 
     def forward(self, x):
-        """(B, 3, H, W) -> features (B, width) and embeddings (B, feature_dim), rows of unit length, float32 or more."""
+        """(B, 3, H, W) -> features (B, F) and embeddings (B, feature_dim), rows of unit length, float32 or more."""
         feature = self.f(x).flatten(1)
         return unit(feature), unit(self.g(feature))
 
@@ -51,17 +72,26 @@ def unit(x):
 
 
 def read_checkpoint(path):
-    """What torch.save wrote to path, on the CPU: tensors and plain containers only, no objects.
+    """What torch.save wrote to path, on the CPU: dense tensors and plain containers only, no objects.
 
     Raises:
-        UserError: naming the file: missing, damaged (zip checksums are verified), or with pickled objects in it.
+        UserError: naming the file: missing, damaged (zip checksums are verified), with pickled objects in it, or with
+            tensors that are sparse, quantised, nested, or larger than what the file holds of them.
     """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise zipfile.BadZipFile(f'checksum of {damaged} does not match')
-        return torch.load(path, map_location='cpu', weights_only=True)
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f'checksum of {damaged} does not match')
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        for name, x in tensors(content):
+            plain = x.layout == torch.strided and not (x.is_quantized or x.is_meta or x.is_nested)
+            if not plain or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+                raise UserError(f'{path}: {name} is not a plain tensor')
+        return content
+    except UserError:
+        raise
     except FileNotFoundError:
         there = ', '.join(sorted(p.name for p in Path(path).parent.glob('*.pth'))) or 'no other checkpoint'
         raise UserError(f'{path}: no such file; in {Path(path).parent} there is {there}') from None
@@ -72,38 +102,59 @@ def read_checkpoint(path):
         raise UserError(f'{path}: damaged or not a checkpoint{reason}') from error
 
 
-def load_model(path):
+def tensors(content, name='it'):
+    """All (name, tensor) in nested dicts, lists and tuples."""
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    elif isinstance(content, (dict, list, tuple)):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from tensors(value, str(key))
+
+
+def load_model(path, head=True):
     """The Model in a checkpoint, from here or the published ones, its architecture and widths read off the tensors.
 
     Prefixes of wrappers (module., _orig_mod.) and counters that profilers leave are dropped; anything else that
     does not fit exactly is an error, since an encoder with some random weights would go unnoticed.
 
+    Args:
+        head: whether g is needed. Where it is not, a checkpoint without it loads, with g None; a classifier fc,
+            which leftthomas's linear_model.pth has in its place, is dropped.
+
     Raises:
-        UserError: naming the file and the first tensor that is missing, unexpected or of a wrong shape.
+        UserError: naming the file and the first tensor that is missing, unexpected, not finite or of a wrong shape.
     """
     state = read_checkpoint(path)
-    while isinstance(state, dict) and isinstance(inner := state.get('model', state.get('state_dict')), dict):
-        state = inner
+    while isinstance(state, dict) and isinstance(state.get('model', state.get('state_dict')), dict):
+        state = state.get('model', state.get('state_dict'))
     if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
         raise UserError(f'{path}: no model weights in it')
     state = {re.sub(r'^(module\.|_orig_mod\.)+', '', name): value for name, value in state.items()
              if name.rpartition('.')[2] not in ('total_ops', 'total_params')}
-    depths = tuple(len({name.split('.')[2] for name in state if name.startswith(f'f.{i}.')}) for i in (3, 4, 5, 6))
-    kind = 'f.3.0.conv3.weight' in state, depths
-    arch = next((arch for arch, known in ARCHS.items() if known == kind), None)
-    for name in ('f.0.weight', 'g.3.weight'):
-        if name not in state:
-            raise UserError(f'{path}: not a checkpoint of this encoder: {name} is missing')
+    headless = not head and not any(name.startswith('g.') for name in state)
+    if headless:
+        state = {name: value for name, value in state.items() if not name.startswith('fc.')}
+    for name, ndim in {'f.0.weight': 4, **({} if headless else {'g.0.weight': 2, 'g.3.weight': 2})}.items():
+        if name not in state or state[name].ndim != ndim:
+            raise UserError(f'{path}: not a checkpoint of this encoder: {name} is missing or has another shape')
+    places = {tuple(name.split('.')[1:3]) for name in state if re.match(r'f\.[3-6]\.\d+\.', name)}  # (stage, block)
+    depths = tuple(sum(stage == i for stage, _ in places) for i in '3456')
+    block = Bottleneck if 'f.3.0.conv3.weight' in state else BasicBlock
+    arch = next((arch for arch, known in ARCHS.items() if known == (block, depths)), None)
     if arch is None:
         raise UserError(f'{path}: its stages f.3 to f.6 have {depths} blocks, which is none of {", ".join(ARCHS)}')
-    model = Model(len(state['g.3.weight']), arch)
-    expected = model.state_dict()
-    for name in [*expected, *state]:
-        if name not in state or name not in expected:
-            raise UserError(f'{path}: {name} is {"missing" if name in expected else "unexpected"} for {arch}')
-        if state[name].shape != expected[name].shape:
-            raise UserError(f'{path}: {name} has shape {tuple(state[name].shape)}, {arch} needs '
-                             f'{tuple(expected[name].shape)}')
-    model.load_state_dict(state)
+    hidden_dim, feature_dim = (1, 1) if headless else (len(state['g.0.weight']), len(state['g.3.weight']))
+    channels, _, kernel, _ = state['f.0.weight'].shape
+    with torch.device('meta'):  # the sizes that the file claims are compared before memory is taken for them
+        model = Model(feature_dim, arch, hidden_dim, 'imagenet' if kernel == 7 else 'cifar', channels / 64)
+    if headless:
+        model.g = None
+    for name, x in model.state_dict().items():
+        if name in state and (state[name].dtype != x.dtype or not state[name].isfinite().all()):
+            raise UserError(f'{path}: {name} is not finite, or not of {x.dtype}')
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:  # its second line names what is missing, unexpected or of a wrong shape
+        raise UserError(f'{path}: not a {arch}: {str(error).splitlines()[1].strip():.300}') from None
     return model

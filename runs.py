@@ -5,9 +5,11 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import cv2
@@ -21,9 +23,10 @@ import torchvision
 from model import read_checkpoint
 from runtime import RANK, WORLD, UserError
 
-LOG = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'seconds')
+LOG = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'seconds', 'encoder')  # its CRC, if kept
 PROBE = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5')
 FREE = ('root', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # a resumed run may change these
+OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
 locks = []  # held until the process ends
 
 
@@ -47,13 +50,35 @@ def write_table(path, rows, columns):
 
 
 def write_json(path, content):
-    write(path, json.dumps(content, indent=2).encode())
+    write(path, json.dumps({**content, 'digest': digest(content)}, indent=2).encode())
 
 
 def write_tensors(path, content):
+    """torch.save() to the path; returns the CRC of what was written."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, buffer.getbuffer())
+    return zlib.crc32(buffer.getbuffer())
+
+
+def digest(content):
+    """A checksum of nested dicts, lists, tensors and values, by which a file is known to hold what was written."""
+    if isinstance(content, torch.Tensor):
+        content = str(content.dtype), tuple(content.shape), zlib.crc32(content.cpu().contiguous().numpy().tobytes())
+    elif isinstance(content, dict):
+        content = sorted((str(key), digest(value)) for key, value in content.items())
+    elif isinstance(content, (list, tuple)):
+        content = [digest(item) for item in content]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def verified(content, path):
+    """The content without its digest; UserError, naming the file, if it is not what a run wrote."""
+    content = dict(content) if isinstance(content, dict) else {}
+    written = content.pop('digest', None)
+    if written is None or written != digest(content):
+        raise UserError(f'{path} is damaged, changed, or not of a run: restore it, or choose another place')
+    return content
 
 
 def lock(directory):
@@ -70,30 +95,22 @@ def lock(directory):
 
 
 def open_run(results, settings, data, device):
-    """Lock the directory, refuse to mix runs in it, and return the state to continue from, or None at the start."""
+    """Lock the directory, refuse to mix runs in it, and return what its last.pth holds, or None at the start."""
     lock(results)
     state_file, config_file = results / 'last.pth', results / 'config.json'
-    kept = sorted(path.name for path in results.glob('model_*.pth'))
     described = dict(classes=data.classes, images=dict(train=len(data.train), test=len(data.test)))
     if config_file.exists():
-        check_same_run(results, read_config(config_file), settings, described)
+        check_same_run(results, read_json(config_file), settings, described)
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
-    trained = [*kept, *(name for name in ('last.pth', 'log.csv') if (results / name).exists())]
+    trained = [path.name for path in sorted(results.glob('*')) if re.fullmatch(r'model_\d+\.pth|last\.pth|log\.csv',
+                                                                               path.name)]
     if trained and missing:
         raise UserError(f'{results} holds {", ".join(trained)} but no {" and no ".join(missing)}, so '
                         'the run there cannot be continued: choose another --results_dir')
-    if not state_file.exists():
-        write_json(config_file, dict(settings=settings, **described, **provenance(device)))
-        return None
-    try:
-        state = read_checkpoint(state_file)
-        if not isinstance(state, dict) or not {'model', 'optimizer', 'epoch', 'step', 'losses', 'log'} <= {*state}:
-            raise UserError(f'{state_file}: not the state of a run')
-    except UserError as error:
-        raise UserError(f'{error}. The run cannot be continued; intact beside it: {", ".join(kept) or "nothing"}. '
-                        'Choose another --results_dir, or restore the file from a copy') from None
-    write_table(results / 'log.csv', state['log'], LOG)  # a later epoch may have been logged, but not saved
-    return state
+    if state_file.exists():
+        return verified(read_checkpoint(state_file), state_file)
+    write_json(config_file, dict(settings=settings, **described, **provenance(device)))
+    return None
 
 
 def check_same_run(results, config, settings, described):
@@ -107,6 +124,34 @@ def check_same_run(results, config, settings, described):
     if any(config[name] != value for name, value in described.items()):
         raise UserError(f'{results} holds a run on other data ({config["images"]} images there, '
                         f'{described["images"]} here): choose another --results_dir')
+
+
+def fingerprint(settings, data):
+    """By what a state is known to be of the run with these settings on this data."""
+    kept = {name: value for name, value in settings.items() if name not in FREE}
+    return digest([kept, data.classes, data.train_labels, data.test_labels])
+
+
+def restore(results, saved, state, net, optimizer):
+    """Put what open_run() returned into the network, the optimizer and the state of a run at its start.
+
+    Raises:
+        UserError: last.pth or log.csv is of another run. Nothing has been changed then.
+    """
+    if saved['run'] != state['run']:
+        raise UserError(f'{results / "last.pth"} is the state of another run: restore the one of this run, or choose '
+                        'another --results_dir')
+    if (results / 'log.csv').exists():
+        there, here = (pd.DataFrame(rows, columns=LOG)['train_loss'].astype(float)
+                       for rows in (read_table(results / 'log.csv', LOG), saved['log']))
+        n = min(len(there), len(here))  # a later epoch may have been logged, but not saved
+        if not np.allclose(there[:n], here[:n], equal_nan=True):
+            raise UserError(f'{results / "log.csv"} is not the log of the run in last.pth: remove it, and it is '
+                            'written anew')
+    net.load_state_dict(saved.pop('model'))
+    optimizer.load_state_dict(saved.pop('optimizer'))
+    state['losses'][:saved['step']] = saved.pop('losses')
+    state.update(saved)
 
 
 class Saver:
@@ -132,9 +177,10 @@ class Saver:
             raise UserError(f'weights are not finite after epoch {state["epoch"]}: not saved; the last good state in '
                             f'{self.results} is untouched')
         if keep:
-            write_tensors(self.results / f'model_{state["epoch"]}.pth', weights)
+            state['log'][-1]['encoder'] = write_tensors(self.results / f'model_{state["epoch"]}.pth', weights)
         losses, optimizer = state['losses'][:state['step']], self.optimizer.state_dict()
-        write_tensors(self.results / 'last.pth', dict(state, model=weights, optimizer=optimizer, losses=losses))
+        whole = dict(state, model=weights, optimizer=optimizer, losses=losses)
+        write_tensors(self.results / 'last.pth', {**whole, 'digest': digest(whole)})
         write_table(self.results / 'log.csv', state['log'], LOG)
 
 
@@ -149,15 +195,24 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
 
 
-def read_config(path):
-    """The config.json of a run, its settings checked to be a dict; UserError if it is not."""
+def read_json(path):
+    """What write_json() wrote; UserError that names the file if it holds anything else."""
     try:
-        config = json.loads(Path(path).read_text())
-        if isinstance(config['settings'], dict) and {'classes', 'images'} <= {*config}:
-            return config
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f'{path} is damaged or not of a run: restore it, or choose another place')
+        return verified(json.loads(Path(path).read_text('utf-8-sig')), path)
+    except (OSError, UnicodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f'{path} cannot be read ({type(error).__name__}): restore it') from None
+
+
+def read_table(path, columns):
+    """The numbers of a CSV file with these columns, of which epoch counts up; UserError that names the file."""
+    try:
+        table = pd.read_csv(path, encoding='utf-8-sig')
+        table = table[list(columns)].astype(float)
+    except (OSError, ValueError, KeyError, pd.errors.ParserError) as error:
+        raise UserError(f'{path} is damaged or not of a run ({type(error).__name__}: {error!s:.60})') from None
+    if (table['epoch'].diff()[1:] != 1).any() or not table['epoch'][:1].isin([0, 1]).all():
+        raise UserError(f'{path} is damaged or not of a run: its epochs do not count up')
+    return table
 
 
 def read_run(directory):
@@ -169,28 +224,21 @@ def read_run(directory):
     for name in ('config.json', 'log.csv'):
         if not (directory / name).is_file():
             raise UserError(f'{directory} is not the directory of a run: {name} is missing')
-    run = read_config(directory / 'config.json')
+    run, log = read_json(directory / 'config.json'), read_table(directory / 'log.csv', LOG)
     settings = run['settings']
-    try:
-        run['log'] = pd.read_csv(directory / 'log.csv')[list(LOG)].astype(float)
-        run['objective'] = objective_name(**{name: settings[name] for name in OBJECTIVE}, oracle=settings['oracle'])
-        folder = settings['dataset_name'] == 'folder'
-        run['data'] = Path(settings['root']).absolute().name if folder else settings['dataset_name']
-        run['identity'] = {name: value for name, value in settings.items() if name not in FREE}
-        run['identity'] |= dict(objective=run['objective'], data=run['data'], ranks=run['ranks'],
-                                images='{train} + {test}'.format(**run['images']))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{directory}: config.json or log.csv is not of a run ({error!r})') from None
+    data = Path(settings['root']).absolute().name if settings['dataset_name'] == 'folder' else settings['dataset_name']
+    run.update(log=log, objective=objective_name(settings), data=data)
+    run['identity'] = {name: value for name, value in settings.items() if name not in FREE}
+    run['identity'] |= dict(objective=run['objective'], data=data, ranks=run['ranks'],
+                            images='{train} + {test}'.format(**run['images']))
     return run
 
 
-OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
-
-
-def objective_name(estimator, tau_plus, beta, anneal, oracle):
+def objective_name(settings):
     """An objective as people write it: 'hard, τ⁺ = 0.1, β = 1'."""
-    parts = [(True, estimator), (tau_plus, f'τ⁺ = {tau_plus:g}'), (beta, f'β = {beta:g}'),
-             (anneal == 'down', 'annealed'), (oracle, 'oracle')]
+    parts = [(True, settings['estimator']), (settings['tau_plus'], f'τ⁺ = {settings["tau_plus"]:g}'),
+             (settings['beta'], f'β = {settings["beta"]:g}'), (settings['anneal'] == 'down', 'annealed'),
+             (settings['oracle'], 'oracle'), (settings.get('positives') == 'label', 'positives by label')]
     return ', '.join(text for there, text in parts if there)
 
 
@@ -200,22 +248,26 @@ def read_probe(directory, epochs, name):
     A probe of an encoder that was there before does not count; where the encoder is gone, its probe does.
     """
     file, checkpoint = directory / f'model_{epochs}_{name}.csv', directory / f'model_{epochs}.pth'
-    try:
-        about = json.loads(file.with_suffix('.json').read_text())
-        row, settings = pd.read_csv(file).iloc[-1], about['settings'] | {'command': about['command']}
-        probed = not checkpoint.exists() or about['encoder'] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-        if probed and row['epoch'] == settings['epochs']:
-            return settings, row
-    except (OSError, ValueError, KeyError, IndexError):
-        pass
-    return None, None
+    if not file.exists() or not file.with_suffix('.json').exists():
+        return None, None
+    about, rows = read_json(file.with_suffix('.json')), read_table(file, PROBE)
+    if checkpoint.exists() and about['encoder'] != hashlib.sha256(checkpoint.read_bytes()).hexdigest():
+        return None, None
+    settings = about['settings'] | {'command': about['command']}
+    return (settings, rows.iloc[-1]) if rows['epoch'].iloc[-1] == settings['epochs'] else (None, None)
 
 
-def knn_accuracy(path):
-    """'kNN x %, ' from the log beside a checkpoint, if it has one for the checkpoint's epoch."""
-    try:
-        rows = pd.read_csv(path.with_name('log.csv'))
-        accuracy = rows.loc[rows['epoch'].astype(str) == path.stem.rpartition('_')[2], 'test_acc@1'].dropna()
-    except (OSError, ValueError, KeyError):  # no log, or not one of ours
-        return ''
-    return f'kNN {accuracy.iloc[0]:.2f} %, ' if len(accuracy) else ''
+def accuracies(checkpoint):
+    """The kNN accuracy (percent) of each encoder, by file name, in the log beside a checkpoint; none without a log.
+
+    Raises:
+        UserError: the log is damaged, or says that the checkpoint is another file than its run wrote.
+    """
+    if not checkpoint.with_name('log.csv').exists():
+        return {}
+    log = read_table(checkpoint.with_name('log.csv'), LOG)
+    names = [f'model_{epoch:.0f}.pth' for epoch in log['epoch']]
+    written = dict(zip(names, log['encoder'])).get(checkpoint.name)
+    if not pd.isna(written) and written != zlib.crc32(checkpoint.read_bytes()):
+        raise UserError(f'{checkpoint} is not what the run in {checkpoint.parent} wrote: move it elsewhere to use it')
+    return {name: accuracy for name, accuracy in zip(names, log['test_acc@1']) if not pd.isna(accuracy)}

@@ -27,31 +27,31 @@ class GaussianBlur(torch.nn.Module):
         return Image.fromarray(cv2.GaussianBlur(np.array(image), (self.kernel_size,) * 2, sigma))
 
 
-def reference_transform(size):
+def reference_transform(size, blur=True):
     """SimCLR's training view as published, PIL image -> (3, size, size) float32, normalised."""
     return transforms.Compose([
         transforms.RandomResizedCrop(size, CROP_SCALE, CROP_RATIO),
         transforms.RandomHorizontalFlip(0.5),
         transforms.RandomApply([transforms.ColorJitter(*JITTER)], p=0.8),
         transforms.RandomGrayscale(0.2),
-        GaussianBlur(blur_kernel_size(size)),
+        *([GaussianBlur(blur_kernel_size(size))] if blur else []),
         transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
     ])
 
 
 class RandomViews(Dataset):
-    """`views` random views of an image, for a key (epoch, place in the epoch's shuffle, index of the image)."""
+    """A random view of each of some images, for a key (epoch, place in the epoch's shuffle, their V indices)."""
 
-    def __init__(self, images, size, views, seed):
-        self.images, self.transform, self.views, self.seed = images, reference_transform(size), views, seed
+    def __init__(self, images, size, seed, blur):
+        self.images, self.transform, self.seed = images, reference_transform(size, blur), seed
 
     def __getitem__(self, key):
-        epoch, place, index = key
-        image = Image.fromarray(self.images[index].permute(1, 2, 0).numpy())  # (3, H, W) -> (H, W, 3)
+        epoch, place, *index = key
+        images = [Image.fromarray(self.images[i].permute(1, 2, 0).numpy()) for i in index]  # (3, H, W) -> (H, W, 3)
         with torch.random.fork_rng(devices=[]):
             torch.random.set_rng_state(seeded(self.seed, epoch, place).get_state())
-            return *(self.transform(image) for _ in range(self.views)), index
+            return *map(self.transform, images), index[0]
 
 
 def leave_signals(worker):
@@ -61,21 +61,22 @@ def leave_signals(worker):
 
 
 class EpochKeys:
-    """A batch sampler: keys (epoch, place, index) of this rank's part of every batch of the epoch that is set."""
+    """A batch sampler: keys (epoch, place, V indices) of this rank's part of every batch of the epoch that is set."""
 
-    def __init__(self, n, batch_size, seed, rank=0, world=1):
+    def __init__(self, n, batch_size, seed, rank, world, labels, views):
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
+        self.labels, self.views = labels, views
         self.set_epoch(1)
 
     def set_epoch(self, epoch, start=0):
         self.epoch, self.start = epoch, start
 
     def __iter__(self):
-        for step, batch in enumerate(epoch_batches(self.n, self.batch_size, self.seed, self.epoch)):
-            place = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-            keys = torch.stack([torch.full_like(place, self.epoch), place, batch], 1)  # (B, 3)
-            if step >= self.start:
-                yield keys.tensor_split(self.world)[self.rank].tolist()
+        batches = epoch_batches(self.n, self.batch_size, self.seed, self.epoch, True, self.labels, self.views)
+        for step in range(self.start, len(batches)):
+            place = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)[None]  # (1, B)
+            keys = torch.cat([torch.full_like(place, self.epoch), place, batches[step].expand(self.views, -1)])
+            yield keys.T.tensor_split(self.world)[self.rank].tolist()  # (2 + V, B) -> (b, 2 + V)
 
     def __len__(self):
         return self.n // self.batch_size - self.start
@@ -89,10 +90,11 @@ class ReferenceViews:
     the number of workers and ranks.
     """
 
-    def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, workers=0):
+    def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, workers=0, blur=True,
+                 labels=None):
         self.images, self.device = images, torch.device(device)
-        self.keys = EpochKeys(len(images), batch_size, seed, rank, world)
-        self.loader = DataLoader(RandomViews(images, size, views, seed), batch_sampler=self.keys, num_workers=workers,
+        self.keys = EpochKeys(len(images), batch_size, seed, rank, world, labels, views)
+        self.loader = DataLoader(RandomViews(images, size, seed, blur), batch_sampler=self.keys, num_workers=workers,
                                  persistent_workers=workers > 0, worker_init_fn=leave_signals,
                                  pin_memory=self.device.type == 'cuda')
 
