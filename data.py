@@ -59,7 +59,11 @@ def load_data(name, root='data', store_size=96, unlabeled=True):
         labels = (train.targets, test.targets)
     images = [torch.from_numpy(np.ascontiguousarray(x)) for x in images]
     labels = [torch.as_tensor(y, dtype=torch.int64) for y in labels]
-    return Data(images[0], labels[0], images[1], labels[1], list(train.classes))
+    classes = list(getattr(train, 'classes', ()))  # torchvision reads STL10's from a file that has no checksum
+    if len(classes) != labels[1].max() + 1:
+        raise DataError(f'{Path(root, train.base_folder)}: {len(classes)} names of classes where the labels have '
+                        f'{labels[1].max() + 1}: restore class_names.txt from the archive')
+    return Data(images[0], labels[0], images[1], labels[1], classes)
 
 
 def _torchvision(name, root, **split):

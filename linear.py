@@ -16,6 +16,7 @@ import hashlib
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
@@ -176,7 +177,7 @@ def fit_logistic(probe, features, labels):
         weight, bias = [-weight[0] / 2, weight[0] / 2], [-bias[0] / 2, bias[0] / 2]
     with torch.no_grad():
         for own, values in (probe.weight, weight), (probe.bias, bias):
-            own[torch.as_tensor(found.classes_)] = torch.as_tensor(values, dtype=own.dtype, device=own.device)
+            own[torch.as_tensor(found.classes_)] = torch.as_tensor(np.array(values), dtype=own.dtype, device=own.device)
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def verified(content, path):
     content = dict(content) if isinstance(content, dict) else {}
     written = content.pop('digest', None)
     if written is None or written != digest(content):
-        raise UserError(f'{path} is damaged, changed, or not of a run: restore it, or choose another place')
+        raise UserError(f'{path} is damaged, changed, or not of a run')
     return content
 
 
@@ -108,7 +108,11 @@ def open_run(results, settings, data, device):
         raise UserError(f'{results} holds {", ".join(trained)} but no {" and no ".join(missing)}, so '
                         'the run there cannot be continued: choose another --results_dir')
     if state_file.exists():
-        return verified(read_checkpoint(state_file), state_file)
+        try:
+            return verified(read_checkpoint(state_file), state_file)
+        except UserError as error:
+            raise UserError(f'{error}. The run cannot be continued; beside it is {", ".join(trained)}. Choose another '
+                            '--results_dir, or restore the file from a copy') from None
     write_json(config_file, dict(settings=settings, **described, **provenance(device)))
     return None
 
@@ -200,7 +204,7 @@ def read_json(path):
     try:
         return verified(json.loads(Path(path).read_text('utf-8-sig')), path)
     except (OSError, UnicodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f'{path} cannot be read ({type(error).__name__}): restore it') from None
+        raise UserError(f'{path} is damaged or not of a run ({type(error).__name__})') from None
 
 
 def read_table(path, columns):

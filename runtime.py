@@ -145,6 +145,7 @@ def say(text):
 
 def run(main):
     """Run a script's main(). What a user can cause ends with one line, said once a machine, not with a traceback."""
+    sys.stdout.reconfigure(errors='backslashreplace')  # a directory's name may have letters that the locale has not
     try:
         main()
         if dist.is_initialized():

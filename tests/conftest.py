@@ -35,7 +35,7 @@ def tree(tmp_path_factory):
 def tiny(tree):
     """The flags of a run of seconds: 3 steps an epoch."""
     return ['--dataset_name', 'folder', '--root', str(tree), '--store_size', '16', '--image_size', '8', '--batch_size',
-            '8', '--arch', 'resnet18', '--k', '5', '--knn_every', '2', '--save_every', '1']
+            '8', '--arch', 'resnet18', '--width', '0.25', '--k', '5', '--knn_every', '2', '--save_every', '1']
 
 
 class Job:

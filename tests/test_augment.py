@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
@@ -162,13 +163,10 @@ def test_both_paths_make_the_same_views_on_average():
 
 def same_distribution(ours, theirs):
     """Kolmogorov-Smirnov at a significance of 1e-5 and means within 4.5 standard errors."""
-    ours, theirs = (torch.as_tensor(x, dtype=torch.float64).sort().values for x in (ours, theirs))
-    n, m = len(ours), len(theirs)
-    both = torch.cat([ours, theirs])
-    gap = (torch.searchsorted(ours, both, right=True) / n - torch.searchsorted(theirs, both, right=True) / m).abs()
-    error = (ours.var() / n + theirs.var() / m).sqrt()
-    return gap.max() < math.sqrt(math.log(2 / 1e-5) / 2 * (n + m) / (n * m)) and \
-        (ours.mean() - theirs.mean()).abs() <= 4.5 * error + 1e-12
+    ours, theirs = (np.asarray(x, dtype=float) for x in (ours, theirs))
+    error = math.sqrt(ours.var() / len(ours) + theirs.var() / len(theirs))
+    return stats.ks_2samp(ours, theirs, method='asymp').pvalue > 1e-5 and \
+        abs(ours.mean() - theirs.mean()) <= 4.5 * error + 1e-12
 
 
 N = 100_000
@@ -180,7 +178,7 @@ def test_crops_are_distributed_as_torchvisions(height, width):
     assert (p['top'] + p['h'] <= height).all() and (p['left'] + p['w'] <= width).all()
     torch.manual_seed(5)
     image = torch.empty(1, height, width)
-    theirs = np.array([transforms.RandomResizedCrop.get_params(image, CROP_SCALE, CROP_RATIO) for _ in range(N // 5)])
+    theirs = np.array([transforms.RandomResizedCrop.get_params(image, CROP_SCALE, CROP_RATIO) for _ in range(N // 20)])
     for i, name in enumerate(('top', 'left', 'h', 'w')):
         assert same_distribution(p[name], theirs[:, i]), name
     assert same_distribution(p['h'] * p['w'], theirs[:, 2] * theirs[:, 3])
@@ -202,7 +200,7 @@ def test_branches_orders_and_factors_are_distributed_as_torchvisions():
     torch.manual_seed(7)
     jitter = transforms.ColorJitter(*JITTER)
     theirs = [transforms.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-              for _ in range(N // 5)]
+              for _ in range(N // 20)]
     for i, name in enumerate(NAMES):
         assert same_distribution(p[name][jittered], [factors[i + 1] for factors in theirs]), name
         assert (p[name][~jittered] == (name != 'hue')).all()
@@ -253,6 +251,66 @@ def test_the_whole_batch_does_not_depend_on_the_number_of_ranks(Views, world, im
     parts = [last_batch(rank=rank, world=world) for rank in range(world)]
     assert sum(map(len, parts)) == images - (32 if images == 48 else 48)
     assert torch.equal(torch.cat(parts), last_batch())
+
+
+@pytest.mark.parametrize('Views', [DeviceViews, ReferenceViews])
+def test_positives_by_label_are_of_random_images_of_the_class(Views, monkeypatch):
+    """Images of one grey level each, views without change: a pixel tells which image a view is of."""
+    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 3, 8, 8).contiguous()
+    labels, mean, std = torch.arange(60) % 5, MEAN[0], STD[0]
+    if Views is DeviceViews:
+        monkeypatch.setattr(augment, 'color_jitter', lambda x, p: x)
+    else:
+        monkeypatch.setattr(transforms.ColorJitter, 'forward', lambda self, image: image)
+
+    def epoch(number, start=0, **ranks):
+        return list(Views(images, 20, 8, views=3, labels=labels, blur=False, **ranks).epoch(number, start))
+
+    seen, same, pairs, epochs = torch.zeros(60, 60), 0, [], 200 if Views is DeviceViews else 30
+    for number in range(1, epochs + 1):
+        for (x1, *others), index in epoch(number):
+            first, *rest = ((255 * (x[:, 0, 0, 0] * std + mean)).round().long() for x in (x1, *others))
+            assert torch.equal(first, index)
+            for other in rest:
+                assert torch.equal(labels[other], labels[first])
+                seen[first, other] += 1
+                same += (other == first).sum().item()
+            pairs.append(torch.stack(rest))
+    assert fraction(torch.cat(pairs, 1)[0] == torch.cat(pairs, 1)[1], 1 / 12)  # each view draws for itself
+    n = 120 * epochs
+    assert abs(same / n - 1 / 12) < 4.5 * math.sqrt(1 / 12 * 11 / 12 / n)  # itself is possible
+    expected, within = 2 * epochs / 12, labels[:, None] == labels  # of each image two draws an epoch from 12
+    assert (seen[~within] == 0).all() and (seen[within] - expected).abs().max() < 6 * math.sqrt(expected)
+    for (v, i), (w, j) in zip(epoch(3)[1:], epoch(3, 1), strict=True):  # as after a resumption
+        assert torch.equal(i, j) and all(map(torch.equal, v, w))
+    parts = [epoch(3, rank=rank, world=2) for rank in range(2)]
+    for (v, i), (w, j), (whole, index) in zip(*parts, epoch(3), strict=True):
+        assert torch.equal(torch.cat([i, j]), index) and torch.equal(torch.cat([v[2], w[2]]), whole[2])
+
+
+def test_without_blur_nothing_else_changes():
+    with_blur, without = (draw(1000, 40, 40, seeded(1), blur) for blur in (True, False))
+    assert (without.pop('sigma') == 0).all() and (with_blur.pop('sigma') > 0).any()
+    assert all(torch.equal(with_blur[name], without[name]) for name in without)
+    from utils import reference_transform
+    names = [[type(t).__name__ for t in reference_transform(32, blur).transforms] for blur in (True, False)]
+    assert names[1] == [name for name in names[0] if name != 'GaussianBlur'] != names[0]
+
+
+def test_every_epoch_has_a_shuffle_of_its_own():
+    for Views in (DeviceViews, ReferenceViews):
+        orders = [torch.cat([index for _, index in Views(IMAGES, 10, 8).epoch(number)]) for number in (1, 2, 3)]
+        assert all(order.sort().values.equal(torch.arange(50)) for order in orders)
+        assert not any(torch.equal(orders[i], orders[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize('height, width', [(200, 10), (10, 200)])
+def test_crop_that_no_try_finds_is_the_central_one(height, width):
+    """RandomResizedCrop's fall-back: the largest with an allowed ratio, in the middle."""
+    p = draw(2000, height, width, seeded(1))
+    long, side = round(10 * 4 / 3), ('h', 'top') if height > width else ('w', 'left')
+    whole = (p['h'] * p['w'] == 10 * long)
+    assert whole.sum() > 100 and (p[side[1]][whole & (p[side[0]] == long)] == (200 - long) // 2).float().mean() > 0.9
 
 
 def test_workers_change_nothing():

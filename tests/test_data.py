@@ -58,6 +58,16 @@ def test_stl10(stl10):
     assert len(load_data('stl10', root, unlabeled=False).train) == 20
 
 
+@pytest.mark.parametrize('names', [None, 'airplane\nbird\n'])
+def test_class_names_that_do_not_fit_the_labels_are_an_error(stl10, names):
+    file = stl10[0] / 'stl10_binary' / 'class_names.txt'
+    file.unlink()
+    if names:
+        file.write_text(names)
+    with pytest.raises(DataError, match=r'[02] names of classes where the labels have 10: restore class_names.txt'):
+        load_data('stl10', stl10[0])
+
+
 @pytest.mark.parametrize('damage', [lambda b: b[:-5000], lambda b: bytes([b[0] ^ 1]) + b[1:], lambda b: b''])
 def test_damaged_files_are_named_and_kept(stl10, damage):
     file = stl10[0] / 'stl10_binary' / 'test_X.bin'

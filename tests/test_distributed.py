@@ -151,7 +151,7 @@ def test_running_statistics_become_their_mean_over_ranks(ranks):
 
 
 def memory_of_the_loss(rank, world, B):
-    import runtime
+    import bench
     from losses import contrastive_loss
     views = [F.normalize(torch.randn(B // world, 128), dim=1).requires_grad_() for _ in range(2)]
     contrastive_loss(*[x[:64] for x in views]).backward()  # libraries are loaded

@@ -69,22 +69,23 @@ def test_random_command_lines(script, capsys, monkeypatch):
 @pytest.mark.parametrize('line, message', [
     ('--tau_plus 1', 'argument --tau_plus: must be in [0, 1), got \'1\''),
     ('--tau_plus -0.1', 'must be in [0, 1)'),
-    ('--beta -1', 'argument --beta: must be a number of at least 0'),
-    ('--beta nan', 'at least 0'),
-    ('--temperature 0', 'argument --temperature: must be a positive number'),
-    ('--batch_size 1', 'must be an integer of at least 2'),
-    ('--epochs 0', 'must be an integer of at least 1'),
+    ('--beta -1', 'argument --beta: must be a number from 0 to 1000'),
+    ('--beta nan', 'from 0 to 1000'),
+    ('--temperature 0', 'argument --temperature: must be a positive number of at most 100'),
+    ('--batch_size 1', 'must be an integer from 2 to 1000000'),
+    ('--epochs 0', 'must be an integer from 1 to 1000000'),
     ('--views 1', 'from 2 to 16'),
     ('--dataset_name imagenet', 'invalid choice'),
     ('--estimator medium', 'invalid choice'),
     ('--debiased maybe', 'must be True/False, yes/no or 1/0, got \'maybe\''),
     ('--debiased False --estimator hard', '--debiased False contradicts --estimator hard'),
-    ('--debiased True --estimator easy', '--debiased True contradicts --estimator standard'),
-    ('--estimator standard --tau_plus 0.1', '--tau_plus 0.1 has no effect'),
-    ('--estimator debiased --beta 1', '--beta 1.0 has no effect'),
-    ('--estimator debiased --anneal down', '--anneal down needs --estimator hard'),
-    ('--oracle --estimator debiased', 'contradicts --oracle'),
-    ('--oracle --tau_plus 0.1', 'has no effect with --oracle'),
+    ('--debiased True --estimator easy', '--debiased True contradicts --estimator easy'),
+    ('--oracle --estimator debiased', '--oracle leaves no false negatives'),
+    ('--oracle --debiased True', '--oracle leaves no false negatives'),
+    ('--warmup 400', '--warmup 400 leaves nothing of --epochs 400'),
+    ('--epochs 99999999', 'from 1 to 1000000'),
+    ('--lr 1e9', 'must be a positive number of at most 1000'),
+    ('--width 3', 'invalid choice'),
     ('--temp 1', 'unrecognized arguments: --temp 1'),
     ('--sync_bn', 'needs CUDA'),
 ])
@@ -96,7 +97,12 @@ def test_wrong_flags_of_main(line, message, capsys, monkeypatch):
 @pytest.mark.parametrize('line, resolved', [
     ('', ('hard', 0.1, 1.0)),
     ('--tau_plus 0.05 --beta 2', ('hard', 0.05, 2.0)),
-    ('--debiased True', ('hard', 0.1, 1.0)),
+    ('--tau_plus = 0.1', ('hard', 0.1, 1.0)),
+    ('--debiased True', ('debiased', 0.1, 0.0)),
+    ('--debiased True --tau_plus = 0.2', ('debiased', 0.2, 0.0)),
+    ('--debiased True --beta 1.0', ('hard', 0.1, 1.0)),
+    ('--debiased True --estimator hard', ('hard', 0.1, 1.0)),
+    ('--oracle --beta 1', ('hard', 0.0, 1.0)),
     ('--debiased no', ('standard', 0.0, 0.0)),
     ('--estimator easy', ('standard', 0.0, 0.0)),
     ('--debiased False --estimator standard --tau_plus 0 --beta 0', ('standard', 0.0, 0.0)),
@@ -109,11 +115,42 @@ def test_objective_that_flags_name(line, resolved):
     assert (args.estimator, args.tau_plus, args.beta) == resolved
 
 
+@pytest.mark.parametrize('line, resolved, told', [
+    ('--estimator easy --tau_plus 0.1 --beta 1.0', ('standard', 0.0, 0.0),
+     ['--tau_plus 0.1 has no effect on the standard objective', '--beta 1.0 has no effect on the standard objective']),
+    ('--debiased False --tau_plus 0.1', ('standard', 0.0, 0.0), ['--tau_plus 0.1 has no effect on the standard objective']),
+    ('--estimator debiased --beta 1', ('debiased', 0.1, 0.0), ['--beta 1.0 has no effect on the debiased objective']),
+    ('--estimator debiased --anneal down', ('debiased', 0.1, 0.0),
+     ['--anneal down has no effect on the debiased objective']),
+    ('--oracle --tau_plus 0.1', ('standard', 0.0, 0.0),
+     ['--tau_plus 0.1 has no effect on the standard objective with --oracle']),
+    ('--tau_plus 0.1 --beta 1.0', ('hard', 0.1, 1.0), [])])
+def test_flags_without_effect_are_told_and_do_not_act(line, resolved, told, capsys):
+    args, _ = main.arguments(line.split())
+    assert (args.estimator, args.tau_plus, args.beta) == resolved and args.anneal == 'none'
+    assert capsys.readouterr().out.splitlines() == told
+
+
+def test_knn_weights_use_the_training_temperature_unless_told_otherwise():
+    assert main.arguments(['--temperature', '0.2'])[0].knn_temperature == 0.2
+    assert main.arguments(['--temperature', '0.2', '--knn_temperature', '0.5'])[0].knn_temperature == 0.5
+
+
+def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
+    args, _ = main.arguments('--lr 0.8 --warmup 2 --epochs 10 --schedule cosine'.split())
+    rates = [main.learning_rate(args, epochs) for epochs in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0, 0.4, 0.8, 0.4, 0])
+    args, _ = main.arguments('--lr 0.8 --epochs 10'.split())
+    assert [main.learning_rate(args, epochs) for epochs in (0, 5.5, 10)] == [0.8] * 3
+
+
 def test_defaults_are_the_published_recipe():
     args, _ = main.arguments([])
     recipe = {'dataset_name': 'stl10', 'arch': 'resnet50', 'feature_dim': 128, 'temperature': 0.5, 'tau_plus': 0.1,
               'beta': 1.0, 'batch_size': 256, 'epochs': 400, 'lr': 1e-3, 'weight_decay': 1e-6, 'k': 200,
-              'image_size': 32, 'test_size': 0, 'views': 2, 'anneal': 'none', 'joint_views': False}
+              'image_size': 32, 'test_size': 0, 'views': 2, 'anneal': 'none', 'joint_views': False, 'width': 1,
+              'stem': 'cifar', 'hidden_dim': 512, 'optimizer': 'adam', 'schedule': 'constant', 'warmup': 0,
+              'blur': 'published', 'positives': 'view', 'knn_temperature': 0.5}
     assert {name: getattr(args, name) for name in recipe} == recipe
     probe = linear.arguments([])
     assert (probe.batch_size, probe.epochs, probe.lr, probe.weight_decay, probe.bn) == (512, 100, 1e-3, 1e-6, 'eval')
@@ -123,10 +160,12 @@ def test_beta_is_annealed_as_published():
     """400 epochs: the next of linspace(beta, 0, 9) after every 44th epoch, the first of them beta itself."""
     betas = [main.annealed(1.0, epoch, 400) for epoch in range(1, 401)]
     assert betas[:88] == [1.0] * 88 and betas[88] == 1 - 1 / 8 and betas[395] == 1 / 8 and betas[396:] == [0.0] * 4
-    for epochs in (2, 4, 5, 9, 10, 17, 50, 81, 100, 399):
+    for epochs in (2, 4, 5, 10, 17, 50, 100, 399):
         betas_here = [main.annealed(2.0, epoch, epochs) for epoch in range(1, epochs + 1)]
         assert betas_here == sorted(betas_here, reverse=True) and betas_here[0] == 2 and betas_here[-1] == 0
         assert sum(betas_here) / epochs == pytest.approx(1, abs=0.25)  # half the time below the middle, about
     assert [8 * main.annealed(1.0, epoch, 17) for epoch in range(1, 18)] == [8, *(i // 2 for i in range(15, -1, -1))]
+    # at multiples of 9 the published code does not crash, and does not train at 0
+    assert [8 * main.annealed(1.0, epoch, 18) for epoch in range(1, 19)] == [8, 8, *(i // 2 for i in range(17, 1, -1))]
     assert main.annealed(1.0, 1, 1) == 1
     assert sum(betas) == 242  # 88 + 44 (7/8 + ... + 1/8)

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import signal
+import zlib
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_same_outcome, outcome
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torchvision.datasets import STL10
 
 import evaluate
@@ -20,6 +25,7 @@ import main
 import model
 import runs
 import runtime
+from augment import MEAN, STD
 from data import load_data
 from losses import contrastive_loss
 from runtime import UserError
@@ -63,7 +69,7 @@ def test_a_dozen_steps_are_the_plain_loop(dtype, lr, tolerance):
     learning rate, between any two orders of summation; float64 shows that the steps are the same there too.
     """
     torch.manual_seed(0)
-    net, plain = (model.Model(16, 'resnet18').to(dtype) for _ in range(2))
+    net, plain = (model.Model(16, 'resnet18', width=0.25).to(dtype) for _ in range(2))
     plain.load_state_dict(net.state_dict())
     net.to(memory_format=torch.channels_last)
     views = list(torch.randn(2, 8, 3, 8, 8, dtype=dtype))
@@ -121,12 +127,13 @@ def test_encode_is_f_in_eval_mode_at_the_size_asked_for():
 
 
 def test_files_of_a_run(finished, tiny):
-    assert {path.name for path in finished.iterdir()} == {'.lock', 'config.json', 'last.pth', 'log.csv', 'model_1.pth',
-                                                          'model_2.pth', 'model_3.pth'}
+    assert {path.name for path in finished.iterdir()} == {'.lock', 'config.json', 'last.pth', 'log.csv', 'model_0.pth',
+                                                          'model_1.pth', 'model_2.pth', 'model_3.pth'}
     log = pd.read_csv(finished / 'log.csv')
-    assert list(log) == ['epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'seconds']
-    assert list(log['epoch']) == [1, 2, 3] and log['train_loss'].notna().all()
-    assert log['test_acc@1'].isna().tolist() == [True, False, False]  # every second epoch and the last
+    assert list(log) == ['epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'seconds', 'encoder']
+    assert list(log['epoch']) == [0, 1, 2, 3] and log['train_loss'].isna().tolist() == [True, False, False, False]
+    assert log['test_acc@1'].isna().tolist() == [False, True, False, False]  # untrained, every second epoch, the last
+    assert log['encoder'].tolist() == [zlib.crc32((finished / f'model_{i}.pth').read_bytes()) for i in range(4)]
     config = json.loads((finished / 'config.json').read_text())
     assert config['settings']['beta'] == 1.0 and config['classes'] == ['a', 'b', 'c']
     assert config['images'] == {'train': 30, 'test': 9} and config['versions']['torch'] == torch.__version__
@@ -139,7 +146,7 @@ def test_same_seed_same_bits_and_another_seed_others(finished, tiny, tmp_path):
     main.main([*tiny, '--epochs', '3', '--results_dir', str(tmp_path / 'again')])
     assert_same_outcome(tmp_path / 'again', outcome(finished))
     main.main([*tiny, '--epochs', '1', '--results_dir', str(tmp_path / 'other'), '--seed', '1'])
-    assert outcome(tmp_path / 'other')[0]['train_loss'][0] != outcome(finished)[0]['train_loss'][0]
+    assert outcome(tmp_path / 'other')[0]['train_loss'][1] != outcome(finished)[0]['train_loss'][1]
 
 
 @pytest.mark.parametrize('augment', ['device', 'pil'])
@@ -151,7 +158,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
 
     def check_and_stop(self):
         calls.append(1)
-        if len(calls) in (1, 3, 5):
+        if len(calls) in (3, 5, 7):  # the first two are of the untrained encoder's kNN
             raise runtime.Stopped(signal.SIGTERM)
         check(self)
 
@@ -162,6 +169,17 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
         assert stop.value.code == 143 and f'after step {step}, saved' in capsys.readouterr().out
     main.main([*flags, str(tmp_path / 'parts')])
     assert_same_outcome(tmp_path / 'parts', outcome(tmp_path / 'whole'))
+
+
+def stop_after(checks, monkeypatch):
+    """Ask the run to stop at the next look after so many: the first two are of the untrained encoder's kNN."""
+    seen = iter([False] * checks + [True])
+
+    def check(self):
+        if next(seen, False):
+            raise runtime.Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(runtime.Signals, 'check', check)
 
 
 def snapshot(results):
@@ -183,10 +201,10 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny, c
 
 @pytest.mark.parametrize('damage, message', [
     (lambda r: (r / 'last.pth').write_bytes((r / 'last.pth').read_bytes()[:-100]),
-     r'last.pth: damaged .* cannot be continued; intact beside it: model_1.pth'),
-    (lambda r: torch.save({'a': torch.zeros(1)}, r / 'last.pth'), 'last.pth: not the state of a run'),
-    (lambda r: torch.save(torch.tensor(1), r / 'last.pth'), 'last.pth: not the state of a run'),
-    (lambda r: (r / 'last.pth').unlink(), 'holds model_1.pth.* but no last.pth'),
+     r'last.pth: damaged .* cannot be continued; beside it is last.pth, log.csv, model_1.pth'),
+    (lambda r: torch.save({'a': torch.zeros(1)}, r / 'last.pth'), 'last.pth is damaged, changed'),
+    (lambda r: torch.save(torch.tensor(1), r / 'last.pth'), 'last.pth is damaged, changed'),
+    (lambda r: (r / 'last.pth').unlink(), 'holds log.csv, model_1.pth but no last.pth'),
     (lambda r: [p.unlink() for p in r.glob('*.pth')], 'holds log.csv but no last.pth'),
     (lambda r: (r / 'config.json').unlink(), 'but no config.json'),
     (lambda r: (r / 'config.json').write_text('{'), 'config.json is damaged'),
@@ -243,8 +261,8 @@ def test_flags_that_do_not_fit_the_data(tiny, tmp_path, flags, message, capsys):
                                    ['--temperature', '0.05', '--feature_dim', '16']], ids=' '.join)
 def test_every_objective_trains_and_differs(finished, tiny, tmp_path, flags):
     main.main([*tiny, '--epochs', '1', '--results_dir', str(tmp_path), *flags])
-    loss = pd.read_csv(tmp_path / 'log.csv')['train_loss'][0]
-    assert math.isfinite(loss) and loss != pd.read_csv(finished / 'log.csv')['train_loss'][0]
+    loss = pd.read_csv(tmp_path / 'log.csv')['train_loss'][1]
+    assert math.isfinite(loss) and loss != pd.read_csv(finished / 'log.csv')['train_loss'][1]
 
 
 @pytest.mark.parametrize('flags, given', [
@@ -290,17 +308,89 @@ def test_oracle_is_given_the_labels_of_the_batch(tiny, tree, tmp_path, monkeypat
     assert torch.equal(torch.cat(given), load_data('folder', tree, 16).train_labels[torch.cat(batches)])
 
 
+@pytest.mark.parametrize('flags', [['--optimizer', 'sgd', '--schedule', 'cosine', '--warmup', '1', '--lr', '0.05'],
+                                   ['--positives', 'label', '--views', '3'],
+                                   ['--anneal', 'down', '--oracle', '--beta', '1']], ids=' '.join)
+def test_variants_resume_to_the_same_bits(tiny, tmp_path, flags, monkeypatch):
+    flags = [*tiny, '--epochs', '2', '--hidden_dim', '24', *flags, '--results_dir']
+    main.main([*flags, str(tmp_path / 'whole')])
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)  # in the second epoch
+        with pytest.raises(SystemExit):
+            main.main([*flags, str(tmp_path / 'parts')])
+    main.main([*flags, str(tmp_path / 'parts')])
+    assert_same_outcome(tmp_path / 'parts', outcome(tmp_path / 'whole'))
+
+
+def test_dkobaks_recipe_is_sgd_with_momentum_and_cosine(tiny, tmp_path, monkeypatch):
+    seen = []
+
+    class SGD(torch.optim.SGD):
+        def step(self):
+            seen.append({**self.param_groups[0], 'params': None})
+            super().step()
+
+    monkeypatch.setattr(torch.optim, 'SGD', SGD)
+    main.main([*tiny, '--epochs', '2', '--optimizer', 'sgd', '--lr', '0.06', '--weight_decay', '5e-4', '--schedule',
+               'cosine', '--hidden_dim', '1024', '--results_dir', str(tmp_path)])
+    assert [group['lr'] for group in seen] == pytest.approx([0.03 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+    assert {(group['momentum'], group['weight_decay'], group['nesterov']) for group in seen} == {(0.9, 5e-4, False)}
+    assert model.load_model(tmp_path / 'model_2.pth').g[0].out_features == 1024
+    assert pd.read_csv(tmp_path / 'log.csv')['lr'].tolist()[1:] == pytest.approx([0.03, 0])
+
+
+def test_positives_by_label_reach_the_views(tiny, tree, tmp_path, monkeypatch):
+    given = []
+    views = main.DeviceViews.__init__
+
+    def spy(self, images, *args, labels, blur, **kwargs):
+        given.append((labels, blur, len(images)))
+        views(self, images, *args, labels=labels, blur=blur, **kwargs)
+
+    monkeypatch.setattr(main.DeviceViews, '__init__', spy)
+    main.main([*tiny, '--epochs', '1', '--positives', 'label', '--blur', 'none', '--results_dir', str(tmp_path)])
+    labels, blur, n = given[0]
+    assert labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10 and blur is False and n == 30
+
+
+def test_network_trains_in_train_mode_after_the_monitor(tiny, tmp_path, monkeypatch):
+    modes, step = [], main.train_step
+    monkeypatch.setattr(main, 'train_step', lambda net, *args: modes.append(net.training) or step(net, *args))
+    main.main([*tiny, '--epochs', '2', '--knn_every', '1', '--results_dir', str(tmp_path)])
+    assert modes == [True] * 6
+
+
+def test_statistics_are_averaged_over_ranks_before_the_monitor_sees_them(tiny, tmp_path, monkeypatch):
+    calls, monitor = [], main.monitor
+    monkeypatch.setattr(runtime, 'average_buffers', lambda net: calls.append('average'))
+    monkeypatch.setattr(main, 'monitor', lambda *args: calls.append('monitor') or monitor(*args))
+    main.main([*tiny, '--epochs', '2', '--knn_every', '1', '--results_dir', str(tmp_path)])
+    assert calls == ['monitor', 'average', 'monitor', 'average', 'monitor']
+
+
+def test_state_is_saved_once_a_minute_though_no_encoder_is_kept(tiny, tmp_path, monkeypatch):
+    saved, clock = [], iter(range(0, 10**6, 25))
+    monkeypatch.setattr(runs.Saver, 'save', lambda self, state, keep=False: saved.append((state['epoch'], keep)))
+    monkeypatch.setattr(runs.time, 'monotonic', lambda: next(clock))
+    saver = runs.Saver(tmp_path, None, None)
+    for epoch in range(1, 6):
+        saver.epoch_ended(dict(epoch=epoch, log=[]), keep=epoch == 2)
+    assert saved == [(2, True), (4, False), (5, False)]  # 25 s an epoch; save() itself would start a new minute
+
+
 def test_log_counts_the_time_before_a_stop(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime.Signals, 'check', lambda self: (_ for _ in ()).throw(runtime.Stopped(signal.SIGTERM)))
+    stop_after(2, monkeypatch)
     flags = [*tiny, '--epochs', '1', '--results_dir', str(tmp_path)]
     with pytest.raises(SystemExit):
         main.main(flags)
     monkeypatch.undo()
     state = torch.load(tmp_path / 'last.pth', weights_only=True)
     assert state['step'] == 1 and state['seconds'] > 0
-    torch.save(state | dict(seconds=1000.0), tmp_path / 'last.pth')
+    later = {**state, 'seconds': 1000.0}
+    del later['digest']
+    torch.save({**later, 'digest': runs.digest(later)}, tmp_path / 'last.pth')
     main.main(flags)
-    row = pd.read_csv(tmp_path / 'log.csv').iloc[0]
+    row = pd.read_csv(tmp_path / 'log.csv').iloc[1]
     assert 1000 < row['seconds'] < 1100 and row['images/s'] == pytest.approx(24 / row['seconds'])
 
 
@@ -315,8 +405,10 @@ def test_probe(finished, capsys, bn, tmp_path):
     assert about['settings']['lr'] == 0.01 and about['settings']['bn'] == bn and about['versions']
     assert list(table['epoch']) == list(range(1, 31))
     assert list(table) == ['epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5']
-    assert last == (f'kNN {log["test_acc@1"][2]:.2f} %, linear probe {table["test_acc@1"][29]:.2f} % '
-                    f'(@5 100.00 %), files in {finished}')
+    untrained = pd.read_csv(finished / f'{name.replace("3", "0")}.csv')
+    assert last == (f'kNN {log["test_acc@1"][3]:.2f} %, linear probe {table["test_acc@1"][29]:.2f} % (@5 100.00 %); '
+                    f'untrained: kNN {log["test_acc@1"][0]:.2f} %, linear probe {untrained["test_acc@1"][29]:.2f} %; '
+                    f'files in {finished}')
     assert table['train_loss'][29] < 0.7 * table['train_loss'][0]
     if bn == 'eval':  # features of the test images are fixed: a probe can be trained on them again to the same end
         linear.main(['--model_path', str(checkpoint), '--epochs', '30', '--lr', '0.01'])
@@ -331,7 +423,7 @@ def test_probe_notices_a_moved_encoder(finished, monkeypatch):
         return encode(net, *args, **kwargs)
 
     monkeypatch.setattr(linear, 'encode', moving)
-    with pytest.raises(AssertionError, match=r"moved the encoder: \['f.0.weight'\]"):
+    with pytest.raises(AssertionError, match='the probe moved the encoder'):
         linear.main(['--model_path', str(finished / 'model_3.pth'), '--epochs', '1'])
 
 
@@ -389,9 +481,116 @@ def test_stl10_is_trained_on_and_probed_at_96_pixels(tmp_path, monkeypatch, caps
     monkeypatch.setattr(main, 'encode', spy)
     monkeypatch.setattr(linear, 'encode', spy)
     results = tmp_path / 'results'
-    main.main(['--root', str(tmp_path), '--arch', 'resnet18', '--batch_size', '16', '--epochs', '1', '--k', '20',
-               '--results_dir', str(results)])
+    main.main(['--root', str(tmp_path), '--arch', 'resnet18', '--width', '0.25', '--batch_size', '16', '--epochs', '1',
+               '--k', '20', '--results_dir', str(results)])
     assert json.loads((results / 'config.json').read_text())['images'] == {'train': 32, 'test': 10}
     linear.main(['--model_path', str(results / 'model_1.pth'), '--epochs', '1'])
-    assert sizes == [(20, 96, 96, 0), (10, 96, 96, 0), (10, 96, 96, 0)]  # memory, test, and the probe's test
+    # memory and test images before and after the epoch, and the test images of the probes of both encoders
+    assert sizes == [(20, 96, 96, 0), (10, 96, 96, 0)] * 2 + [(10, 96, 96, 0)] * 2
     assert 'linear probe' in capsys.readouterr().out
+
+
+def test_encode_resizes_with_antialiasing_as_pil_does():
+    images = torch.randint(256, (4, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    class Net(torch.nn.Module):
+        features = 1
+
+        def f(self, x):
+            seen.append(x)
+            return x.mean((1, 2, 3), keepdim=True)
+
+    evaluate.encode(Net(), images, torch.arange(4), 16, NO_AUTOCAST, CPU)
+    theirs = [np.asarray(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BILINEAR))
+              for x in images]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    ours = 255 * (seen[0] * std + mean)
+    assert (ours - torch.from_numpy(np.stack(theirs)).permute(0, 3, 1, 2)).abs().max() <= 1
+
+
+def test_class_without_a_vote_is_no_hit_at_5():
+    """Ten classes of separated features; the labels of the queries are never among the neighbours."""
+    memory, classes = torch.eye(10).repeat_interleave(5, 0), torch.arange(10).repeat_interleave(5)
+    assert evaluate.knn(memory, torch.eye(10), classes, (torch.arange(10) + 1) % 10, 5, 0.5) == [0, 0]
+    assert evaluate.knn(memory, torch.eye(10), classes, torch.arange(10), 5, 0.5) == [100, 100]
+
+
+@pytest.mark.parametrize('bn, encoded', [('eval', 1), ('train', 4)])
+def test_test_features_are_computed_again_only_if_statistics_drift(finished, tmp_path, monkeypatch, bn, encoded):
+    for name in ('config.json', 'model_3.pth'):
+        shutil.copy(finished / name, tmp_path / name)
+    found, encode = [], evaluate.encode
+    monkeypatch.setattr(linear, 'encode', lambda *args: found.append(encode(*args)) or found[-1])
+    linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--epochs', '3', '--bn', bn, '--batch_size', '29'])
+    assert len(found) == encoded  # once, and after every epoch; the last batch has one image of 8 pixels
+    assert (bn == 'eval') or not torch.equal(found[0], found[-1])
+
+
+def test_probes_flags_reach_its_optimizer(finished, tmp_path, monkeypatch):
+    seen = {}
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.update(self.defaults)
+
+    monkeypatch.setattr(torch.optim, 'Adam', Adam)
+    shutil.copy(finished / 'model_3.pth', tmp_path)
+    shutil.copy(finished / 'config.json', tmp_path)
+    linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--epochs', '1', '--lr', '0.02',
+                 '--weight_decay', '0.3'])
+    assert (seen['lr'], seen['weight_decay']) == (0.02, 0.3)
+
+
+@pytest.mark.parametrize('flags, name', [(['--augment', 'none', '--epochs', '200', '--lr', '0.01'], 'linear_cached'),
+                                         (['--probe', 'logistic'], 'logistic')])
+def test_probe_on_cached_features_classifies_again_from_its_file(finished, tree, tmp_path, flags, name):
+    for file in ('config.json', 'model_3.pth'):
+        shutil.copy(finished / file, tmp_path / file)
+    linear.main(['--model_path', str(tmp_path / 'model_3.pth'), *flags])
+    row = pd.read_csv(tmp_path / f'model_3_{name}.csv').iloc[-1]
+    probe = model.read_checkpoint(tmp_path / f'model_3_{name}.pth')
+    data, net = load_data('folder', tree, 16), model.load_model(tmp_path / 'model_3.pth', head=False)
+    assert probe['classes'] == data.classes
+    for split in ('train', 'test'):
+        images, labels = getattr(data, split), getattr(data, f'{split}_labels')
+        features = evaluate.encode(net, images, torch.arange(len(images)), 0, NO_AUTOCAST, CPU)
+        output = features @ probe['weight'].T + probe['bias']
+        if split == 'test' or name == 'logistic':  # the other counts while it trains
+            assert row[f'{split}_acc@1'] == pytest.approx(100 * (output.argmax(1) == labels).float().mean().item())
+        if name == 'logistic':
+            assert row[f'{split}_loss'] == pytest.approx(F.cross_entropy(output, labels).item(), rel=1e-4)
+    assert row['train_acc@1'] > 90
+
+
+def test_logistic_probe_is_scikit_learns(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 3):
+        features, labels = torch.randn(60, 5, generator=generator) * 3 + 1, torch.arange(60) % classes
+        probe = torch.nn.Linear(5, classes)
+        linear.fit_logistic(probe, features, labels)
+        theirs = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(features, labels)
+        torch.testing.assert_close(probe(features).softmax(1), torch.tensor(theirs.predict_proba(features)).float(),
+                                   rtol=1e-3, atol=1e-4)
+
+
+def test_probe_of_another_data_set_does_not_take_this_ones_sizes(finished, monkeypatch):
+    given = {}
+    monkeypatch.setattr(linear, 'load_data', lambda name, root, store_size, unlabeled: given.update(
+        name=name, root=root, store_size=store_size) or 1 / 0)
+    checkpoint = ['--model_path', str(finished / 'model_3.pth')]
+    with pytest.raises(ZeroDivisionError):
+        linear.main([*checkpoint, '--dataset_name', 'stl10'])
+    assert given == dict(name='stl10', root='data', store_size=96)
+    with pytest.raises(ZeroDivisionError):
+        linear.main(checkpoint)
+    assert given['name'] == 'folder' and given['store_size'] == 16
+
+
+def test_encoder_of_another_run_is_named(finished, tmp_path):
+    for name in ('config.json', 'log.csv', 'model_3.pth'):
+        shutil.copy(finished / name, tmp_path / name)
+    shutil.copy(finished / 'model_1.pth', tmp_path / 'model_3.pth')
+    with pytest.raises(UserError, match=r'model_3.pth is not what the run in .* wrote'):
+        linear.main(['--model_path', str(tmp_path / 'model_3.pth')])

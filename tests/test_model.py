@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import HOME
 from torch import nn
 
 from model import ARCHS, Model, load_model, read_checkpoint
@@ -61,13 +62,50 @@ def test_resnet50_saved_under_dataparallel_gives_the_same_features(tmp_path):
 
 
 @pytest.mark.parametrize('arch', ARCHS)
-def test_architecture_and_widths_are_read_off_the_tensors(tmp_path, arch):
-    with torch.device('meta'):
-        state = Model(24, arch).state_dict()
-    state = {name: torch.zeros((), dtype=x.dtype).expand(x.shape) for name, x in state.items()}  # a small file
-    loaded = load_model(saved(tmp_path, state))
-    assert loaded.g[3].out_features == 24 and loaded.width == (512 if arch in ('resnet18', 'resnet34') else 2048)
-    assert len(loaded.f[5]) == ARCHS[arch][1][2]
+@pytest.mark.parametrize('stem, width, hidden_dim', [('cifar', 0.125, 0), ('imagenet', 0.25, 48)])
+def test_architecture_and_widths_are_read_off_the_tensors(tmp_path, arch, stem, width, hidden_dim):
+    torch.manual_seed(0)
+    net = Model(24, arch, hidden_dim, stem, width).eval()
+    loaded, x = load_model(saved(tmp_path, net.state_dict())).eval(), torch.randn(2, 3, 64, 64)
+    assert loaded.features == width * (512 if arch in ('resnet18', 'resnet34') else 2048)
+    assert loaded.g[0].out_features == (hidden_dim or 512 * width)
+    assert net.f[:-1](x).shape[2:] == ((8, 8) if stem == 'cifar' else (2, 2))
+    for found, expected in zip(loaded(x), net(x)):
+        assert torch.equal(found, expected)
+
+
+def test_an_encoder_without_head_loads_where_features_are_enough(tmp_path, small):
+    """As leftthomas's linear.py saves it: f and a classifier fc."""
+    state = {name: value for name, value in small.state_dict().items() if name.startswith('f.')}
+    path = saved(tmp_path, state | {'fc.weight': torch.zeros(10, 512), 'fc.bias': torch.zeros(10)})
+    loaded, x = load_model(path, head=False).eval(), torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded.f(x), small.eval().f(x)) and loaded.g is None
+    with pytest.raises(ValueError, match='g.0.weight is missing'):
+        load_model(path)
+
+
+def test_readmes_line_writes_checkpoints_for_hcl_and_dcl(tmp_path, small):
+    """Their scripts load into DataParallel, and expect `module.` before every name."""
+    line, = [line for line in (HOME / 'README.md').read_text().splitlines() if "'module.' + name" in line]
+    torch.save(small.state_dict(), tmp_path / 'model_400.pth')
+    code = line.replace('results/', f'{tmp_path}/').partition('"')[2].rpartition('"')[0]
+    exec(code, {})
+    theirs = nn.DataParallel(Model(16, 'resnet18'))
+    theirs.load_state_dict(torch.load(tmp_path / 'theirs.pth'))
+    assert torch.equal(theirs.module.g[3].weight, small.g[3].weight)
+
+
+@pytest.mark.parametrize('tensor', [
+    torch.zeros(64).to_sparse(), torch.quantize_per_tensor(torch.zeros(64), 1, 0, torch.qint8),
+    torch.zeros(64, device='meta'), torch.zeros(()).expand(64), torch.nested.nested_tensor([torch.zeros(64)]),
+    torch.zeros(64, dtype=torch.int32), torch.full((64,), float('nan')), torch.zeros(())],
+    ids=['sparse', 'quantised', 'meta', 'expanded', 'nested', 'integers', 'nan', 'scalar'])
+@pytest.mark.parametrize('name', ['f.1.weight', 'f.0.weight'])
+def test_tensors_that_are_not_plain_finite_weights_are_named(tmp_path, small, tensor, name):
+    path = saved(tmp_path, {**small.state_dict(), name: tensor})
+    with pytest.raises(ValueError, match=r'model\.pth: .*(f\.[01]\.weight|damaged)') as error:
+        load_model(path)
+    assert '\n' not in str(error.value)
 
 
 def test_state_of_a_run_and_the_old_format_load(tmp_path, small):
@@ -78,10 +116,10 @@ def test_state_of_a_run_and_the_old_format_load(tmp_path, small):
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda s: s.pop('f.4.1.conv2.weight'), 'f.4.1.conv2.weight is missing for resnet18'),
+    (lambda s: s.pop('f.4.1.conv2.weight'), 'not a resnet18: Missing key.*f.4.1.conv2.weight'),
     (lambda s: s.pop('f.0.weight'), 'f.0.weight is missing'),
-    (lambda s: s.update({'f.1.weight': torch.zeros(63)}), r'f.1.weight has shape \(63,\), resnet18 needs \(64,\)'),
-    (lambda s: s.update(extra=torch.zeros(1)), 'extra is unexpected for resnet18'),
+    (lambda s: s.update({'f.1.weight': torch.zeros(63)}), 'not a resnet18: size mismatch for f.1.weight'),
+    (lambda s: s.update(extra=torch.zeros(1)), 'not a resnet18: Unexpected key.*extra'),
     (lambda s: s.update({'f.6.2.conv1.weight': torch.zeros(1)}), r'have \(2, 2, 2, 3\) blocks, which is none of'),
     (lambda s: s.clear(), 'f.0.weight is missing'),
 ])
