@@ -118,7 +118,8 @@ def test_objective_that_flags_name(line, resolved):
 @pytest.mark.parametrize('line, resolved, told', [
     ('--estimator easy --tau_plus 0.1 --beta 1.0', ('standard', 0.0, 0.0),
      ['--tau_plus 0.1 has no effect on the standard objective', '--beta 1.0 has no effect on the standard objective']),
-    ('--debiased False --tau_plus 0.1', ('standard', 0.0, 0.0), ['--tau_plus 0.1 has no effect on the standard objective']),
+    ('--debiased False --tau_plus 0.1', ('standard', 0.0, 0.0),
+     ['--tau_plus 0.1 has no effect on the standard objective']),
     ('--estimator debiased --beta 1', ('debiased', 0.1, 0.0), ['--beta 1.0 has no effect on the debiased objective']),
     ('--estimator debiased --anneal down', ('debiased', 0.1, 0.0),
      ['--anneal down has no effect on the debiased objective']),
@@ -137,10 +138,10 @@ def test_knn_weights_use_the_training_temperature_unless_told_otherwise():
 
 
 def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
-    args, _ = main.arguments('--lr 0.8 --warmup 2 --epochs 10 --schedule cosine'.split())
+    args, _ = main.arguments(['--lr', '0.8', '--warmup', '2', '--epochs', '10', '--schedule', 'cosine'])
     rates = [main.learning_rate(args, epochs) for epochs in (0, 1, 2, 6, 10)]
     assert rates == pytest.approx([0, 0.4, 0.8, 0.4, 0])
-    args, _ = main.arguments('--lr 0.8 --epochs 10'.split())
+    args, _ = main.arguments(['--lr', '0.8', '--epochs', '10'])
     assert [main.learning_rate(args, epochs) for epochs in (0, 5.5, 10)] == [0.8] * 3
 
 
