@@ -1,6 +1,8 @@
 """The reference views, as the published utils.py makes them: image by image, through PIL and OpenCV, in workers."""
 
+import shutil
 import signal
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from augment import BLUR_SIGMA, CROP_RATIO, CROP_SCALE, JITTER, MEAN, STD, blur_kernel_size, epoch_batches, seeded
-from runtime import STOP_SIGNALS
+from runtime import STOP_SIGNALS, UserError
 
 
 class GaussianBlur(torch.nn.Module):
@@ -93,6 +95,10 @@ class ReferenceViews:
     def __init__(self, images, batch_size, size, views=2, seed=0, device='cpu', rank=0, world=1, workers=0, blur=True,
                  labels=None):
         self.images, self.device = images, torch.device(device)
+        ahead = 2 * workers * batch_size // world * views * 3 * size**2 * 4  # bytes: two batches of each worker
+        if workers and Path('/dev/shm').is_dir() and ahead > shutil.disk_usage('/dev/shm').free:
+            raise UserError(f'/dev/shm has no room for the {ahead / 1e6:.0f} MB of batches that {workers} workers hand '
+                            'over: use --workers 0 or fewer, or make it larger, as docker run --shm-size does')
         self.keys = EpochKeys(len(images), batch_size, seed, rank, world, labels, views)
         self.loader = DataLoader(RandomViews(images, size, seed, blur), batch_sampler=self.keys, num_workers=workers,
                                  persistent_workers=workers > 0, worker_init_fn=leave_signals,

@@ -32,7 +32,7 @@ from data import load_data
 from evaluate import encode
 from losses import contrastive_loss
 from model import load_model, unit
-from runs import OBJECTIVE, read_run, write
+from runs import OBJECTIVE, accuracies, read_run, write
 from runtime import UserError
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
@@ -119,6 +119,7 @@ def names(runs, but=None):
 def open_checkpoint(path, root):
     """The encoder in a checkpoint, the run that wrote it and the run's data, those with labels."""
     net, run = load_model(path).eval(), read_run(path.parent)
+    accuracies(path)  # which checks that the run wrote this encoder
     settings = run['settings']
     data = load_data(settings['dataset_name'], root or settings['root'], settings['store_size'], unlabeled=False)
     return net, run, data

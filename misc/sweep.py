@@ -34,8 +34,9 @@ OBJECTIVES = {
     'hard_b2': ['--estimator', 'hard', '--beta', '2'],
 }
 OWN = ('--estimator', '--debiased', '--beta', '--seed')  # flags of main.py that the sweep sets
-METRICS = ['knn', 'linear', 'linear_bn_train']
+METRICS = ['knn', 'linear', 'linear_bn_train', 'linear_cached', 'logistic']
 TITLES = dict(knn='kNN, %', linear='linear probe, %', linear_bn_train='probe, BatchNorm drifting, %',
+              linear_cached='linear probe on cached features, %', logistic='logistic regression, %',
               **{f'{name}_gain': 'against standard' for name in METRICS})
 SHOWN = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'epochs', 'precision', 'linear_how',
          'device', 'versions']
@@ -155,7 +156,7 @@ def make_table(results):
             continue
         run = runs.read_run(directory)
         epochs, log = run['settings']['epochs'], run['log']
-        if len(log) < epochs:
+        if log['epoch'].max() != epochs:
             print(f'{directory}: not finished, left out', file=sys.stderr)
             continue
         row = run['identity'] | dict(minutes=log['seconds'].sum() / 60, knn=log['test_acc@1'].iloc[-1],

@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+from argparse import Namespace
 
 import cv2
 import numpy as np
@@ -27,6 +28,7 @@ from augment import (
     draw,
     seeded,
 )
+from runtime import UserError
 from utils import ReferenceViews
 
 SIZES = [(32, 32), (96, 96), (72, 120)]
@@ -318,6 +320,17 @@ def test_workers_change_nothing():
     for epoch in (1, 2):
         for (v, i), (w, j) in zip(alone.epoch(epoch), two.epoch(epoch), strict=True):
             assert torch.equal(v[0], w[0]) and torch.equal(v[1], w[1]) and torch.equal(i, j)
+
+
+def test_shared_memory_that_is_too_small_for_the_workers_is_named(monkeypatch):
+    """2 workers with 2 batches ahead: 4 * 16 images * 2 views * 3 * 8 * 8 floats are 98,304 bytes."""
+    for free, fits in ((98_304, True), (98_303, False)):
+        monkeypatch.setattr('shutil.disk_usage', lambda path, free=free: Namespace(free=free))
+        if fits:
+            ReferenceViews(IMAGES, 16, 8, workers=2)
+        else:
+            with pytest.raises(UserError, match=r'/dev/shm has no room .* --workers 0'):
+                ReferenceViews(IMAGES, 16, 8, workers=2)
 
 
 def test_reference_views_can_be_sent_to_workers_that_are_not_forked():
