@@ -41,8 +41,9 @@ def damaged_bytes(content, dice):
         lambda: content[:place] + bytes([content[place] ^ 1 << dice.randrange(8)]) + content[place + 1:],
         lambda: content[:place] + bytes(64) + content[place + 64:], lambda: dice.randbytes(200),
         lambda: b'\xef\xbb\xbf' + content, lambda: content.replace(b'\n', b'\r\n'), lambda: content.replace(b',', b';'),
-        lambda: content[:place] + dice.randbytes(3) + content[place:], lambda: content.decode('latin-1').encode('utf-16'),
-        lambda: b'[' * 100_000, lambda: content.replace(b'1', b'NaN'), lambda: content.replace(b'2', b'"x"')])()
+        lambda: content[:place] + dice.randbytes(3) + content[place:],
+        lambda: content.decode('latin-1').encode('utf-16'), lambda: b'[' * 100_000, lambda: content.replace(b'1', b'NaN'),
+        lambda: content.replace(b'2', b'"x"')])()
 
 
 def damaged_json(content, dice):
@@ -125,9 +126,10 @@ def damaged_state(state, dice):
     elif isinstance(node[key], torch.Tensor):
         x = node[key]
         node[key] = dice.choice([
-            lambda: x.double(), lambda: x[None], lambda: x.flatten()[:1], lambda: x.float() * float('nan'), lambda: x + 1,
-            lambda: torch.zeros(()).expand(10**6), lambda: torch.zeros(5).to_sparse(), lambda: x.to('meta'), lambda: 3.0,
-            lambda: torch.quantize_per_tensor(torch.zeros(4), 1, 0, torch.qint8), lambda: [x], lambda: None])()
+            lambda: x.double(), lambda: x[None], lambda: x.flatten()[:1], lambda: x.float() * float('nan'),
+            lambda: x + 1, lambda: torch.zeros(()).expand(10**6), lambda: torch.zeros(5).to_sparse(),
+            lambda: x.to('meta'), lambda: 3.0, lambda: None,
+            lambda: torch.quantize_per_tensor(torch.zeros(4), 1, 0, torch.qint8), lambda: [x]])()
     else:
         node[key] = dice.choice([None, 'x', -1, 10**9, 1e99, float('nan'), [], {}, [[[]]], torch.zeros(2)])
     return state
