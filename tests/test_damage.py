@@ -42,8 +42,8 @@ def damaged_bytes(content, dice):
         lambda: content[:place] + bytes(64) + content[place + 64:], lambda: dice.randbytes(200),
         lambda: b'\xef\xbb\xbf' + content, lambda: content.replace(b'\n', b'\r\n'), lambda: content.replace(b',', b';'),
         lambda: content[:place] + dice.randbytes(3) + content[place:],
-        lambda: content.decode('latin-1').encode('utf-16'), lambda: b'[' * 100_000, lambda: content.replace(b'1', b'NaN'),
-        lambda: content.replace(b'2', b'"x"')])()
+        lambda: content.decode('latin-1').encode('utf-16'), lambda: b'[' * 100_000,
+        lambda: content.replace(b'1', b'NaN'), lambda: content.replace(b'2', b'"x"')])()
 
 
 def damaged_json(content, dice):

@@ -142,7 +142,7 @@ def test_signals_at_random_moments(flags, whole, run, tmp_path):
     """Until training begins there is nothing to save, and a signal ends the process as any; later it saves first."""
     dice, saved, results = random.Random(1), 0, tmp_path / 'r'
     for i in range(10):
-        signum, lock = (signal.SIGTERM, signal.SIGINT)[i % 2], results / '.lock'  # there when the run takes the directory
+        signum, lock = (signal.SIGTERM, signal.SIGINT)[i % 2], results / '.lock'  # made when a run takes the directory
         lock.unlink(missing_ok=True)
         job = Job('main.py', [*flags, results])
         wait_for(lock.exists, job)
