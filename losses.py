@@ -37,15 +37,14 @@ def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=Non
     Args:
         views: V >= 2 floating-point tensors (B, D) on one device; row i of each is a view of sample i.
         temperature: t > 0, a number or a tensor of one element, which gets its gradient. A tensor's value is not
-            checked, since reading it would wait for the device: out of range, the loss is NaN, infinite or wrong.
+            checked, as reading it would wait for the device: out of range, the loss is NaN, infinite or wrong.
         tau_plus: the prior probability, in [0, 1), that a negative has the anchor's class. 0: no correction.
         beta: concentration >= 0 of the weights on hard negatives. 0: every negative weighs the same.
         labels: (B,) integers, optional. Negatives with the anchor's label are left out, the papers' unbiased oracle:
-            N is counted for each anchor, one without negatives adds 0, tau_plus must be 0. Below 0: unknown, like none.
-        intra_view: whether negatives come from the anchor's own view too. False compares an anchor with the other
-            views alone, as CLIP compares images with texts: N = (V - 1) (B - 1).
-        normalize: whether rows are scaled to unit length first. False: s is of the rows as they are.
-        chunk_size: samples along a tile of s (default: as a fixed size has them). It changes speed, not values.
+            N is counted for each anchor, one without negatives adds 0, tau_plus must be 0. Below 0: unknown.
+        intra_view: False compares an anchor with other views alone, as CLIP does images with texts: N = (V-1)(B-1).
+        normalize: False takes s of the rows as they are, of any length.
+        chunk_size: samples along a tile of s (default: as many as fit a fixed size). It changes speed, not values.
 
     Returns:
         A scalar: float64 if a view is float64, else float32, under autocast too. NaN in a view gives NaN.
@@ -54,9 +53,9 @@ def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=Non
         ValueError: naming the argument that does not fit and what it got.
         RuntimeError: in backward with create_graph=True, since there is no second derivative.
 
-    Under an initialised torch.distributed group, each rank passes its own samples, equally many on every rank, and
-    gets the loss of the whole batch. The gradient at its views is scaled so that DistributedDataParallel's mean over
-    ranks is the whole batch's gradient. A tensor temperature gets the whole batch's gradient on every rank.
+    Under an initialised torch.distributed group, each rank passes its own samples, equally many, and gets the loss of
+    the whole batch. The gradient at its views is scaled so that DistributedDataParallel's mean over ranks is the whole
+    batch's gradient. A tensor temperature gets the whole batch's gradient on every rank.
     """
     _check(views, temperature, tau_plus, beta, labels, chunk_size)
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in views) else torch.float32
@@ -78,15 +77,15 @@ def _check(views, temperature, tau_plus, beta, labels, chunk_size):
     z = views[0] if views else None
     if len(views) < 2 or not all(isinstance(x, torch.Tensor) and x.ndim == 2 and x.is_floating_point()
                                  and x.shape == z.shape and x.device == z.device for x in views):
-        raise ValueError('views must be at least 2 floating-point tensors (B, D), of one shape on one device, each an '
+        raise ValueError('views must be 2 or more floating-point tensors (B, D) of one shape on one device, each an '
                          f'argument of its own, contrastive_loss(z1, z2); got {"; ".join(map(found, views))}')
     if len(z) * _ranks()[0] < 2:
         raise ValueError(f'views must hold at least 2 samples, got {len(z)}')
-    for name, value, high, words in (
-            ('temperature', temperature, math.inf, f'positive, or one floating-point element on {z.device}'),
-            ('tau_plus', tau_plus, 1, 'in [0, 1)'), ('beta', beta, math.inf, 'at least 0 and finite')):
+    for name, value, high, words in (('temperature', temperature, math.inf, f'positive (a tensor: on {z.device})'),
+                                     ('tau_plus', tau_plus, 1, 'in [0, 1)'), ('beta', beta, math.inf, 'at least 0')):
         if isinstance(value, torch.Tensor):
-            fits = name == 'temperature' and value.numel() == 1 and value.is_floating_point() and value.device == z.device
+            fits = name == 'temperature' and value.numel() == 1 and value.dtype.is_floating_point
+            fits = fits and value.device == z.device
         else:
             fits = hasattr(value, '__float__') and 0 <= value < high and (value > 0 or name != 'temperature')
         if not fits:
@@ -101,11 +100,9 @@ def _check(views, temperature, tau_plus, beta, labels, chunk_size):
 
 
 class _ContrastiveLoss(torch.autograd.Function):
-    """Value and gradient by tiles of s, anchors i by columns j.
+    """Value and gradient by tiles of s, anchors i by columns j, visited for maxima (if any), sums and gradient.
 
-    In one process s is symmetric: only tiles on and above its diagonal are visited, and serve the anchors i and j.
-    Each is visited for the maxima, if exponentials need any, for the sums, and for the gradient.
-    """
+    In one process s is symmetric: only tiles on and above its diagonal are visited, and serve the anchors i and j."""
 
     @staticmethod
     def forward(ctx, x, t, tau_plus, beta, labels, normalize, chunk_size, bounded, with_grad):
@@ -121,7 +118,7 @@ class _ContrastiveLoss(torch.autograd.Function):
             s_pos = (z @ samples.mT / t).masked_fill_(own, -math.inf)  # (T, b, P, V), of anchors and positives
             N = rows.new_full((V * b,), max(P, V - P) * (B - 1))
             if labels is not None:
-                unknown = -1 - torch.arange(first, first + b, device=x.device)  # each sample is of its own class
+                unknown = -1 - torch.arange(first, first + b, device=x.device)  # each sample a class of its own
                 labels = torch.where(labels < 0, unknown, labels.long())
                 labels_all = _gather(labels, world)
                 ends = torch.searchsorted(labels_all.sort().values, torch.stack([labels, labels + 1]))
@@ -164,19 +161,19 @@ class _ContrastiveLoss(torch.autograd.Function):
             for i, j, s, sides in visit():
                 for u, w, served in exponentials(s, sides[:1] if i == j else sides):  # such a tile is whole
                     for a, d in served:
-                        S[a] += (u * w if beta else u).sum(d)
-                        if beta:
-                            W[a] += w.sum(d)
+                        S[a].add_((u * w if beta else u).sum(d))
+                        W[a].add_(w.sum(d) if beta else 0)
             total, dS, dW, d_pos, dt = _anchors(S, W, top, N, s_pos.flatten(0, 2), t, tau_plus, beta)
             sums, count = torch.stack([total, dt]), V * B * (V - 1)
             if with_grad:
                 grad = torch.zeros_like(rows)
                 grad_columns = grad if world == 1 else torch.zeros_like(columns)
                 for i, j, s, sides in visit():
-                    G = 0
+                    G = None
                     for u, w, served in exponentials(s, sides):  # dL/ds = w (u dS - dW)
                         g = sum(dS[a].unsqueeze(d) for a, d in served) * u
-                        G += g.sub_(sum(dW[a].unsqueeze(d) for a, d in served)).mul_(w) if beta else g
+                        g = g.sub_(sum(dW[a].unsqueeze(d) for a, d in served)).mul_(w) if beta else g
+                        G = g if G is None else G.add_(g)
                     grad[i].addmm_(G, columns[j])
                     if world > 1 or i != j:
                         grad_columns[j].addmm_(G.T, rows[i])
@@ -206,8 +203,7 @@ class _ContrastiveLoss(torch.autograd.Function):
 
 def _anchors(S, W, top, N, s_pos, t, tau_plus, beta):
     """S = sum(u w), W = sum(w), top and N (A,), s_pos (A, V) -> the sum of losses, dS, dW, d_pos and, of floors, dt."""
-    tiny = torch.finfo(S.dtype).tiny
-    S, W, log_N = S.clamp(min=tiny), W.clamp(min=tiny), N.clamp(min=1).log()  # finite without negatives too
+    S, W, log_N = *(y.clamp(min=torch.finfo(y.dtype).tiny) for y in (S, W)), N.clamp(min=1).log()
     log_R = log_N + top + S.log() - W.log()
     log_P = s_pos.logsumexp(1) - math.log(s_pos.shape[1] - 1)
     log_tau = math.log(tau_plus) if tau_plus > 0 else -math.inf
