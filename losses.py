@@ -1,11 +1,9 @@
 """Contrastive losses in one function: SimCLR's, debiased, hard-negative, and CLIP's with its hard-negative form.
 
-    from losses import contrastive_loss
-    loss = contrastive_loss(z1, z2)                        # hard negatives: tau_plus 0.1, beta 1
+    from losses import contrastive_loss                    # a file to copy into any project: it needs torch alone
+    loss = contrastive_loss(z1, z2)                        # (B, D) each; hard negatives: tau_plus 0.1, beta 1
     loss = contrastive_loss(z1, z2, beta=0)                # debiased
     loss = contrastive_loss(z1, z2, beta=0, tau_plus=0)    # SimCLR's NT-Xent; with intra_view=False, CLIP's
-
-z1 and z2 are the (B, D) embeddings of two views of B samples. Copy this file into any project: it needs torch alone.
 
 HCL: Robinson, Chuang, Sra, Jegelka. Contrastive Learning with Hard Negative Samples. ICLR 2021, arXiv 2010.04592.
 DCL: Chuang, Robinson, Lin, Torralba, Jegelka. Debiased Contrastive Learning. NeurIPS 2020, arXiv 2007.00224.
@@ -32,7 +30,7 @@ def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=Non
         Ng   = max((R - tau_plus N P) / (1 - tau_plus), N exp(-1/t))
         loss = mean of -log(exp(s_v) / (exp(s_v) + Ng))              over anchors and positives
 
-    The gradient flows through the weights and through both sums. Where the floor is active, Ng depends on t alone.
+    where the gradient flows through both sums of R and, where the floor is active, through Ng by t alone.
 
     Args:
         views: V >= 2 floating-point tensors (B, D) on one device; row i of each is a view of sample i.
@@ -46,12 +44,9 @@ def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=Non
         normalize: False takes s of the rows as they are, of any length.
         chunk_size: samples along a tile of s (default: as many as fit a fixed size). It changes speed, not values.
 
-    Returns:
-        A scalar: float64 if a view is float64, else float32, under autocast too. NaN in a view gives NaN.
-
-    Raises:
-        ValueError: naming the argument that does not fit and what it got.
-        RuntimeError: in backward with create_graph=True, since there is no second derivative.
+    Returns a scalar: float64 if a view is float64, else float32, under autocast too. NaN in a view gives NaN.
+    Raises ValueError, naming the argument that does not fit and what it got, and in backward RuntimeError with
+    create_graph=True, since there is no second derivative.
 
     Under an initialised torch.distributed group, each rank passes its own samples, equally many, and gets the loss of
     the whole batch. The gradient at its views is scaled so that DistributedDataParallel's mean over ranks is the whole
@@ -60,13 +55,12 @@ def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=Non
     _check(views, temperature, tau_plus, beta, labels, chunk_size)
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in views) else torch.float32
     # An anchor's negatives are in its own tower, which holds all views, or in all other towers, of one view each.
-    x = torch.stack([x.to(dtype) for x in views], 1 if intra_view else 0)
-    x = x[None] if intra_view else x[:, :, None]  # (towers T, B, views in each P, D)
-    learnable = isinstance(temperature, torch.Tensor)
-    t = temperature.to(dtype).reshape(()) if learnable else float(temperature)
+    x = torch.stack([x.to(dtype) for x in views], 1 if intra_view else 0)  # V x (B, D) -> (B, V, D) or (V, B, D)
+    x = x.unsqueeze(0 if intra_view else 2)  # -> (towers T, B, views in each P, D)
+    t = temperature.to(dtype).reshape(()) if isinstance(temperature, torch.Tensor) else float(temperature)
     # Unit rows bound |s| by 1/t. Within this range, sums of exponentials need no maximum taken out.
-    bounded = normalize and not learnable and (1 + beta) / t <= 0.7 * math.log(torch.finfo(dtype).max)
-    with_grad = torch.is_grad_enabled() and (x.requires_grad or learnable and t.requires_grad)
+    bounded = normalize and isinstance(t, float) and (1 + beta) / t <= 0.7 * math.log(torch.finfo(dtype).max)
+    with_grad = torch.is_grad_enabled() and (x.requires_grad or getattr(t, 'requires_grad', False))
     return _ContrastiveLoss.apply(x, t, tau_plus, beta, labels, normalize, chunk_size, bounded, with_grad)
 
 
@@ -81,15 +75,14 @@ def _check(views, temperature, tau_plus, beta, labels, chunk_size):
                          f'argument of its own, contrastive_loss(z1, z2); got {"; ".join(map(found, views))}')
     if len(z) * _ranks()[0] < 2:
         raise ValueError(f'views must hold at least 2 samples, got {len(z)}')
-    for name, value, high, words in (('temperature', temperature, math.inf, f'positive (a tensor: on {z.device})'),
-                                     ('tau_plus', tau_plus, 1, 'in [0, 1)'), ('beta', beta, math.inf, 'at least 0')):
-        if isinstance(value, torch.Tensor):
-            fits = name == 'temperature' and value.numel() == 1 and value.dtype.is_floating_point
-            fits = fits and value.device == z.device
+    for name, x, high, words in (('temperature', temperature, math.inf, f'positive (a tensor: on {z.device})'),
+                                 ('tau_plus', tau_plus, 1, 'in [0, 1)'), ('beta', beta, math.inf, 'at least 0')):
+        if isinstance(x, torch.Tensor):
+            fits = name == 'temperature' and x.numel() == 1 and x.is_floating_point() and x.device == z.device
         else:
-            fits = hasattr(value, '__float__') and 0 <= value < high and (value > 0 or name != 'temperature')
+            fits = hasattr(x, '__float__') and 0 <= x < high and (x > 0 or name != 'temperature')
         if not fits:
-            raise ValueError(f'{name} must be a number, {words}; got {found(value)}')
+            raise ValueError(f'{name} must be a number, {words}; got {found(x)}')
     if chunk_size is not None and not (isinstance(chunk_size, int) and chunk_size >= 1):
         raise ValueError(f'chunk_size must be an integer of at least 1, got {found(chunk_size)}')
     if labels is not None and not (isinstance(labels, torch.Tensor) and labels.shape == z.shape[:1] and labels.device
@@ -100,15 +93,13 @@ def _check(views, temperature, tau_plus, beta, labels, chunk_size):
 
 
 class _ContrastiveLoss(torch.autograd.Function):
-    """Value and gradient by tiles of s, anchors i by columns j, visited for maxima (if any), sums and gradient.
-
-    In one process s is symmetric: only tiles on and above its diagonal are visited, and serve the anchors i and j."""
+    """By tiles of s, anchors i by columns j, visited for maxima if needed, for sums and for the gradient. In one process
+    s is symmetric: tiles on and above its diagonal serve the anchors i and j."""
 
     @staticmethod
     def forward(ctx, x, t, tau_plus, beta, labels, normalize, chunk_size, bounded, with_grad):
         with torch.autocast(x.device.type, enabled=False):
-            T, b, P, D = x.shape
-            world, rank = _ranks()
+            (T, b, P, D), (world, rank) = x.shape, _ranks()
             V, B, first = T * P, b * world, b * rank  # first: the place of this rank's samples in the whole batch
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12) if normalize else 1
             z = x / norm
@@ -118,8 +109,7 @@ class _ContrastiveLoss(torch.autograd.Function):
             s_pos = (z @ samples.mT / t).masked_fill_(own, -math.inf)  # (T, b, P, V), of anchors and positives
             N = rows.new_full((V * b,), max(P, V - P) * (B - 1))
             if labels is not None:
-                unknown = -1 - torch.arange(first, first + b, device=x.device)  # each sample a class of its own
-                labels = torch.where(labels < 0, unknown, labels.long())
+                labels = torch.where(labels < 0, -1 - torch.arange(first, first + b, device=x.device), labels).long()
                 labels_all = _gather(labels, world)
                 ends = torch.searchsorted(labels_all.sort().values, torch.stack([labels, labels + 1]))
                 N = (max(P, V - P) * (B - ends.diff(dim=0)[0])).to(N.dtype).repeat_interleave(P).repeat(T)
@@ -153,9 +143,8 @@ class _ContrastiveLoss(torch.autograd.Function):
             pairs = [(i, j) for n, i in enumerate(blocks[0]) for j in blocks[1][n if world == 1 else 0:]
                      if T == 1 or i.start // b != j.start // B]
             keep = sum((i.stop - i.start) * (j.stop - j.start) for i, j in pairs) <= KEPT.get(x.device.type, 2**24)
-
             top = torch.full_like(N, 0 if bounded else -1e30)  # finite without negatives too
-            for a, d, s in ((a, d, s) for _, _, s, sides in visit() for a, d in sides) if not bounded else ():
+            for a, d, s in ((*side, s) for _, _, s, sides in visit() for side in sides) if not bounded else ():
                 top[a] = torch.maximum(top[a], s.amax(d))
             S, W = torch.zeros_like(N), N.clone() if beta == 0 else torch.zeros_like(N)
             for i, j, s, sides in visit():
@@ -177,16 +166,13 @@ class _ContrastiveLoss(torch.autograd.Function):
                     grad[i].addmm_(G, columns[j])
                     if world > 1 or i != j:
                         grad_columns[j].addmm_(G.T, rows[i])
-                grad = grad.view_as(z)
                 if world > 1:  # the anchors of each rank act on the rows of all
                     dist.all_reduce(grad_columns)
-                    grad = grad + grad_columns.view(T, B, P, D)[:, first:first + b]
+                    grad += grad_columns.view(T, B, P, D)[:, first:first + b].flatten(0, 2)
                 d_pos = d_pos.view_as(s_pos)  # it acts on the anchor, and on the positive
-                grad += d_pos @ samples + (d_pos.mT @ z).sum(0).unflatten(1, (T, P)).transpose(0, 1)
-                grad /= t * count
-                radial = (z * grad).sum(-1, keepdim=True)
-                # s = z·z'/t, so that t dL/dt = -sum(s dL/ds) = -sum(z·dL/dz) / 2, and the floor's own part
-                sums[1] -= radial.sum() * count / (2 * t)
+                grad = grad.view_as(z) + d_pos @ samples + (d_pos.mT @ z).sum(0).unflatten(1, (T, P)).transpose(0, 1)
+                radial = (z * grad.div_(t * count)).sum(-1, keepdim=True)
+                sums[1] -= radial.sum() * count / (2 * t)  # t dL/dt = -sum(s dL/ds) = -sum(z·dL/dz) / 2, for s = z·z'/t
             if world > 1:
                 dist.all_reduce(sums)
             if with_grad:
@@ -206,19 +192,17 @@ def _anchors(S, W, top, N, s_pos, t, tau_plus, beta):
     S, W, log_N = *(y.clamp(min=torch.finfo(y.dtype).tiny) for y in (S, W)), N.clamp(min=1).log()
     log_R = log_N + top + S.log() - W.log()
     log_P = s_pos.logsumexp(1) - math.log(s_pos.shape[1] - 1)
-    log_tau = math.log(tau_plus) if tau_plus > 0 else -math.inf
-    ratio = (log_tau + log_N + log_P - log_R).exp().clamp_(max=1)  # tau_plus N P / R
+    ratio = (tau_plus * (log_N + log_P - log_R).clamp(max=80).exp()).clamp_(max=1)  # tau_plus N P / R
     log_Ng = log_R + torch.log1p(-ratio) - math.log1p(-tau_plus)
     floor = log_N - 1 / t
     active = (log_Ng <= floor) & (tau_plus > 0)  # uncorrected, R is below it by rounding alone
     x = torch.where(active, floor, log_Ng)[:, None] - s_pos
     x = x.masked_fill(s_pos.isneginf() | (N == 0)[:, None], -math.inf)
-    loss = torch.logaddexp(x, torch.zeros_like(x)).sum()  # -log(e^s_pos / (e^s_pos + Ng)) = log(1 + e^x)
+    loss = torch.logaddexp(x, torch.zeros_like(x)).sum()  # log(1 + e^x) = -log(e^s_pos / (e^s_pos + Ng))
     p = x.sigmoid()  # dL/dx: pulls the positive up and pushes Ng down, through R and P
     d_log_Ng = p.sum(1)
     d_log_R = torch.where(active, 0, d_log_Ng / (1 - ratio))
-    d_pos = -p - (d_log_R * ratio)[:, None] * s_pos.softmax(1)
-    dt = torch.where(active, d_log_Ng, 0).sum() / t**2
+    d_pos, dt = -p - (d_log_R * ratio)[:, None] * s_pos.softmax(1), torch.where(active, d_log_Ng, 0).sum() / t**2
     return loss, (1 + beta) * d_log_R / S, beta * d_log_R / W, d_pos, dt
 
 
