@@ -93,8 +93,8 @@ def _check(views, temperature, tau_plus, beta, labels, chunk_size):
 
 
 class _ContrastiveLoss(torch.autograd.Function):
-    """By tiles of s, anchors i by columns j, visited for maxima if needed, for sums and for the gradient. In one process
-    s is symmetric: tiles on and above its diagonal serve the anchors i and j."""
+    """By tiles of s, anchors i by columns j. In one process s is symmetric, and tiles on and above its diagonal serve i
+    and j. They are visited for maxima, if exponentials need any, for sums, and for the gradient."""
 
     @staticmethod
     def forward(ctx, x, t, tau_plus, beta, labels, normalize, chunk_size, bounded, with_grad):

@@ -162,17 +162,18 @@ def memory_of_the_loss(rank, world, B):
     views = [F.normalize(torch.randn(B // world, 128), dim=1).requires_grad_() for _ in range(2)]
     contrastive_loss(*[x[:64] for x in views]).backward()  # libraries are loaded
     before = runtime.peak_memory(reset=True)
-    contrastive_loss(*views, chunk_size=B // world // 16).backward()
+    contrastive_loss(*views).backward()
     return (runtime.peak_memory() - before) / 1e6
 
 
 @pytest.mark.slow
-def test_memory_of_the_loss_is_shared_out(tmp_path):
+def test_memory_of_the_loss_is_that_of_rows_and_tiles(tmp_path):
+    """One matrix of exponentials of this batch is 4.3 GB."""
     for world in (1, 4):
         (tmp_path / str(world)).mkdir()
     one, four = (max(on_ranks(world, memory_of_the_loss, tmp_path / str(world), 16384)) for world in (1, 4))
     print(f'{one:.0f} MB on one process, {four:.0f} MB on each of four')
-    assert one < 1500 and 0.2 < four / one < 0.35
+    assert one < 300 and four < 300
 
 
 def flags(tiny, results, epochs=3):

@@ -421,3 +421,96 @@ def test_losses_imports_torch_alone():
     modules = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module.split('.')[0] for module in modules} == {'math', 'torch'}
+
+
+SNIPPETS = {  # the README's, word for word
+    'plain': '''
+for x1, x2 in loader:
+    loss = contrastive_loss(net(x1), net(x2), temperature=0.5, tau_plus=0.1, beta=1.0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+''',
+    'ddp': '''
+net = DistributedDataParallel(net)
+for x1, x2 in loader:
+    loss = contrastive_loss(*net(torch.cat([x1, x2])).chunk(2))  # the negatives are those of all ranks
+    optimizer.zero_grad()
+    loss.backward()  # DDP's mean over ranks is the whole batch's gradient
+    optimizer.step()
+''',
+    'lightning': '''
+class HardNegatives(LightningModule):
+    def training_step(self, batch, batch_idx):
+        x1, x2 = batch
+        loss = contrastive_loss(self.net(x1), self.net(x2))
+        self.log('train_loss', loss)
+        return loss
+''',
+    'clip': '''
+log_t = torch.nn.Parameter(torch.tensor(0.07).log())
+optimizer = torch.optim.AdamW([*image_encoder.parameters(), *text_encoder.parameters(), log_t])
+z1, z2, t = image_encoder(images), text_encoder(texts), log_t.exp().clamp(min=0.01)
+loss = contrastive_loss(z1, z2, intra_view=False, temperature=t, beta=0.5, tau_plus=0)  # CLIP's: beta=0
+loss.backward()
+''',
+    'graph': '''
+edges1, edges2 = dropout_edge(data.edge_index, p=0.2)[0], dropout_edge(data.edge_index, p=0.4)[0]
+z1, z2 = encoder(data.x, edges1), encoder(data.x, edges2)  # (nodes, D), two views of each node
+loss = contrastive_loss(z1, z2, temperature=0.5, tau_plus=0.1, beta=1.0)
+loss.backward()
+optimizer.step()
+''',
+}
+
+
+class Recorder(torch.nn.Module):
+    """LightningModule's interface, as far as a training step uses it."""
+
+    def log(self, name, value):
+        self.logged = {name: value.item()}
+
+
+def around(name, tmp_path):
+    """What the snippet finds in its user's code, and the parameters that it trains."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(6, 4)
+    names = dict(torch=torch, contrastive_loss=contrastive_loss, net=net, LightningModule=Recorder,
+                 loader=[torch.randn(2, 8, 6)], optimizer=torch.optim.SGD(net.parameters(), 0.1))
+    if name == 'ddp':
+        names['DistributedDataParallel'] = torch.nn.parallel.DistributedDataParallel
+        torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    if name == 'clip':
+        names |= dict(image_encoder=net, text_encoder=torch.nn.Linear(3, 4), images=torch.randn(8, 6),
+                      texts=torch.randn(8, 3))
+    if name == 'graph':
+        pytest.importorskip('torch_geometric')
+        from torch_geometric.data import Data
+        from torch_geometric.nn import GCNConv
+        from torch_geometric.utils import dropout_edge
+        encoder = GCNConv(6, 4)
+        names |= dict(encoder=encoder, dropout_edge=dropout_edge, optimizer=torch.optim.SGD(encoder.parameters(), 0.1),
+                      data=Data(x=torch.randn(8, 6), edge_index=torch.randint(8, (2, 30))))
+        net = encoder.lin
+    return names, net.weight
+
+
+@pytest.mark.parametrize('name', SNIPPETS)
+def test_snippets_train(name, tmp_path):
+    names, weight = around(name, tmp_path)
+    before = weight.detach().clone()
+    try:
+        exec(SNIPPETS[name], names)
+        if name == 'lightning':
+            module = names['HardNegatives']()
+            module.net = names['net']
+            loss = module.training_step(names['loader'][0], 0)
+            loss.backward()
+            assert module.logged == {'train_loss': loss.item()}
+        assert weight.grad.norm() > 0
+        assert name in ('clip', 'lightning') or not torch.equal(weight, before)
+        if name == 'clip':
+            assert names['log_t'].grad.abs() > 0
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
