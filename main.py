@@ -209,7 +209,7 @@ def train_step(net, views, labels, optimizer, objective, autocast, joint=False):
         z = net(torch.cat(views))[1].chunk(len(views)) if joint else [net(x)[1] for x in views]  # V x (b, D)
     loss = objective(*z, labels=labels)
     optimizer.zero_grad()
-    (WORLD * loss).backward()  # DDP averages gradients over ranks; the loss is the whole batch's already
+    loss.backward()
     optimizer.step()
     return loss.detach()
 

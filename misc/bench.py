@@ -103,6 +103,7 @@ def peak_memory(reset=False):
 
 def textbook(z1, z2, temperature=0.5, tau_plus=0.1, beta=1.0):
     """HCL's objective as usually written: the whole matrix of exponentials, and a mask that selects from it."""
+    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
     z, B = torch.cat([z1, z2]), len(z1)
     other = ~torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)
     neg = (z @ z.T / temperature).exp().masked_select(other).view(2 * B, -1)
@@ -117,21 +118,33 @@ def textbook(z1, z2, temperature=0.5, tau_plus=0.1, beta=1.0):
 standard_loss = partial(contrastive_loss, tau_plus=0, beta=0)
 
 
+def cross_entropy(z1, z2, temperature=0.5):
+    """The standard objective as its fastest usual form: a masked matrix through F.cross_entropy."""
+    z = F.normalize(torch.cat([z1, z2]), dim=1)
+    s = (z @ z.T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+    return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(z1)))
+
+
 def bench_loss(args, device):
+    """Forward and backward from rows of any length; in each row reference and ours are of the hard objective or not."""
     def views(B):
-        return [F.normalize(torch.randn(B, 128, device=device), dim=1).requires_grad_() for _ in range(2)]
+        return [torch.randn(B, 128, device=device).requires_grad_() for _ in range(2)]
 
     def step(loss, z):
         return lambda: loss(*z).backward()
 
-    hard, standard = contrastive_loss, standard_loss
-    for B in (256, 2048):
+    hard, references = contrastive_loss, {'cross-entropy, standard': cross_entropy, 'textbook': textbook}
+    try:
+        from lightly.loss import NTXentLoss
+        references['lightly, standard'] = NTXentLoss()
+    except ImportError:
+        print('lightly is not installed: its row is left out')
+    for B in (256, 1024, 2048):
         z = views(B)
-        yield ('loss forward + backward against textbook', f'B={B}',
-               *alternate(args.repeat, device, step(textbook, z), step(hard, z)), None)
-    z = views(2048)
-    standard_ms, hard_ms = alternate(args.repeat, device, step(standard, z), step(hard, z))
-    yield 'loss, hard against standard', 'B=2048', standard_ms, hard_ms, None
+        losses = [*references.values(), standard_loss, hard]
+        *others, ours = alternate(args.repeat, device, *(step(loss, z) for loss in losses))
+        for name, other in zip([*references, 'standard here'], others):
+            yield f'loss forward + backward, hard against {name}', f'B={B}', other, ours, None
     z = views(16384)
     for x in z:
         x.grad = torch.zeros_like(x)

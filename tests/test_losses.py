@@ -22,16 +22,17 @@ def unit_views(B, D, V=2, dtype=torch.float64, seed=0, correlation=0.5):
     return [F.normalize(correlation * base + (1 - correlation) * e, dim=1).to(dtype) for e in noise]
 
 
-def oracle(*views, temperature, tau_plus, beta, labels=None):
+def oracle(*views, temperature, tau_plus, beta, labels=None, intra_view=True, normalize=True):
     """The objective, anchor by anchor, in float64: nothing shared with losses.py but the equations."""
-    V, (B, _), t = len(views), views[0].shape, temperature
-    views = [z.double() for z in views]
+    V, (B, _) = len(views), views[0].shape
+    t = torch.as_tensor(temperature, dtype=torch.float64)
+    views = [F.normalize(z.double(), dim=1) if normalize else z.double() for z in views]
     terms = []
     for v in range(V):
         for i in range(B):
             anchor = views[v][i]
             positives = [anchor @ views[u][i] / t for u in range(V) if u != v]
-            negatives = [anchor @ views[u][j] / t for u in range(V) for j in range(B)
+            negatives = [anchor @ views[u][j] / t for u in range(V) if intra_view or u != v for j in range(B)
                          if j != i and (labels is None or labels[i] != labels[j])]
             N = len(negatives)
             if N == 0:
@@ -41,37 +42,76 @@ def oracle(*views, temperature, tau_plus, beta, labels=None):
             weight = torch.softmax(beta * s, 0)  # N * sum(e^{(1+b)s}) / sum(e^{bs})
             log_R = math.log(N) + torch.logsumexp(s + weight.log(), 0)
             P = torch.stack(positives).exp().mean()
-            Ng = torch.clamp((log_R.exp() - tau_plus * N * P) / (1 - tau_plus), min=N * math.exp(-1 / t))
+            corrected, floor = (log_R.exp() - tau_plus * N * P) / (1 - tau_plus), N * (-1 / t).exp()
+            Ng = floor if corrected < floor else corrected
             terms += [torch.log1p((Ng.log() - p).exp()) if Ng.log() - p < 600 else Ng.log() - p for p in positives]
     return torch.stack(terms).mean()
 
 
-def value_and_gradient(f, views, **kwargs):
-    views = [z.detach().clone().requires_grad_() for z in views]
-    value = f(*views, **kwargs)
+def value_and_gradient(f, views, temperature=None, **kwargs):
+    """The value and its gradient at the views, or at the views and at a tensor temperature, flat."""
+    inputs = [z.detach().clone().requires_grad_() for z in views]
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.detach().clone().requires_grad_()
+    kwargs |= {} if temperature is None else {'temperature': temperature}
+    value = f(*inputs, **kwargs)
     value.backward()
-    return value.detach(), torch.stack([z.grad for z in views])
+    gradient = torch.stack([z.grad for z in inputs])
+    return value.detach(), (gradient if not isinstance(temperature, torch.Tensor) else
+                            torch.cat([gradient.flatten(), temperature.grad.flatten().to(gradient.dtype)]))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(B=st.integers(2, 9), D=st.integers(2, 12), V=st.integers(2, 4), seed=st.integers(0, 10**6),
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(B=st.integers(2, 8), D=st.integers(2, 12), V=st.integers(2, 4), seed=st.integers(0, 10**6),
        temperature=st.floats(0.05, 1), tau_plus=st.sampled_from([0, 0.01, 0.1, 0.5, 0.9]), chunk=st.integers(1, 9),
-       beta=st.sampled_from([0, 0.3, 0.5, 1, 2, 6, 16]), labelled=st.booleans())
-def test_value_and_gradient_are_the_equations(B, D, V, seed, temperature, tau_plus, beta, labelled, chunk):
+       beta=st.sampled_from([0, 0.3, 0.5, 1, 2, 6, 16]), labelled=st.booleans(), intra_view=st.booleans(),
+       learnable=st.booleans(), normalize=st.booleans(), kept=st.booleans())
+def test_value_and_gradient_are_the_equations(B, D, V, seed, temperature, tau_plus, beta, labelled, chunk, intra_view,
+                                              learnable, normalize, kept):
     views = unit_views(B, D, V, seed=seed)
+    if normalize:  # rows of any length
+        views = [z * (0.1 + 3 * torch.rand(B, 1, generator=torch.Generator().manual_seed(v)).double())
+                 for v, z in enumerate(views)]
     labels = torch.randint(3, (B,), generator=torch.Generator().manual_seed(seed)) if labelled else None
-    setting = dict(temperature=temperature, tau_plus=0 if labelled else tau_plus, beta=beta, labels=labels)
-    value, gradient = value_and_gradient(contrastive_loss, views, chunk_size=chunk, **setting)
+    setting = dict(temperature=torch.tensor([temperature], dtype=torch.float64) if learnable else temperature,
+                   tau_plus=0 if labelled else tau_plus, beta=beta, labels=labels, intra_view=intra_view,
+                   normalize=normalize)
     true_value, true_gradient = value_and_gradient(oracle, views, **setting)
-    assert abs(value - true_value) <= 1e-10 * max(1, abs(true_value))
-    assert (gradient - true_gradient).norm() <= 1e-10 * max(1, true_gradient.norm())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(losses.KEPT, 'cpu', losses.KEPT['cpu'] if kept else 0)
+        value, gradient = value_and_gradient(contrastive_loss, views, chunk_size=chunk, **setting)
+        assert abs(value - true_value) <= 1e-10 * max(1, abs(true_value))
+        assert (gradient - true_gradient).norm() <= 1e-10 * max(1, true_gradient.norm())
 
-    value, gradient = value_and_gradient(contrastive_loss, [z.float() for z in views], chunk_size=chunk, **setting)
+        rounded = [z.float() for z in views]
+        value, gradient = value_and_gradient(contrastive_loss, rounded, chunk_size=chunk, **setting)
     assert value.dtype == torch.float32
-    rounded = [z.float().double() for z in views]
-    true_value, true_gradient = value_and_gradient(oracle, rounded, **setting)
+    true_value, true_gradient = value_and_gradient(oracle, [z.double() for z in rounded], **setting)
     assert abs(value - true_value) <= 1e-5 * max(1e-3, abs(true_value))
     assert (gradient - true_gradient).norm() <= 1e-5 * max(1e-2, true_gradient.norm())
+
+
+def test_default_tiles_are_visited_once_each_for_any_number_of_views(monkeypatch):
+    """Two views fill one tile of 12 rows, three take two: a tile has as many samples fewer as there are views more."""
+    products, matmul = [], torch.Tensor.__matmul__
+    monkeypatch.setitem(losses.SIDE, 'cpu', 12)
+    monkeypatch.setattr(torch.Tensor, '__matmul__', lambda a, b: products.append((*a.shape, *b.shape)) or matmul(a, b))
+    for V, sides in ((2, [(12, 12)]), (3, [(12, 12), (12, 6), (6, 6)])):
+        products.clear()
+        contrastive_loss(*unit_views(6, 5, V))
+        assert [(shape[0], shape[-1]) for shape in products if len(shape) == 4] == sides
+
+
+def test_tiles_beyond_the_budget_are_computed_again(monkeypatch):
+    """Kept: 3 products for 3 tiles of a symmetric matrix. Not kept: 6, for sums and gradient."""
+    products, matmul = [], torch.Tensor.__matmul__
+    views = [z.requires_grad_() for z in unit_views(8, 5)]
+    monkeypatch.setattr(torch.Tensor, '__matmul__', lambda a, b: products.append(a.ndim) or matmul(a, b))
+    for budget, expected in ((3 * 8 * 8, 3), (3 * 8 * 8 - 1, 6)):
+        products.clear()
+        monkeypatch.setitem(losses.KEPT, 'cpu', budget)
+        contrastive_loss(*views, chunk_size=4)
+        assert products.count(2) == expected
 
 
 @pytest.mark.parametrize('temperature', [0.01, 0.05, 0.1, 0.5, 1])
@@ -99,6 +139,92 @@ def test_gradcheck(tau_plus, beta, V):
     views = [z.requires_grad_() for z in unit_views(5, 4, V)]
     assert torch.autograd.gradcheck(
         lambda *z: contrastive_loss(*z, temperature=0.4, tau_plus=tau_plus, beta=beta, chunk_size=2), views)
+
+
+def test_temperature_gets_its_gradient_with_frozen_views_and_where_the_floor_is_active():
+    z = F.normalize(torch.eye(4, dtype=torch.float64) - 1 / 4, dim=1)
+    for views, setting in ((unit_views(5, 4), {}), (unit_views(5, 4, 3), dict(intra_view=False, beta=0, tau_plus=0)),
+                           ([z, z], dict(tau_plus=0.5))):  # the last at its floor
+        t = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda t: contrastive_loss(*views, temperature=t, **setting), t)  # noqa: B023
+    t = torch.nn.Parameter(torch.tensor([0.4]))
+    contrastive_loss(*unit_views(5, 4), temperature=t).backward()
+    assert t.grad.shape == (1,) and t.grad.dtype == torch.float32
+
+
+def test_a_tensor_temperature_is_not_read(monkeypatch):
+    """Reading it would make the host wait for the device."""
+    t = torch.tensor(0.4, requires_grad=True)
+    for name in ('item', '__float__', '__bool__', 'tolist'):
+        monkeypatch.setattr(torch.Tensor, name, lambda x: pytest.fail('the host waited'))
+    contrastive_loss(*unit_views(5, 4), temperature=t).backward()
+
+
+def test_second_derivatives_are_refused():
+    z1, z2 = [z.requires_grad_() for z in unit_views(5, 4)]
+    with pytest.raises(RuntimeError, match='first derivative only'):
+        torch.autograd.grad(contrastive_loss(z1, z2), z1, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.gradgradcheck(contrastive_loss, (z1, z2))
+
+
+def test_unit_length_is_of_no_matter_but_to_raw_products():
+    """At unit rows the gradient is that of raw products without its part along them; longer rows change its scale."""
+    views = unit_views(7, 5, correlation=0.3)
+    value, gradient = value_and_gradient(contrastive_loss, views)
+    raw_value, raw = value_and_gradient(contrastive_loss, views, normalize=False)
+    z = torch.stack(views)
+    torch.testing.assert_close(value, raw_value, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, raw - (raw * z).sum(-1, keepdim=True) * z, rtol=1e-10, atol=1e-14)
+    assert (raw * z).sum(-1).abs().max() > 1e-3
+    longer_value, longer = value_and_gradient(contrastive_loss, [views[0], 3 * views[1]])
+    torch.testing.assert_close(longer_value, value, rtol=1e-13, atol=0)
+    torch.testing.assert_close(longer, gradient / torch.tensor([1., 3.]).view(2, 1, 1), rtol=1e-10, atol=1e-14)
+    assert contrastive_loss(views[0], 3 * views[1], normalize=False) > 1.1 * value
+
+
+def test_two_towers_without_correction_and_weights_are_clip():
+    """CLIP's loss is the mean of the cross-entropies of rows and of columns of one matrix."""
+    images, texts = unit_views(12, 8)
+    t = torch.tensor(0.07, dtype=torch.float64)
+
+    def clip(images, texts, temperature):
+        logits = F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T / temperature
+        return (F.cross_entropy(logits, torch.arange(12)) + F.cross_entropy(logits.T, torch.arange(12))) / 2
+
+    for temperature in (t, 0.07):
+        found = value_and_gradient(contrastive_loss, [images, texts], temperature=temperature, beta=0, tau_plus=0,
+                                   intra_view=False)
+        expected = value_and_gradient(clip, [images, texts], temperature=temperature)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_positives_of_more_than_two_views_weigh_the_same_whatever_beta():
+    """P is the plain mean. All negatives are at right angles to the anchors, so that R = N for any beta."""
+    z = torch.eye(6, dtype=torch.float64)[:, :4]
+    anchor, near, far = z[0], F.normalize(z[0] + 0.2 * z[1], dim=0), F.normalize(z[0] + 2 * z[1], dim=0)
+    views = [torch.stack([v, z[3]]) for v in (anchor, near, far)]
+    t, tau, N = 0.5, 0.2, 3
+
+    def term(a, b, c):
+        pos = torch.stack([a @ b, a @ c]).div(t).exp()
+        Ng = ((N - tau * N * pos.mean()) / (1 - tau)).clamp(min=N * math.exp(-1 / t))
+        return -(pos / (pos + Ng)).log().mean()
+
+    alone = term(z[3], z[3], z[3])
+    expected = (term(anchor, near, far) + term(near, anchor, far) + term(far, anchor, near) + 3 * alone) / 6
+    for beta in (0, 1, 3):
+        assert contrastive_loss(*views, temperature=t, tau_plus=tau, beta=beta).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_it_compiles_whole(backend):
+    for setting in (dict(), dict(beta=0.5, tau_plus=0, labels=torch.arange(6) % 4, chunk_size=4),
+                    dict(temperature=torch.tensor(0.1, dtype=torch.float64), intra_view=False)):
+        torch._dynamo.reset()
+        compiled = torch.compile(contrastive_loss, fullgraph=True, backend=backend)
+        torch.testing.assert_close(value_and_gradient(compiled, unit_views(6, 5), **setting),
+                                   value_and_gradient(contrastive_loss, unit_views(6, 5), **setting))
 
 
 def test_gradcheck_with_labels():
@@ -142,7 +268,7 @@ def test_floor_acts_where_negatives_are_farther_than_chance_and_stops_their_grad
     z = F.normalize(torch.eye(B, dtype=torch.float64) - 1 / B, dim=1)
     N = 2 * B - 2
     expected = math.log1p(N * math.exp(-1 / t) / math.exp(1 / t))
-    value, gradient = value_and_gradient(contrastive_loss, [z, z], temperature=t, tau_plus=0.5)
+    value, gradient = value_and_gradient(contrastive_loss, [z, z], temperature=t, tau_plus=0.5, normalize=False)
     assert value.item() == pytest.approx(expected, rel=1e-12)
     assert (gradient.sum(0) @ z.T).diagonal().lt(0).all()  # each view is still pulled towards its positive,
     torch.testing.assert_close(gradient[0], gradient[0].mul(z).sum(1, keepdim=True) * z)  # and nowhere else
@@ -192,63 +318,102 @@ def test_low_precision_inputs_are_computed_in_float32_under_autocast_too():
     assert contrastive_loss(views[0], views[1].double()).dtype == torch.float64
 
 
-def test_chunks_change_memory_only(monkeypatch):
+def test_chunks_change_no_value(monkeypatch):
     views = unit_views(33, 8)
     whole = value_and_gradient(contrastive_loss, views, chunk_size=33)
     for chunk_size in (1, 7, 32, 100):
         parts = value_and_gradient(contrastive_loss, views, chunk_size=chunk_size)
         torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
-    monkeypatch.setitem(losses.TILE, 'cpu', 4 * 33 * 2)
+    monkeypatch.setitem(losses.SIDE, 'cpu', 14)
     torch.testing.assert_close(value_and_gradient(contrastive_loss, views), whole, rtol=1e-12, atol=1e-14)
 
 
+def test_nan_in_gives_nan_out():
+    for setting in (dict(), dict(temperature=torch.tensor(0.5)), dict(tau_plus=0, labels=torch.arange(4))):
+        views = unit_views(4, 8)
+        views[0][1, 2] = math.nan
+        assert contrastive_loss(*views, **setting).isnan()
+
+
 @settings(max_examples=1000, deadline=None, derandomize=True)
-@given(B=st.integers(1, 12), D=st.integers(1, 16), V=st.integers(1, 4), seed=st.integers(0, 10**6),
+@given(B=st.integers(1, 8), D=st.integers(1, 16), V=st.integers(1, 4), seed=st.integers(0, 10**6),
        dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
-       kind=st.sampled_from(['random', 'identical', 'opposite', 'zero', 'huge', 'strided']),
-       temperature=st.sampled_from([0.01, 0.1, 0.5, 1, 10, 0, -1, math.nan, math.inf]),
-       tau_plus=st.sampled_from([0, 0.1, 0.5, 0.99, 1, -0.1]), beta=st.sampled_from([0, 0.5, 1, 2, 16, -1, math.inf]),
-       labelled=st.booleans())
-def test_finite_or_valueerror(B, D, V, seed, dtype, kind, temperature, tau_plus, beta, labelled):
+       kind=st.sampled_from(['random', 'random', 'identical', 'opposite', 'zero', 'long', 'strided', 'integer']),
+       temperature=st.sampled_from([0.01, 0.1, 0.5, 0.5, 1, 10, 0, -1, math.nan, math.inf, '0.5', None]),
+       tau_plus=st.sampled_from([0, 0, 0.1, 0.5, 0.99, 1, -0.1, torch.tensor(0.1)]),
+       beta=st.sampled_from([0, 0.5, 1, 2, 16, -1, math.inf, torch.ones(1, requires_grad=True)]),
+       labelled=st.booleans(), intra_view=st.booleans(), learnable=st.booleans())
+def test_finite_and_right_or_valueerror(B, D, V, seed, dtype, kind, temperature, tau_plus, beta, labelled, intra_view,
+                                        learnable):
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(V, B, 2 * D, generator=generator)[:, :, ::2]
-    if kind == 'huge':
-        z = z * 1e30
-    z = F.normalize(z, dim=-1)
+    if kind == 'long':
+        z = z * 1e4
     if kind == 'identical':
         z = z[:1, :1].expand(V, B, D)
     if kind == 'opposite':
         z = z[:1, :1] * torch.tensor([1.0, -1.0])[torch.arange(V * B) % 2].view(V, B, 1)
     if kind == 'zero':
         z = torch.zeros(V, B, D)
-    views = [x if kind == 'strided' else x.contiguous() for x in z.to(dtype)]
+    z = z.to(torch.int64 if kind == 'integer' else dtype)
+    views = [x if kind == 'strided' else x.contiguous() for x in z]
     labels = torch.randint(2, (B,), generator=generator) if labelled else None
-    valid = (V >= 2 and B >= 2 and 0 < temperature < math.inf and 0 <= tau_plus < 1 and 0 <= beta < math.inf
-             and not (labelled and tau_plus))
-    setting = dict(temperature=temperature, tau_plus=tau_plus, beta=beta, labels=labels)
-    if not valid:
-        with pytest.raises(ValueError, match='views|temperature|tau_plus|beta'):
+
+    def number(x, low, high):
+        return isinstance(x, (int, float)) and low <= x < high
+
+    wrong = {'views': V < 2 or B < 2 or kind == 'integer', 'temperature': not number(temperature, 1e-9, math.inf),
+             'tau_plus': not number(tau_plus, 0, 1) or (labelled and tau_plus != 0),
+             'beta': not number(beta, 0, math.inf)}
+    setting = dict(temperature=temperature, tau_plus=tau_plus, beta=beta, labels=labels, intra_view=intra_view)
+    if any(wrong.values()):
+        with pytest.raises(ValueError) as error:
             contrastive_loss(*views, **setting)
+        assert wrong[str(error.value).split()[0]]
         return
+    if learnable:
+        setting['temperature'] = torch.tensor(float(temperature))
     value, gradient = value_and_gradient(contrastive_loss, views, **setting)
     assert torch.isfinite(value) and torch.isfinite(gradient).all() and value >= 0
+    if seed % 4 == 0 and B < 6:
+        rows = [x.double() if dtype == torch.float64 else x.float() for x in views]
+        assert value.item() == pytest.approx(oracle(*rows, **setting).item(), rel=2e-5, abs=1e-5)
+
+
+Z = torch.zeros(4, 8)
 
 
 @pytest.mark.parametrize('views, setting, message', [
-    ([(4, 8)], {}, 'views: at least 2'),
-    ([(4, 8), (5, 8)], {}, r'\(4, 8\) and, as view 2, \(5, 8\)'),
-    ([(4,), (4,)], {}, r'\(B, D\)'),
-    ([(1, 8), (1, 8)], {}, 'at least 2 samples are needed, got 1'),
-    ([(4, 8)] * 2, dict(temperature=0), 'temperature must be positive, got 0'),
-    ([(4, 8)] * 2, dict(tau_plus=1), r'tau_plus must be in \[0, 1\), got 1'),
-    ([(4, 8)] * 2, dict(beta=-0.5), 'beta must be at least 0, got -0.5'),
-    ([(4, 8)] * 2, dict(chunk_size=0), 'chunk_size must be at least 1, got 0'),
-    ([(4, 8)] * 2, dict(tau_plus=0, labels=torch.zeros(3).long()), r'labels must be integers of shape \(4,\)'),
-    ([(4, 8)] * 2, dict(tau_plus=0.1, labels=torch.zeros(4).long()), 'tau_plus must be 0 with labels'),
+    ([Z], {}, r'views must be 2 or more .* got \(4, 8\) torch.float32 on cpu$'),
+    ([], {}, 'views must be 2 or more'),
+    ([torch.zeros(2, 4, 8)], {}, r'each an argument of its own, contrastive_loss\(z1, z2\); got \(2, 4, 8\)'),
+    ([[Z, Z]], {}, 'each an argument of its own'),
+    ([Z, torch.zeros(5, 8)], {}, r'of one shape on one device.*\(4, 8\) .*; \(5, 8\)'),
+    ([Z, Z.to('meta')], {}, 'on one device.* on cpu; .* on meta'),
+    ([Z, Z.long()], {}, 'floating-point.*torch.int64'),
+    ([Z, Z.numpy()], {}, 'tensors'),
+    ([Z[0], Z[0]], {}, r'\(B, D\)'),
+    ([Z[:1], Z[:1]], {}, 'views must hold at least 2 samples, got 1'),
+    ([Z, Z], dict(temperature=0), 'temperature must be a number, positive.* got 0$'),
+    ([Z, Z], dict(temperature=torch.ones(2)), r'temperature must be .* got \(2,\)'),
+    ([Z, Z], dict(temperature=torch.tensor(1)), 'temperature must be .*int64'),
+    ([Z, Z], dict(temperature=torch.tensor(1., device='meta')), 'temperature must be .* on cpu.* on meta'),
+    ([Z, Z], dict(tau_plus=1), r'tau_plus must be a number, in \[0, 1\); got 1$'),
+    ([Z, Z], dict(tau_plus=torch.tensor(0.1, requires_grad=True)), 'tau_plus must be a number'),
+    ([Z, Z], dict(beta=-0.5), 'beta must be a number, at least 0; got -0.5'),
+    ([Z, Z], dict(beta=torch.tensor(1., requires_grad=True)), 'beta must be a number'),
+    ([Z, Z], dict(chunk_size=0), 'chunk_size must be an integer of at least 1, got 0'),
+    ([Z, Z], dict(chunk_size=2.5), 'chunk_size must be an integer of at least 1, got 2.5'),
+    ([Z, Z], dict(tau_plus=0, labels=torch.zeros(3).long()), r'labels must be a tensor of \(4,\) integers on cpu, got'),
+    ([Z, Z], dict(tau_plus=0, labels=[0, 1, 2, 3]), r'labels must be a tensor .* got \[0, 1, 2, 3\]'),
+    ([Z, Z], dict(tau_plus=0, labels=torch.zeros(4)), 'labels must be a tensor .*float32'),
+    ([Z, Z], dict(tau_plus=0, labels=torch.zeros(4, dtype=torch.complex64)), 'labels must be a tensor .*complex64'),
+    ([Z, Z], dict(tau_plus=0, labels=torch.zeros(4, device='meta').long()), 'labels must be .* on cpu, .* on meta'),
+    ([Z, Z], dict(labels=torch.zeros(4).long()), 'tau_plus must be 0 with labels'),
 ])
 def test_wrong_arguments_are_named(views, setting, message):
     with pytest.raises(ValueError, match=message):
-        contrastive_loss(*[torch.randn(shape) for shape in views], **setting)
+        contrastive_loss(*views, **setting)
 
 
 def test_losses_imports_torch_alone():
@@ -256,3 +421,96 @@ def test_losses_imports_torch_alone():
     modules = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {module.split('.')[0] for module in modules} == {'math', 'torch'}
+
+
+SNIPPETS = {  # the README's, word for word
+    'plain': '''
+for x1, x2 in loader:
+    loss = contrastive_loss(net(x1), net(x2), temperature=0.5, tau_plus=0.1, beta=1.0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+''',
+    'ddp': '''
+net = DistributedDataParallel(net)
+for x1, x2 in loader:
+    loss = contrastive_loss(*net(torch.cat([x1, x2])).chunk(2))  # the negatives are those of all ranks
+    optimizer.zero_grad()
+    loss.backward()  # DDP's mean over ranks is the whole batch's gradient
+    optimizer.step()
+''',
+    'lightning': '''
+class HardNegatives(LightningModule):
+    def training_step(self, batch, batch_idx):
+        x1, x2 = batch
+        loss = contrastive_loss(self.net(x1), self.net(x2))
+        self.log('train_loss', loss)
+        return loss
+''',
+    'clip': '''
+log_t = torch.nn.Parameter(torch.tensor(0.07).log())
+optimizer = torch.optim.AdamW([*image_encoder.parameters(), *text_encoder.parameters(), log_t])
+z1, z2, t = image_encoder(images), text_encoder(texts), log_t.exp().clamp(min=0.01)
+loss = contrastive_loss(z1, z2, intra_view=False, temperature=t, beta=0.5, tau_plus=0)  # CLIP's: beta=0
+loss.backward()
+''',
+    'graph': '''
+edges1, edges2 = dropout_edge(data.edge_index, p=0.2)[0], dropout_edge(data.edge_index, p=0.4)[0]
+z1, z2 = encoder(data.x, edges1), encoder(data.x, edges2)  # (nodes, D), two views of each node
+loss = contrastive_loss(z1, z2, temperature=0.5, tau_plus=0.1, beta=1.0)
+loss.backward()
+optimizer.step()
+''',
+}
+
+
+class Recorder(torch.nn.Module):
+    """LightningModule's interface, as far as a training step uses it."""
+
+    def log(self, name, value):
+        self.logged = {name: value.item()}
+
+
+def around(name, tmp_path):
+    """What the snippet finds in its user's code, and the parameters that it trains."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(6, 4)
+    names = dict(torch=torch, contrastive_loss=contrastive_loss, net=net, LightningModule=Recorder,
+                 loader=[torch.randn(2, 8, 6)], optimizer=torch.optim.SGD(net.parameters(), 0.1))
+    if name == 'ddp':
+        names['DistributedDataParallel'] = torch.nn.parallel.DistributedDataParallel
+        torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    if name == 'clip':
+        names |= dict(image_encoder=net, text_encoder=torch.nn.Linear(3, 4), images=torch.randn(8, 6),
+                      texts=torch.randn(8, 3))
+    if name == 'graph':
+        pytest.importorskip('torch_geometric')
+        from torch_geometric.data import Data
+        from torch_geometric.nn import GCNConv
+        from torch_geometric.utils import dropout_edge
+        encoder = GCNConv(6, 4)
+        names |= dict(encoder=encoder, dropout_edge=dropout_edge, optimizer=torch.optim.SGD(encoder.parameters(), 0.1),
+                      data=Data(x=torch.randn(8, 6), edge_index=torch.randint(8, (2, 30))))
+        net = encoder.lin
+    return names, net.weight
+
+
+@pytest.mark.parametrize('name', SNIPPETS)
+def test_snippets_train(name, tmp_path):
+    names, weight = around(name, tmp_path)
+    before = weight.detach().clone()
+    try:
+        exec(SNIPPETS[name], names)
+        if name == 'lightning':
+            module = names['HardNegatives']()
+            module.net = names['net']
+            loss = module.training_step(names['loader'][0], 0)
+            loss.backward()
+            assert module.logged == {'train_loss': loss.item()}
+        assert weight.grad.norm() > 0
+        assert name in ('clip', 'lightning') or not torch.equal(weight, before)
+        if name == 'clip':
+            assert names['log_t'].grad.abs() > 0
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
