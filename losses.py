@@ -216,6 +216,5 @@ def _gather(x, world):
     if world == 1:
         return x
     whole = x.new_empty(world * len(x), *x.shape[1:])
-    gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)  # its name from torch 2.14 on
-    gather(whole, x.contiguous())
+    getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(whole, x.contiguous())  # renamed in torch 2.14
     return whole

@@ -192,7 +192,7 @@ def test_torchrun_trains_logs_and_saves_once_and_one_process_continues(tiny, tmp
     again = run('main.py', flags(tiny, results))
     assert again.code == 0 and 'Continuing' in again.out
     log = pd.read_csv(results / 'log.csv')
-    assert list(log['epoch']) == [1, 2, 3] and log['train_loss'].notna().all()
+    assert list(log['epoch']) == [0, 1, 2, 3] and log['train_loss'][1:].notna().all()
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def test_killed_rank_ends_the_run_and_the_command_again_continues(tiny, tmp_path
     assert job.code != 0 and time.monotonic() - killed < 45  # torchrun gives the others 30 seconds
     again = run('main.py', flags(tiny, results, 6), torchrun=['--nproc_per_node=2'])
     assert again.code == 0 and 'Continuing' in again.out and list(pd.read_csv(results / 'log.csv')['epoch']) == [
-        1, 2, 3, 4, 5, 6]
+        0, 1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow
@@ -255,4 +255,4 @@ def test_torchrun_restarts_a_run_where_it_stopped(tiny, tmp_path):
     kill_a_rank(job, results)
     job.finish()
     assert job.code == 0 and 'Continuing' in job.out and 'Finished' in job.out
-    assert list(pd.read_csv(results / 'log.csv')['epoch']) == [1, 2, 3, 4, 5, 6]
+    assert list(pd.read_csv(results / 'log.csv')['epoch']) == [0, 1, 2, 3, 4, 5, 6]
