@@ -182,8 +182,12 @@ def _outlines():
     }
 
 
-def _shapes(train=3000, test=1000, size=96, seed=0):
-    """Ten classes of drawn images: the class is the shape; place, size, turn, colours and noise are random."""
+def _shapes(train=3000, test=1000, size=32, seed=0):
+    """Ten classes of drawn images. The class is the outline; what tells images apart is only what views vary.
+
+    Place, scale, brightness, contrast and saturation differ widely from image to image, so that an untrained encoder's
+    neighbours are of any class. All have one hue: it survives the views, and an encoder would learn it instead.
+    """
     rng, outlines = np.random.default_rng(seed), _outlines()
     labels = rng.integers(len(outlines), size=train + test)
     images = np.stack([_draw(list(outlines.values())[label], size, rng) for label in labels])
@@ -192,13 +196,15 @@ def _shapes(train=3000, test=1000, size=96, seed=0):
 
 
 def _draw(rings, size, rng):
-    """(3, size, size) uint8: the rings filled, somewhere, in one of four colours on dark or bright, under noise."""
-    colour = np.array([[230, 60, 60], [60, 200, 80], [70, 110, 240], [240, 200, 60]])[rng.integers(4)]
-    ground, colour = (np.float32(c + rng.normal(0, 10, 3))[:, None, None] for c in (rng.choice([30, 225]), colour))
-    turn, radius = rng.uniform(-0.5, 0.5), size * rng.uniform(0.35, 0.48)
+    """(3, size, size) uint8: the rings filled with an orange, on a plain ground that is darker or brighter."""
+    colour = 255 * rng.uniform(0.25, 1) * (1 - rng.uniform(0.2, 1) * np.array([0, 0.55, 1]))  # value, saturation
+    ground = rng.uniform(0, 255)
+    while abs(ground - colour.mean()) < 40:
+        ground = rng.uniform(0, 255)
+    ground = ground * np.array([1, 0.95, 0.9])
+    radius = size * rng.uniform(0.15, 0.45)
     centre = rng.uniform(radius, size - radius, 2)
-    rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    points = [np.rint(16 * (radius * ring @ rotation + centre)).astype(np.int32) for ring in rings]
-    mask = cv2.fillPoly(np.zeros((size, size), np.uint8), points, 1, shift=4)
-    image = np.where(mask, colour, ground) + 8 * rng.standard_normal((3, size, size), np.float32)
-    return image.clip(0, 255).astype(np.uint8)
+    points = [np.rint(64 * (radius * ring + centre)).astype(np.int32) for ring in rings]  # 4 * 16: fillPoly's fraction
+    mask = cv2.fillPoly(np.zeros((4 * size, 4 * size), np.uint8), points, 255, shift=4)
+    mask = cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA)[..., None] / 255  # (size, size, 1), smooth edges
+    return (mask * colour + (1 - mask) * ground).clip(0, 255).astype(np.uint8).transpose(2, 0, 1)

@@ -1,7 +1,7 @@
 """Train an encoder by contrastive learning with hard negatives (HCL), debiased (DCL) or standard (SimCLR).
 
     python main.py --tau_plus 0.1 --beta 1.0                                  # the published run: STL10, ResNet-50
-    python main.py --dataset_name shapes --arch resnet18 --image_size 16      # embedded images, small enough for a CPU
+    python main.py --dataset_name shapes --arch resnet18 --width 0.25         # drawn images, small enough for a CPU
     torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0             # the same batch over eight GPUs
 
 Everything that a run leaves is in --results_dir; the same command continues a run that was stopped. On two CPU
@@ -30,8 +30,8 @@ from model import ARCHS, Model
 from runtime import RANK, WORLD, UserError
 from utils import ReferenceViews
 
-SMALL = ('python main.py --dataset_name shapes --arch resnet18 --image_size 16 --test_size 16 --batch_size 64 '
-         '--temperature 0.2 --k 20 --knn_every 1 --epochs 3')
+SMALL = ('python main.py --dataset_name shapes --arch resnet18 --width 0.25 --image_size 24 --batch_size 64 '
+         '--temperature 0.2 --lr 0.003 --k 20 --knn_every 1 --epochs 8')
 
 
 def arguments(argv=None):

@@ -103,7 +103,7 @@ def test_cifar10(tmp_path, monkeypatch):
 
 def test_shapes_are_balanced_fixed_and_not_told_by_colour():
     data, again = sets._shapes(600, 200), sets._shapes(600, 200)
-    assert torch.equal(data.train, again.train) and data.train.shape == (600, 3, 96, 96)
+    assert torch.equal(data.train, again.train) and data.train.shape == (600, 3, 32, 32)
     assert data.train_labels.bincount().min() > 30 and len(data.classes) == 10
     mean = data.train.float().mean((2, 3))  # (600, 3)
     centres = torch.stack([mean[data.train_labels == c].mean(0) for c in range(10)])
