@@ -206,5 +206,5 @@ def _draw(rings, size, rng):
     centre = rng.uniform(radius, size - radius, 2)
     points = [np.rint(64 * (radius * ring + centre)).astype(np.int32) for ring in rings]  # 4 * 16: fillPoly's fraction
     mask = cv2.fillPoly(np.zeros((4 * size, 4 * size), np.uint8), points, 255, shift=4)
-    mask = cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA)[..., None] / 255  # (size, size, 1), smooth edges
+    mask = cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA)[..., None] / 255  # (size, size, 1)
     return (mask * colour + (1 - mask) * ground).clip(0, 255).astype(np.uint8).transpose(2, 0, 1)
