@@ -3,10 +3,7 @@
 import argparse
 import sys
 
-from runtime import RANK
-
-DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
-DATA = dict(dataset_name='stl10', root='data', store_size=96, image_size=32, test_size=0)  # defaults, as published
+from runtime import RANK, say
 
 
 class Help(argparse.HelpFormatter):
@@ -58,7 +55,8 @@ def positive(high):
     return number(float, f'a positive number of at most {high}', lambda x: 0 < x <= high)
 
 
-epochs, epochs_or_0 = integer(1, 1_000_000), integer(0, 1_000_000)
+SWITCH = argparse.BooleanOptionalAction
+epochs = integer(1, 1_000_000)
 images = integer(1, 1_000_000)
 seed = integer(0, 2**32 - 1)
 
@@ -77,11 +75,49 @@ def path(value):
     return value
 
 
-def add_data_flags(group):
-    """Add the flags that name a data set and its sizes, without defaults: DATA holds those."""
-    group.add_argument('--root', type=path, help='directory of the data set; stl10 and cifar are downloaded to it')
-    group.add_argument('--dataset_name', choices=DATASETS, help='what to train on')
-    group.add_argument('--store_size', type=integer(8, 1024), help='pixels at which the images of a folder are kept')
-    group.add_argument('--image_size', type=integer(8, 512), help='pixels of the training views')
-    group.add_argument('--test_size', type=integer(0, 1024),
-                       help='pixels of the test images and of the kNN memory; 0: their own, 96 for stl10')
+def add(parser, title, *rows):
+    """A group of flags from rows of name, default, type (or tuple of choices, or bool, or action) and help text."""
+    group = parser.add_argument_group(title)
+    for name, default, kind, text in rows:
+        if kind is bool:
+            group.add_argument(name, action='store_true', help=text)
+        elif kind is SWITCH:
+            group.add_argument(name, default=default, action=kind, help=text)
+        elif isinstance(kind, (tuple, dict)):
+            choices = list(kind)
+            group.add_argument(name, default=default, type=type(choices[0]), choices=choices, help=text)
+        else:
+            group.add_argument(name, default=default, type=kind, help=text)
+
+
+DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
+DATA = (
+    ('--root', 'data', path, 'directory of the data set; stl10 and cifar are downloaded to it'),
+    ('--dataset_name', 'stl10', DATASETS, 'what to train on'),
+    ('--store_size', 96, integer(8, 1024), 'pixels at which the images of a folder are kept'),
+    ('--image_size', 32, integer(8, 512), 'pixels of the training views'),
+    ('--test_size', 0, integer(0, 1024), 'pixels of the images that the monitor and the probe test; 0: their own'),
+)
+
+
+def resolve_objective(parser, args):
+    """Turn the objective's flags into the values that act. Contradictions are errors; what has no effect is told."""
+    estimator = 'standard' if args.estimator == 'easy' else args.estimator
+    if args.debiased is False and estimator in ('hard', 'debiased'):
+        parser.error(f'--debiased False contradicts --estimator {estimator}')
+    if args.debiased and estimator == 'standard':
+        parser.error(f'--debiased True contradicts --estimator {args.estimator}')
+    if args.oracle and (args.debiased or estimator == 'debiased'):
+        parser.error('--oracle leaves no false negatives, for which the debiased objective would correct: choose one')
+    if estimator is None and args.debiased is not None:
+        estimator = 'standard' if not args.debiased else 'hard' if args.beta else 'debiased'
+    args.estimator = estimator or ('standard' if args.oracle and not args.beta else 'hard')
+    hard, corrected = args.estimator == 'hard', args.estimator != 'standard' and not args.oracle
+    for name, acts, default, off in (('tau_plus', corrected, 0.1, 0.0), ('beta', hard, 1.0, 0.0),
+                                     ('anneal', hard, 'none', 'none')):
+        given = getattr(args, name)
+        if given not in (None, off) and not acts:
+            say(f'--{name} {given} has no effect on the {args.estimator} objective'
+                        + (' with --oracle' if args.oracle else ''))
+        setattr(args, name, off if not acts else default if given is None else given)
+    del args.debiased

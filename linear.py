@@ -35,23 +35,19 @@ from runtime import RANK, WORLD, UserError
 
 def arguments(argv=None):
     parser = flags.Parser(prog='linear.py', description=__doc__.partition('\n')[0])
-    data = parser.add_argument_group('encoder and data (default: as in the config.json beside the checkpoint)')
-    data.add_argument('--model_path', default='results/model_400.pth', type=flags.path, help='checkpoint')
-    flags.add_data_flags(data)
-    train = parser.add_argument_group('probe')
-    train.add_argument('--probe', default='linear', choices=('linear', 'logistic'),
-                       help='one layer by Adam, or logistic regression, which needs none of the flags below')
-    train.add_argument('--augment', default='views', choices=('views', 'none'),
-                       help='train on random views, or on features of the images themselves, computed once')
-    train.add_argument('--bn', default='eval', choices=('eval', 'train'),
-                       help='freeze BatchNorm\'s statistics too, or let them drift as in the published code '
-                            '(under torchrun: by each rank\'s part of a batch)')
-    train.add_argument('--batch_size', default=512, type=flags.images, help='images in a batch, over all ranks')
-    train.add_argument('--epochs', default=100, type=flags.epochs, help='passes over the labelled images')
-    train.add_argument('--lr', default=1e-3, type=flags.positive(1000), help='learning rate of Adam')
-    train.add_argument('--weight_decay', default=1e-6, type=flags.real(0, 100), help='weight decay of Adam')
-    train.add_argument('--precision', choices=('bf16', 'fp32'), help='of the encoder (default: bf16 on CUDA)')
-    train.add_argument('--seed', default=0, help='of the probe\'s weights, shuffles and views', type=flags.seed)
+    flags.add(parser, 'encoder and data (default: as in the config.json beside the checkpoint)',
+              ('--model_path', 'results/model_400.pth', flags.path, 'checkpoint'),
+              *((name, None, kind, text) for name, _, kind, text in flags.DATA))
+    flags.add(parser, 'probe',
+              ('--probe', 'linear', ('linear', 'logistic'), 'by Adam, or logistic regression without the flags below'),
+              ('--augment', 'views', ('views', 'none'), 'train on random views, or on features computed once'),
+              ('--bn', 'eval', ('eval', 'train'), 'freeze BatchNorm\'s statistics, or let them drift, as published'),
+              ('--batch_size', 512, flags.images, 'images in a batch, over all ranks'),
+              ('--epochs', 100, flags.epochs, 'passes over the labelled images'),
+              ('--lr', 1e-3, flags.positive(1000), 'learning rate of Adam'),
+              ('--weight_decay', 1e-6, flags.real(0, 100), 'weight decay of Adam'),
+              ('--precision', None, ('bf16', 'fp32'), 'of the encoder (default: bf16 on CUDA)'),
+              ('--seed', 0, flags.seed, 'of the probe\'s weights, shuffles and views'))
     args = parser.parse_args(argv)
     if args.batch_size < (1 + (args.bn == 'train')) * WORLD:
         parser.error(f'--batch_size {args.batch_size} leaves a rank less than it needs: 1 image, 2 with --bn train')
@@ -82,15 +78,15 @@ def main(argv=None):
 
 
 def take_settings(args, config):
-    """Fill the data flags that were not given: from the run's config.json where it is of this data set, else DATA."""
+    """Fill the data flags that were not given from the run's config.json, if it is of this data set."""
     settings = runs.read_json(config)['settings'] if config.exists() else {}
     if args.dataset_name is None and not settings:
-        runtime.say(f'No {config.name} beside {args.model_path}: taking {flags.DATA["dataset_name"]}, as published')
+        runtime.say(f'No {config.name} beside {args.model_path}: taking stl10, as published')
     if args.dataset_name not in (None, settings.get('dataset_name')):
         settings = {}  # root and sizes of another data set
-    for name, default in flags.DATA.items():
-        if getattr(args, name) is None:
-            setattr(args, name, settings.get(name, default))
+    for flag, default, *_ in flags.DATA:
+        if getattr(args, flag[2:]) is None:
+            setattr(args, flag[2:], settings.get(flag[2:], default))
 
 
 def probe_encoder(args, path, net, data, device):

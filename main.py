@@ -8,7 +8,6 @@ Everything that a run leaves is in --results_dir; the same command continues a r
 cores a ResNet-18 takes about 180 views of 16 px a second; for ResNet-50 at 32 px have a GPU.
 """
 
-import argparse
 import math
 import time
 from functools import partial
@@ -30,67 +29,52 @@ from model import ARCHS, Model
 from runtime import RANK, WORLD, UserError
 from utils import ReferenceViews
 
-SMALL = ('python main.py --dataset_name shapes --arch resnet18 --width 0.25 --image_size 24 --batch_size 64 '
-         '--temperature 0.2 --lr 0.003 --k 20 --knn_every 1 --epochs 8')
-
 
 def arguments(argv=None):
     parser = flags.Parser(prog='main.py', description=__doc__.partition('\n')[0])
-    data = parser.add_argument_group('data and views')
-    flags.add_data_flags(data)
-    parser.set_defaults(**flags.DATA)
-    data.add_argument('--views', default=2, type=flags.integer(2, 16), help='random views of each image')
-    data.add_argument('--positives', default='view', choices=('view', 'label'),
-                      help='views of one image, or of random images of its class (HCL\'s true-label variant)')
-    data.add_argument('--blur', default='published', choices=('published', 'none'),
-                      help='a tenth of the view with probability 0.5, or none, as in leftthomas\'s recipe')
-    data.add_argument('--augment', default='device', choices=('device', 'pil'),
-                      help='make views in batches on the device, or by PIL and OpenCV in workers')
-    data.add_argument('--workers', default=min(16, runtime.CORES), type=flags.integer(0, 256),
-                      help='processes of each rank for --augment pil')
-    model = parser.add_argument_group('model')
-    model.add_argument('--arch', default='resnet50', choices=ARCHS, help='backbone f')
-    model.add_argument('--width', default=1, type=float, choices=(0.125, 0.25, 0.5, 1, 2, 4), help='of f, a factor')
-    model.add_argument('--stem', default='cifar', choices=('cifar', 'imagenet'),
-                       help='3x3 of stride 1, or 7x7 of stride 2 and a max-pool, for views of 96 pixels and more')
-    model.add_argument('--hidden_dim', type=flags.integer(1, 65536), help='of g (default: 512 times width)')
-    model.add_argument('--feature_dim', default=128, type=flags.integer(1, 65536), help='of the embedding z')
-    loss = parser.add_argument_group('objective')
-    loss.add_argument('--estimator', choices=('hard', 'debiased', 'standard', 'easy'),
-                      help='hard negatives, debiased, or standard = easy (default: hard; standard with --oracle)')
-    loss.add_argument('--debiased', type=flags.boolean,
-                      help='DCL\'s flag: True is debiased, or hard with --beta; False is standard')
-    loss.add_argument('--temperature', default=0.5, type=flags.positive(100), help='t')
-    loss.add_argument('--tau_plus', type=flags.number(float, 'in [0, 1)', lambda x: 0 <= x < 1),
-                      help='prior probability of a false negative (default: 0.1 where the estimator has it)')
-    loss.add_argument('--beta', type=flags.real(0, 1000),
-                      help='concentration on hard negatives (default: 1.0 where the estimator has it)')
-    loss.add_argument('--anneal', default='none', choices=('none', 'down'), help='lower beta to 0, in 9 values')
-    loss.add_argument('--oracle', action='store_true', help='leave out false negatives by their labels (upper bound)')
-    train = parser.add_argument_group('training')
-    train.add_argument('--batch_size', default=256, type=flags.integer(2, 1_000_000), help='images, over all ranks')
-    train.add_argument('--epochs', default=400, type=flags.epochs, help='passes over the training images')
-    train.add_argument('--optimizer', default='adam', choices=('adam', 'sgd'), help='SGD has momentum 0.9')
-    train.add_argument('--lr', default=1e-3, type=flags.positive(1000), help='learning rate')
-    train.add_argument('--schedule', default='constant', choices=('constant', 'cosine'), help='of the learning rate')
-    train.add_argument('--warmup', default=0, type=flags.epochs_or_0, help='epochs in which the rate rises from 0')
-    train.add_argument('--weight_decay', default=1e-6, type=flags.real(0, 100), help='the optimizer\'s')
-    train.add_argument('--joint_views', action='store_true',
-                       help='one BatchNorm batch of all views (as published: one after the other)')
-    train.add_argument('--sync_bn', action='store_true', help='BatchNorm over the whole batch, not each rank\'s part')
-    train.add_argument('--seed', default=0, type=flags.seed, help='of weights, shuffles and views')
-    train.add_argument('--precision', choices=('bf16', 'fp32'),
-                       help='bf16 autocast, or float32 with cuDNN\'s TF32; the loss is float32 (default: bf16 on CUDA)')
-    train.add_argument('--compile', action=argparse.BooleanOptionalAction,
-                       help='compile the views, and the network unless --sync_bn (default: on CUDA)')
-    out = parser.add_argument_group('monitor and results')
-    out.add_argument('--k', default=200, type=flags.images, help='neighbours of the kNN monitor')
-    out.add_argument('--knn_temperature', type=flags.positive(100), help='of its weights (default: --temperature)')
-    out.add_argument('--knn_every', default=10, type=flags.epochs, help='epochs between its evaluations')
-    out.add_argument('--save_every', default=25, type=flags.epochs, help='epochs between kept encoders')
-    out.add_argument('--results_dir', default='results', type=flags.path, help='directory of all that the run writes')
+    flags.add(parser, 'data and views', *flags.DATA,
+              ('--views', 2, flags.integer(2, 16), 'random views of each image'),
+              ('--positives', 'view', ('view', 'label'), 'views of one image, or of random ones of its class'),
+              ('--blur', 'published', ('published', 'none'), 'a tenth of the view, or none as leftthomas has it'),
+              ('--augment', 'device', ('device', 'pil'), 'views in batches on the device, or by PIL in workers'),
+              ('--workers', min(16, runtime.CORES), flags.integer(0, 256), 'processes of each rank for --augment pil'))
+    flags.add(parser, 'model',
+              ('--arch', 'resnet50', ARCHS, 'backbone f'),
+              ('--width', 1.0, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0), 'factor on the channels of f'),
+              ('--stem', 'cifar', ('cifar', 'imagenet'), '3x3, or for 96 px and more 7x7 of stride 2 and max-pool'),
+              ('--hidden_dim', None, flags.integer(1, 65536), 'of g (default: 512 times width)'),
+              ('--feature_dim', 128, flags.integer(1, 65536), 'of the embedding z'))
+    flags.add(parser, 'objective',
+              ('--estimator', None, ('hard', 'debiased', 'standard', 'easy'),
+               'easy = standard (default: hard; standard with --oracle)'),
+              ('--debiased', None, flags.boolean, 'DCL\'s: True is debiased, with --beta hard; False is standard'),
+              ('--temperature', 0.5, flags.positive(100), 't'),
+              ('--tau_plus', None, flags.number(float, 'in [0, 1)', lambda x: 0 <= x < 1),
+               'prior probability of a false negative (default: 0.1 where the estimator has it)'),
+              ('--beta', None, flags.real(0, 1000), 'concentration on hard negatives (default: 1.0 for hard)'),
+              ('--anneal', 'none', ('none', 'down'), 'lower beta to 0, in 9 values'),
+              ('--oracle', False, bool, 'leave out false negatives by their labels: an upper bound'))
+    flags.add(parser, 'training',
+              ('--batch_size', 256, flags.integer(2, 1_000_000), 'images, over all ranks'),
+              ('--epochs', 400, flags.epochs, 'passes over the training images'),
+              ('--optimizer', 'adam', ('adam', 'sgd'), 'SGD has momentum 0.9'),
+              ('--lr', 1e-3, flags.positive(1000), 'learning rate'),
+              ('--schedule', 'constant', ('constant', 'cosine'), 'of the learning rate'),
+              ('--warmup', 0, flags.integer(0, 1_000_000), 'epochs in which the learning rate rises from 0'),
+              ('--weight_decay', 1e-6, flags.real(0, 100), 'the optimizer\'s'),
+              ('--joint_views', False, bool, 'one BatchNorm batch of all views (as published: one after the other)'),
+              ('--sync_bn', False, bool, 'BatchNorm over the whole batch, not each rank\'s part'),
+              ('--seed', 0, flags.seed, 'of weights, shuffles and views'),
+              ('--precision', None, ('bf16', 'fp32'), 'of the network; the loss is float32 (default: bf16 on CUDA)'),
+              ('--compile', None, flags.SWITCH, 'the views, and the network unless --sync_bn (default: on CUDA)'))
+    flags.add(parser, 'monitor and results',
+              ('--k', 200, flags.images, 'neighbours of the kNN monitor'),
+              ('--knn_temperature', None, flags.positive(100), 'of its weights (default: --temperature)'),
+              ('--knn_every', 10, flags.epochs, 'epochs between its evaluations'),
+              ('--save_every', 25, flags.epochs, 'epochs between kept encoders'),
+              ('--results_dir', 'results', flags.path, 'directory of all that the run writes'))
     args = parser.parse_args(argv)
-    resolve_objective(parser, args)
+    flags.resolve_objective(parser, args)
     if args.batch_size % WORLD:
         parser.error(f'--batch_size {args.batch_size} does not divide evenly over {WORLD} ranks')
     if args.batch_size < 2 * WORLD:
@@ -106,33 +90,11 @@ def arguments(argv=None):
     return args, parser
 
 
-def resolve_objective(parser, args):
-    """Turn the objective's flags into the values that act. Contradictions are errors; what has no effect is told."""
-    estimator = 'standard' if args.estimator == 'easy' else args.estimator
-    if args.debiased is False and estimator in ('hard', 'debiased'):
-        parser.error(f'--debiased False contradicts --estimator {estimator}')
-    if args.debiased and estimator == 'standard':
-        parser.error(f'--debiased True contradicts --estimator {args.estimator}')
-    if args.oracle and (args.debiased or estimator == 'debiased'):
-        parser.error('--oracle leaves no false negatives, for which the debiased objective would correct: choose one')
-    if estimator is None and args.debiased is not None:
-        estimator = 'standard' if not args.debiased else 'hard' if args.beta else 'debiased'
-    args.estimator = estimator or ('standard' if args.oracle and not args.beta else 'hard')
-    hard, corrected = args.estimator == 'hard', args.estimator != 'standard' and not args.oracle
-    for name, acts, default, off in (('tau_plus', corrected, 0.1, 0.0), ('beta', hard, 1.0, 0.0),
-                                     ('anneal', hard, 'none', 'none')):
-        given = getattr(args, name)
-        if given not in (None, off) and not acts:
-            runtime.say(f'--{name} {given} has no effect on the {args.estimator} objective'
-                        + (' with --oracle' if args.oracle else ''))
-        setattr(args, name, off if not acts else default if given is None else given)
-    del args.debiased
-
-
 def main(argv=None):
     args, parser = arguments(argv)
     # Before runtime.start(): a download may take longer than the ranks wait for each other.
-    data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=not needs_labels(args))
+    labelled = args.oracle or args.positives == 'label'  # other images are of no use then
+    data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=not labelled)
     steps = check_sizes(parser, args, data)
     device, results = runtime.start(), Path(args.results_dir)
     saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
@@ -199,7 +161,8 @@ def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals,
             bar.update(state['epoch'] * steps + state['step'] - bar.n)
             bar.set_postfix_str(f'epoch {state["epoch"] + 1}, loss {losses.mean():.4f}')
             if state['step'] == first + 3 and state['epoch'] == 0 and not state['losses'].is_cuda:
-                tell_time(state['seconds'] / state['step'] * (bar.total - state['step']))
+                left = tqdm.format_interval(state['seconds'] / state['step'] * (bar.total - state['step']))
+                runtime.say(f'No CUDA device: about {left} to go on this CPU; --dataset_name shapes takes minutes')
             signals.check()
 
 
@@ -220,12 +183,6 @@ def check_finite(losses, epoch):
         step = int(losses.isfinite().logical_not().nonzero()[0])
         raise UserError(f'the loss is {losses[step]} at epoch {epoch}, step {step + 1}; the last good state is '
                         'untouched. Common causes: --lr too high, --temperature too low, --precision bf16')
-
-
-def tell_time(seconds):
-    """On a CPU, say at once how long the run will take, and what takes less."""
-    hint = f'. A run of minutes: {SMALL}' if seconds > 1200 else ''
-    runtime.say(f'No CUDA device: about {tqdm.format_interval(seconds)} to go on this CPU{hint}')
 
 
 def monitor(net, data, args, autocast, device, signals):
@@ -302,11 +259,6 @@ def place(args, data, device):
         batches = DeviceViews(data.train, **common, resident=resident, compile=args.compile)
     data.train, data.test = batches.images, data.test.to(device) if resident else data.test  # not on the host as well
     return batches, data
-
-
-def needs_labels(args):
-    """Whether images without labels are of no use to the run."""
-    return args.oracle or args.positives == 'label'
 
 
 def check_sizes(parser, args, data):
