@@ -49,7 +49,7 @@ def main(argv=None):
     parser.add_argument('--arch', choices=ARCHS, help='backbone of step and epoch (default: resnet50; 18 on a CPU)')
     parser.add_argument('--image_size', type=flags.integer(8, 512), help='pixels of views (default: 32; 16 on a CPU)')
     parser.add_argument('--batch_size', type=flags.integer(2, 65536), help='images (default: 256; 32 on a CPU)')
-    parser.add_argument('--repeat', default=9, type=flags.positive_int, help='timings of which the median is taken')
+    parser.add_argument('--repeat', default=9, type=flags.images, help='timings of which the median is taken')
     parser.add_argument('--csv', help='file for the rows')
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():

@@ -221,7 +221,7 @@ def push(views, **objective):
     """
     z = torch.cat(views).double()
     z = torch.cat([z, torch.eye(len(z), dtype=z.dtype)], 1).requires_grad_()  # (VB, D) -> (VB, D + VB)
-    contrastive_loss(*z.chunk(len(views)), **objective).backward()
+    contrastive_loss(*z.chunk(len(views)), **objective, normalize=False).backward()
     return z.grad[:, -len(z):]
 
 

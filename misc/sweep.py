@@ -48,8 +48,8 @@ def main(argv=None):
     parser.add_argument('--results_dir', default='results/sweep', help='directory of the runs and of the table')
     parser.add_argument('--objectives', nargs='+', default=list(OBJECTIVES), choices=OBJECTIVES, help='what to compare')
     parser.add_argument('--tau_plus', help='of all objectives but the standard one (default: main.py\'s)')
-    parser.add_argument('--seeds', default=3, type=flags.positive_int, help='runs of each: seeds 0, 1, ...')
-    parser.add_argument('--jobs', default=1, type=flags.positive_int, help='runs at a time, which share the cores')
+    parser.add_argument('--seeds', default=3, type=flags.images, help='runs of each: seeds 0, 1, ...')
+    parser.add_argument('--jobs', default=1, type=flags.images, help='runs at a time, which share the cores')
     parser.add_argument('--probe', default='', help='flags of linear.py, in quotes: --probe="--epochs 10"')
     parser.add_argument('--table_only', action='store_true', help='train nothing: make the table of what is there')
     args, rest = parser.parse_known_args(argv)  # the rest is main.py's, which checks it
