@@ -27,6 +27,7 @@ LOG = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'sec
 PROBE = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5')
 FREE = ('root', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # a resumed run may change these
 OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
+NEW = ('encoder',)  # columns that logs of earlier versions lack
 locks = []  # held until the process ends
 
 
@@ -211,7 +212,7 @@ def read_table(path, columns):
     """The numbers of a CSV file with these columns, of which epoch counts up; UserError that names the file."""
     try:
         table = pd.read_csv(path, encoding='utf-8-sig')
-        table = table[list(columns)].astype(float)
+        table = table.assign(**{name: np.nan for name in NEW if name not in table})[list(columns)].astype(float)
     except (OSError, ValueError, KeyError, pd.errors.ParserError) as error:
         raise UserError(f'{path} is damaged or not of a run ({type(error).__name__}: {error!s:.60})') from None
     if (table['epoch'].diff()[1:] != 1).any() or not table['epoch'][:1].isin([0, 1]).all():
