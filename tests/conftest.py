@@ -41,13 +41,15 @@ def tiny(tree):
 class Job:
     """One of the scripts as a process of its own."""
 
-    def __init__(self, script, flags, torchrun=(), **kwargs):
+    def __init__(self, script, flags, torchrun=(), env=None, **kwargs):
         start = [sys.executable]
         if torchrun:
             start += ['-m', 'torch.distributed.run', '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', *torchrun]
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-        self.process = subprocess.Popen([*start, str(HOME / script), *map(str, flags)], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, env=environment, **kwargs)
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
+        environment = {name: value for name, value in environment.items() if value is not None}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([*start, str(HOME / script), *map(str, flags)], env=environment,
+                                        **{**pipes, **kwargs})
 
     def finish(self, timeout=120):
         try:

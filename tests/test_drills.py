@@ -1,9 +1,12 @@
 """Faults against the real scripts as processes: kills, signals, full disks, two runs in one place."""
 
+import fcntl
 import os
+import pty
 import random
 import resource
 import signal
+import termios
 import time
 
 import pandas as pd
@@ -63,6 +66,37 @@ def test_second_run_in_one_directory_is_refused(flags, run, tmp_path):
     first.process.kill()
     first.finish()
     assert second.code == 1 and 'another run is writing in' in second.err and second.err.count('\n') == 1
+
+
+@pytest.mark.parametrize('surroundings', [
+    dict(env={'PYTHONIOENCODING': 'ascii'}), *(pytest.param(kwargs, marks=pytest.mark.slow) for kwargs in (
+        dict(env={'HOME': None}), dict(env={'HOME': '/proc'}), dict(env={'LC_ALL': 'C', 'PYTHONUTF8': '0'}),
+        dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))))], ids=str)
+def test_surroundings_that_change_nothing(tiny, run, tmp_path, surroundings):
+    """No letters but ASCII to print with, no home or one that is not writable, another locale, 64 open files."""
+    results = tmp_path / 'Ergebnisse ü 結果'
+    job = run('main.py', [*tiny, '--epochs', '1', '--results_dir', results], **surroundings)
+    assert job.code == 0 and job.err == '' and job.out.splitlines()[-1].startswith('Finished')
+    assert (results / 'model_1.pth').exists()
+
+
+@pytest.mark.slow
+def test_closed_pipe_and_closed_terminal_save_or_lose_nothing(flags, whole, run, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)  # whoever read the output has ended
+    job = Job('main.py', [*flags, tmp_path / 'pipe'], stdout=writer).finish()
+    os.close(writer)
+    assert job.code == 128 + signal.SIGPIPE and job.err == ''
+    master, slave = pty.openpty()
+    job = Job('main.py', [*flags, tmp_path / 'terminal'], stdin=slave, stdout=slave, stderr=slave,
+              preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)))
+    os.close(slave)
+    wait_for((tmp_path / 'terminal' / 'model_1.pth').exists, job)
+    os.close(master)
+    job.process.wait(60)
+    for name in ('pipe', 'terminal'):
+        assert run('main.py', [*flags, tmp_path / name]).code == 0
+        assert_same_outcome(tmp_path / name, outcome(whole[0]))
 
 
 def test_places_that_cannot_be_written(flags, run, tmp_path):

@@ -460,11 +460,11 @@ def test_probe_says_what_is_wrong(tmp_path, finished):
             linear.main(['--model_path', str(path)])
 
 
-def test_stl10_is_trained_on_and_probed_at_96_pixels(tmp_path, monkeypatch, capsys):
-    """Files of STL10's format through training, monitor and probe; only their checksums are the test's own."""
-    folder, rng = tmp_path / 'stl10_binary', np.random.default_rng(0)
-    folder.mkdir()
-    for name, count in (('train', 20), ('test', 10), ('unlabeled', 12)):
+def write_stl10(root, monkeypatch, **counts):
+    """Files of STL10's format; only their checksums are the test's own."""
+    folder, rng = root / 'stl10_binary', np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for name, count in counts.items():
         rng.integers(256, size=(count, 3, 96, 96), dtype=np.uint8).tofile(folder / f'{name}_X.bin')
         if name != 'unlabeled':
             (np.arange(count) % 10 + 1).astype(np.uint8).tofile(folder / f'{name}_y.bin')
@@ -472,6 +472,40 @@ def test_stl10_is_trained_on_and_probed_at_96_pixels(tmp_path, monkeypatch, caps
     for files in ('train_list', 'test_list'):
         monkeypatch.setattr(STL10, files, [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
                                            for name, _ in getattr(STL10, files)])
+
+
+def test_published_command_lines_run_as_printed(tmp_path, monkeypatch, capsys):
+    """DCL's README, HCL's README, and the two of HCL's launch.sh, with a small network in the place of ResNet-50."""
+    (tmp_path / 'code').mkdir()
+    monkeypatch.chdir(tmp_path / 'code')
+    write_stl10(tmp_path / 'code' / 'data', monkeypatch, train=200, test=10, unlabeled=60)
+    monkeypatch.setattr(main, 'Model', lambda *args: model.Model(128, 'resnet18', width=0.125))
+    monkeypatch.setattr(linear, 'tqdm', lambda epochs, *args, **kwargs: list(epochs)[:1])
+    for line, objective in (
+            ('main.py --tau_plus = 0.1', ('hard', 0.1, 1.0)), ('main.py --tau_plus 0.1 --beta 1.0', ('hard', 0.1, 1.0)),
+            ('main.py --dataset_name stl10 --batch_size 256 --estimator hard --tau_plus 0.1 --beta 1.0',
+             ('hard', 0.1, 1.0))):
+        with monkeypatch.context() as patch:
+            stop_after(2, patch)
+            with pytest.raises(SystemExit):
+                main.main(line.split()[1:])
+        assert 'Stopped in epoch 1 after step 1, saved in results' in capsys.readouterr().out
+        settings = runs.read_json('results/config.json')['settings']
+        assert (settings['estimator'], settings['tau_plus'], settings['beta']) == objective
+        shutil.copy('results/model_0.pth', 'encoder.pth')
+        shutil.rmtree('results')
+    for place in ('results', '../results/stl10'):
+        (tmp_path / 'code' / place).mkdir(parents=True)
+    shutil.copy('encoder.pth', 'results/model_400.pth')
+    shutil.copy('encoder.pth', '../results/stl10/stl10_hard_model_256_0.1_1.0_400.pth')
+    for line in ('linear.py --model_path results/model_400.pth',
+                 'linear.py --dataset_name stl10 --model_path ../results/stl10/stl10_hard_model_256_0.1_1.0_400.pth'):
+        linear.main(line.split()[1:])
+        assert 'linear probe' in capsys.readouterr().out
+
+
+def test_stl10_is_trained_on_and_probed_at_96_pixels(tmp_path, monkeypatch, capsys):
+    write_stl10(tmp_path, monkeypatch, train=20, test=10, unlabeled=12)
     sizes, encode = [], evaluate.encode
 
     def spy(net, images, index, size, *args, **kwargs):
