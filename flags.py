@@ -6,20 +6,11 @@ import sys
 from runtime import RANK, say
 
 
-class Help(argparse.HelpFormatter):
-    """Every help text ends with its default, unless it tells it itself or the default is nothing."""
-
-    def _get_help_string(self, action):
-        nothing = any(action.default is value for value in (None, False, argparse.SUPPRESS))
-        told = nothing or 'default' in action.help
-        return action.help if told else f'{action.help} (default: %(default)s)'
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, said once for all ranks. `--flag = value` is read as DCL's README prints it."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
@@ -76,18 +67,19 @@ def path(value):
 
 
 def add(parser, title, *rows):
-    """A group of flags from rows of name, default, type (or tuple of choices, or bool, or action) and help text."""
+    """A group of flags from rows of name, default, type (or tuple of choices, or bool, or SWITCH) and help text."""
     group = parser.add_argument_group(title)
     for name, default, kind, text in rows:
         if kind is bool:
-            group.add_argument(name, action='store_true', help=text)
+            how = dict(action='store_true')
         elif kind is SWITCH:
-            group.add_argument(name, default=default, action=kind, help=text)
+            how = dict(action=kind, default=default)
         elif isinstance(kind, (tuple, dict)):
-            choices = list(kind)
-            group.add_argument(name, default=default, type=type(choices[0]), choices=choices, help=text)
+            how = dict(choices=list(kind), type=type(next(iter(kind))), default=default)
         else:
-            group.add_argument(name, default=default, type=kind, help=text)
+            how = dict(type=kind, default=default)
+        told = default is None or default is False or 'default' in text
+        group.add_argument(name, help=text if told else f'{text} (default: {default})', **how)
 
 
 DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')

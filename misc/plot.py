@@ -57,13 +57,13 @@ def main(argv=None):
         command.add_argument('--out', type=Path, help=f'file to write (default: {name}.png in the first run)')
         if name != 'curves':
             command.add_argument('--root', help='directory of the data set (default: as in config.json)')
-            command.add_argument('--seed', default=0, type=flags.seed, help='of the choice of images')
+            command.add_argument('--seed', default=0, type=flags.seed, help='of the images (default: %(default)s)')
         if name == 'negatives':
             command.add_argument('--query', default=0, type=flags.integer(0, BATCH - 1),
-                                 help='which image of the batch is the query')
+                                 help='which image of the batch is the query (default: %(default)s)')
         if name in ('similarity', 'map'):
             command.add_argument('--images', default=2000, type=flags.integer(100, 5000),
-                                 help='test images, at most, drawn at random')
+                                 help='test images, at most, drawn at random (default: %(default)s)')
     args = parser.parse_args(argv)
     args.out = args.out or (args.paths[0] if args.what == 'curves' else args.paths[0].parent) / f'{args.what}.png'
     if args.out.suffix != '.png':

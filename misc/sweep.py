@@ -45,13 +45,15 @@ SHOWN = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'e
 def main(argv=None):
     parser = flags.Parser(prog='sweep.py', description=__doc__.partition('\n')[0],
                             epilog='All other flags are those of main.py.')
-    parser.add_argument('--results_dir', default='results/sweep', help='directory of the runs and of the table')
-    parser.add_argument('--objectives', nargs='+', default=list(OBJECTIVES), choices=OBJECTIVES, help='what to compare')
-    parser.add_argument('--tau_plus', help='of all objectives but the standard one (default: main.py\'s)')
-    parser.add_argument('--seeds', default=3, type=flags.images, help='runs of each: seeds 0, 1, ...')
-    parser.add_argument('--jobs', default=1, type=flags.images, help='runs at a time, which share the cores')
-    parser.add_argument('--probe', default='', help='flags of linear.py, in quotes: --probe="--epochs 10"')
-    parser.add_argument('--table_only', action='store_true', help='train nothing: make the table of what is there')
+    parser.add_argument('--objectives', nargs='+', default=list(OBJECTIVES), choices=OBJECTIVES,
+                        help='what to compare (default: all)')
+    flags.add(parser, 'runs',
+              ('--results_dir', 'results/sweep', flags.path, 'directory of the runs and of the table'),
+              ('--tau_plus', None, str, 'of all objectives but the standard one (default: main.py\'s)'),
+              ('--seeds', 3, flags.integer(1, 1000), 'runs of each: seeds 0, 1, ...'),
+              ('--jobs', 1, flags.integer(1, 256), 'runs at a time, which share the cores'),
+              ('--probe', '', str, 'flags of linear.py, in quotes: --probe="--epochs 10" (default: none)'),
+              ('--table_only', False, bool, 'train nothing: make the table of what is there'))
     args, rest = parser.parse_known_args(argv)  # the rest is main.py's, which checks it
     results = Path(args.results_dir)
     if args.table_only and rest:
