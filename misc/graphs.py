@@ -4,8 +4,8 @@
     python misc/graphs.py --dataset_name MUTAG --root data --published                     # the released code's form
     python misc/graphs.py --dataset_name MUTAG --root data --objective graphcl             # two views of each graph
 A GIN learns without labels; an RBF SVM on its graph embeddings gives the accuracy (percent). A line writes one CSV
-file, which it continues if it was stopped, and then table.md of all files there. Gradients flow through the negatives'
-weights. HCL's released code (joshr17/HCL, graph/) departs from the paper, and --published keeps all of it:
+file, which it continues if it was stopped, and then table.md of all files there. HCL's released code (joshr17/HCL,
+graph/) departs from the paper, and --published keeps all of it. In both, gradients flow through negatives' weights.
 1. A score s weighs exp(-2 beta s / max|s|), which stresses the least similar graphs; the paper's weight is exp(beta s).
    With beta = 10 and s = -1, 0, 0.5, 2, nearly the whole gradient acts on -1. --betas -1 -2 -10 turns the sign.
 2. A node's own graph stays among the negatives with a score of 0, in their sum and in the mean of their weights.
@@ -75,8 +75,8 @@ class GIN(torch.nn.Module):
 
 
 def view(b, strength=0.2):
-    """x, edge_index, batch after one of GraphCL's changes, drawn for each graph: a fifth of its nodes dropped, not all,
-    of its edges moved to random pairs of its nodes, or of its nodes' attributes set to 0. Edges go both ways in b."""
+    """x, edge_index, batch after one of GraphCL's changes, drawn for each graph: a fifth of its nodes dropped but one kept,
+    of its edges moved to random pairs of its nodes, or of its nodes' attributes set to 0. Edges go both ways."""
     change, r = torch.randint(3, (b.num_graphs,))[b.batch], torch.rand(b.num_nodes)
     pair = b.edge_index[:, b.edge_index[0] < b.edge_index[1]]
     moved, graph = (change[pair[0]] == 1) & (torch.rand(pair.shape[1]) < strength), b.batch[pair]
