@@ -75,8 +75,8 @@ class GIN(torch.nn.Module):
 
 
 def view(b, strength=0.2):
-    """x, edge_index, batch after one of GraphCL's changes, drawn for each graph: a fifth of its nodes dropped but one kept,
-    of its edges moved to random pairs of its nodes, or of its nodes' attributes set to 0. Edges go both ways."""
+    """x, edge_index, batch after one of GraphCL's changes, drawn for each graph: of its nodes, a fifth dropped (one
+    stays) or with attributes of 0; of its edges, a fifth moved to random pairs of its nodes. Edges go both ways."""
     change, r = torch.randint(3, (b.num_graphs,))[b.batch], torch.rand(b.num_nodes)
     pair = b.edge_index[:, b.edge_index[0] < b.edge_index[1]]
     moved, graph = (change[pair[0]] == 1) & (torch.rand(pair.shape[1]) < strength), b.batch[pair]
