@@ -1,0 +1,170 @@
+"""InfoGraph (arXiv 1908.01000) and GraphCL (arXiv 2010.13902) with hard negatives, on graphs of the TU data sets.
+
+    python misc/graphs.py --dataset_name MUTAG --root data --betas 0 1 2 10 --repeats 10   # the paper's form
+    python misc/graphs.py --dataset_name MUTAG --root data --published                     # the released code's form
+    python misc/graphs.py --dataset_name MUTAG --root data --objective graphcl             # two views of each graph
+A GIN learns without labels; an RBF SVM on its graph embeddings gives the accuracy (percent). A line writes one CSV
+file, which it continues if it was stopped, and then table.md of all files there. HCL's released code (joshr17/HCL,
+graph/) departs from the paper, and --published keeps all of it. In both, gradients flow through negatives' weights.
+1. A score s weighs exp(-2 beta s / max|s|), which stresses the least similar graphs; the paper's weight is exp(beta s).
+   With beta = 10 and s = -1, 0, 0.5, 2, nearly the whole gradient acts on -1. --betas -1 -2 -10 turns the sign.
+2. A node's own graph stays among the negatives with a score of 0, in their sum and in the mean of their weights.
+3. tau_plus is 0.5 for any data; log 2 is subtracted before the division by 1 - tau_plus if beta = 0, else after it.
+4. The correction for false negatives has the opposite sign: softplus(-s) + softplus(s) draws the own graph's s to 0."""
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
+from sklearn.svm import SVC
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import runtime
+from losses import contrastive_loss
+
+try:
+    with warnings.catch_warnings(action='ignore'):
+        import torch_geometric as pyg
+except ModuleNotFoundError as error:
+    raise SystemExit(f'error: {error.name} is missing: pip install torch_geometric') from None
+COLUMNS = ['objective', 'beta', 'tau_plus', 'repeat', 'accuracy', 'seconds']
+
+
+def infograph_loss(nodes, graphs, batch, tau_plus=0.1, beta=1.0, published=False):
+    """The Jensen-Shannon objective with HCL's negatives, the mean over nodes. With s = node·graph, j the others:
+        R    = sum_j exp(beta s_j) softplus(s_j) / sum_j exp(beta s_j)
+        loss = softplus(-s_own) + max(R - tau_plus softplus(s_own), 0) / (1 - tau_plus)
+    As in DCL, the floor is the least that the negatives can give. InfoGraph's own is tau_plus = beta = 0.
+    nodes (n, D); graphs (G, D), G >= 2; batch (n,), the graph of each node; tau_plus in [0, 1)."""
+    s, own, G, sp = nodes @ graphs.T, batch[:, None], len(graphs), F.softplus  # (n, D) x (G, D) -> (n, G)
+    s_own = s.gather(1, own)[:, 0]
+    if not published:
+        R = ((beta * s).scatter(1, own, -math.inf).softmax(1) * sp(s)).sum(1)
+        return (sp(-s_own) + (R - tau_plus * sp(s_own)).clamp(min=0) / (1 - tau_plus)).mean()
+    s, odds, log_2 = s.scatter(1, own, 0), tau_plus / (1 - tau_plus), math.log(2)
+    E_pos = log_2 - sp(-s_own) - odds * sp(s_own) - odds * (G - 1) * log_2
+    w = (-2 * beta * s / s.abs().max()).softmax(1) if beta else 1 / G
+    E_neg = (w * sp(s)).sum(1) / (1 - tau_plus) - log_2 / (1 if beta else 1 - tau_plus)
+    return E_neg.mean() * G / (G - 1) - E_pos.mean()
+
+
+class GIN(torch.nn.Module):
+    """Embeddings of nodes (n, 96) and, as sums over nodes, of graphs (G, 96), or what heads 0 and 1 make of them."""
+    def __init__(self, features, width=32, layers=3):
+        super().__init__()
+        ins, D, mlp = (features, *[width] * (layers - 1)), layers * width, dict(norm=None, plain_last=False)
+        self.convs = torch.nn.ModuleList(pyg.nn.GINConv(pyg.nn.MLP([d, width, width], **mlp)) for d in ins)
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm1d(width) for _ in ins)
+        self.blocks = torch.nn.ModuleList(pyg.nn.MLP([D, D, D, D], **mlp) for _ in range(2))
+        self.shortcuts = torch.nn.ModuleList(torch.nn.Linear(D, D) for _ in range(2))
+        for p in (p for name, p in self.named_parameters() if 'norms' not in name):
+            torch.nn.init.xavier_uniform_(p) if p.ndim == 2 else torch.nn.init.zeros_(p)
+
+    def forward(self, x, edge_index, batch, G, heads=()):
+        xs = [x]
+        for conv, norm in zip(self.convs, self.norms):
+            xs.append(norm(conv(xs[-1], edge_index)))  # conv ends with the ReLU
+        z = (nodes := torch.cat(xs[1:], 1)), pyg.nn.global_add_pool(nodes, batch, G)
+        return [self.blocks[i](z[i]) + self.shortcuts[i](z[i]) for i in heads] or z
+
+
+def view(b, strength=0.2):
+    """x, edge_index, batch after one of GraphCL's changes, drawn for each graph: of its nodes, a fifth dropped (one
+    stays) or with attributes of 0; of its edges, a fifth moved to random pairs of its nodes. Edges go both ways."""
+    change, r = torch.randint(3, (b.num_graphs,))[b.batch], torch.rand(b.num_nodes)
+    pair = b.edge_index[:, b.edge_index[0] < b.edge_index[1]]
+    moved, graph = (change[pair[0]] == 1) & (torch.rand(pair.shape[1]) < strength), b.batch[pair]
+    pair = torch.where(moved, b.ptr[graph] + (torch.rand(pair.shape) * b.ptr.diff()[graph]).long(), pair)
+    keep = (change != 0) | (r >= strength) | (r == pyg.utils.scatter(r, b.batch, reduce='max')[b.batch])
+    pair = pyg.utils.to_undirected(pyg.utils.subgraph(keep, pair[:, pair[0] != pair[1]], relabel_nodes=True)[0])
+    return b.x.masked_fill(((change == 2) & (r < strength))[:, None], 0)[keep], pair, b.batch[keep]
+
+
+def load(root, name):
+    """The graphs of a TU data set, with node features, and their classes; ValueError if they cannot be had."""
+    try:
+        graphs = [*pyg.datasets.TUDataset(root, name)]
+        y = torch.cat([g.y for g in graphs]).numpy()
+    except (OSError, TypeError) as error:  # TypeError: no labels
+        raise ValueError(f'cannot read or download {name} ({error}): put {name}_A.txt, {name}_graph_indicator.txt, '
+                         f'{name}_graph_labels.txt, any {name}_node_labels.txt into {root}/{name}/raw') from None
+    degrees = [pyg.utils.degree(g.edge_index[0], g.num_nodes, torch.long) for g in graphs]
+    d, top = torch.cat(degrees).float(), max(map(max, degrees))
+    for g, own in zip(graphs, degrees if graphs[0].num_node_features == 0 else ()):
+        g.x = F.one_hot(own, top + 1).float() if top < 1000 else ((own - d.mean()) / d.std())[:, None]
+    return graphs, y
+
+
+def train(graphs, y, objective, beta, tau_plus, seed, epochs=200, batch=128):
+    """10-fold accuracy (percent) of the embeddings after the epochs; before them where 'untrained'."""
+    torch.manual_seed(seed)  # one order of the graphs, one initialisation and one set of folds for all objectives
+    order = torch.randperm(len(graphs)).tolist()
+    ends = [*range(batch, len(order) - 1, batch), len(order)]  # a last graph alone, without negatives, joins others
+    batches = [pyg.data.Batch.from_data_list([graphs[i] for i in order[a:b]]) for a, b in zip([0, *ends], ends)]
+    model = GIN(graphs[0].num_node_features)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    for b in batches * (0 if objective == 'untrained' else epochs):
+        if objective == 'graphcl':
+            z1, z2 = (F.normalize(*model(*view(b), b.num_graphs, heads=[1])) for _ in range(2))
+            loss = contrastive_loss(z1, z2, temperature=0.2, tau_plus=tau_plus, beta=beta)  # GraphCL's temperature
+        else:
+            z = model(b.x, b.edge_index, b.batch, b.num_graphs, heads=[0, 1])
+            loss = infograph_loss(*z, b.batch, tau_plus, beta, objective == 'published')
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    z = torch.cat([model.eval()(b.x, b.edge_index, b.batch, b.num_graphs)[1] for b in batches]).detach().numpy()
+    svm = GridSearchCV(SVC(), {'C': [1e-3, 1e-2, 1e-1, 1, 10, 100, 1000]}, cv=5)
+    return 100 * cross_val_score(svm, z, y[order], cv=StratifiedKFold(10, shuffle=True, random_state=seed)).mean()
+
+
+def main(argv=None):
+    parser = runtime.Parser(prog='graphs.py', description=__doc__.partition('\n')[0])
+    flag, form = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    flag('--dataset_name', default='MUTAG', help='one of the TU collection')
+    flag('--root', default='data', help='holds {dataset_name}/raw; what is missing is downloaded to it')
+    form('--objective', default='infograph', choices=['infograph', 'graphcl'], help='what to train with')
+    form('--published', dest='objective', action='store_const', const='published', help='as in HCL\'s released code')
+    flag('--betas', default=[0, 1, 2, 10], nargs='+', type=float, help='concentrations on hard negatives')
+    flag('--tau_plus', type=runtime.number(float, 'in [0, 1)', lambda x: 0 <= x < 1), help='0.1 or, published, 0.5')
+    flag('--repeats', default=10, type=runtime.positive_int, help='runs of each: seeds 0, 1, ...')
+    flag('--results_dir', default='results/graphs', help='directory of the CSV files and of table.md')
+    args = parser.parse_args(argv)
+    if not all(math.isfinite(beta) and (beta >= 0 or args.objective != 'graphcl') for beta in args.betas):
+        parser.error('--betas must be finite, and at least 0 with --objective graphcl')
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # easy negatives have denormal weights, which are slow on a CPU
+    results, file = Path(args.results_dir), f'{args.dataset_name}_{args.objective}.csv'.replace('_infograph', '')
+    tau_plus = args.tau_plus if args.tau_plus is not None else 0.5 if args.objective == 'published' else 0.1
+    keys = [('untrained', '', ''), *((args.objective, f'{beta:g}', f'{tau_plus:g}') for beta in args.betas)]
+    with runtime.one_line_errors():
+        results.mkdir(parents=True, exist_ok=True)
+        tables = {p.name: pd.read_csv(p, usecols=COLUMNS, dtype=str, keep_default_na=False).assign(
+            data=p.stem.removesuffix('_published').removesuffix('_graphcl')) for p in sorted(results.glob('*.csv'))}
+        rows = tables.setdefault(file, pd.DataFrame(columns=[*COLUMNS, 'data']))
+        done = {*rows[COLUMNS[:4]].itertuples(index=False, name=None)}
+        todo = [key for r in range(args.repeats) for k in dict.fromkeys(keys) if (key := (*k, str(r))) not in done]
+        graphs, y = load(args.root, args.dataset_name) if todo else (None, None)
+    for key in tqdm(todo, unit='run'):
+        start, accuracy = time.perf_counter(), train(graphs, y, key[0], *(float(x or 0) for x in key[1:3]), int(key[3]))
+        rows.loc[len(rows)] = [*key, f'{accuracy:.4f}', f'{time.perf_counter() - start:.1f}', args.dataset_name]
+        runtime.write(results / file, rows.to_csv(columns=COLUMNS, index=False).encode())
+    rows = pd.concat(tables.values()).astype({'accuracy': float})
+    wide = rows.pivot_table('accuracy', 'repeat', ['data', *COLUMNS[:3]], sort=False)
+    table = '| data | objective | β | τ⁺ | repeats | accuracy, % | to β = 0 | to untrained |\n' + 8 * '|---' + '|\n'
+    for key, a in wide.items():
+        gains = (a - wide.get(base, a) for base in ((*key[:2], '0', key[3]), (key[0], 'untrained', '', '')))
+        cells = (f'{gain.mean():+.1f} ± {gain.std():.1f}' if gain.any() else '' for gain in gains)
+        table += f'| {" | ".join(key)} | {a.count()} | {a.mean():.1f} ± {a.std():.1f} | {" | ".join(cells)} |\n'
+    runtime.write(results / 'table.md', table.encode())
+    print(table)
+
+
+if __name__ == '__main__':
+    runtime.run(main)

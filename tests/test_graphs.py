@@ -1,0 +1,320 @@
+import io
+import math
+import runpy
+import sys
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+import torch_geometric as pyg
+
+import graphs as g
+
+SHAPES = dict(path=[(0, 1), (1, 2), (2, 3)], ring=[(0, 1), (1, 2), (2, 3), (3, 0)])
+
+
+@pytest.fixture(autouse=True)
+def denormals():
+    yield
+    torch.set_flush_denormal(False)  # main() sets it for the whole process
+
+
+def write_tu(root, name, graphs, labels=True):
+    """Write the graphs, lists of edges, of classes 0, 1, 0, 1, ... as a TU data set."""
+    raw = root / name / 'raw'
+    raw.mkdir(parents=True)
+    edges, nodes = [], 0
+    sizes = [1 + max(map(max, graph)) for graph in graphs]
+    for graph, size in zip(graphs, sizes):
+        edges += [(nodes + a + 1, nodes + b + 1) for u, v in graph for a, b in ((u, v), (v, u))]
+        nodes += size
+    lines = dict(A=[f'{u}, {v}' for u, v in edges], graph_labels=[2 * (i % 2) - 1 for i in range(len(graphs))],
+                 graph_indicator=[i + 1 for i, size in enumerate(sizes) for _ in range(size)])
+    if labels:
+        lines['node_labels'] = [k % 3 for size in sizes for k in range(size)]
+    for part, values in lines.items():
+        (raw / f'{name}_{part}.txt').write_text(''.join(f'{value}\n' for value in values))
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    """A data set of 24 graphs, paths and rings of 4 to 6 nodes."""
+    root = tmp_path_factory.mktemp('tu')
+    write_tu(root, 'TINY', [SHAPES[kind] + [(0, k) for k in range(4, 4 + i % 3)] for i in range(12) for kind in SHAPES])
+    return root
+
+
+@pytest.fixture
+def tiny(root, tmp_path, monkeypatch):
+    """Run main() on TINY with 2 epochs and without the search for C; returns the rows of the CSV file."""
+    monkeypatch.setattr(g, 'train', partial(g.train, epochs=2))
+    monkeypatch.setattr(g, 'GridSearchCV', lambda svm, *args, **kwargs: svm)
+
+    def run(*flags, file='TINY.csv'):
+        g.main(['--dataset_name', 'TINY', '--root', str(root), '--results_dir', str(tmp_path), *flags])
+        return pd.read_csv(tmp_path / file)
+    return run
+
+
+# The objectives
+
+def scores(*s):
+    """A node (1, 1) and graphs (G, 1) of these scores; the node's own graph is the first."""
+    return torch.ones(1, 1).double(), torch.tensor(s).double()[:, None].requires_grad_(), torch.tensor([0])
+
+
+def double_loop(nodes, graphs, batch, tau_plus, beta, published):
+    """Both objectives, one node and one graph at a time."""
+    def softplus(x):
+        return (1 + x.exp()).log()
+    n, G, total = len(nodes), len(graphs), 0
+    s = [[(node * graph).sum() for graph in graphs] for node in nodes]
+    negatives = [[x for j, x in enumerate(row) if j != batch[i]] for i, row in enumerate(s)]
+    top = max(abs(x) for row in negatives for x in row)
+    for i in range(n):
+        own, R, W = s[i][batch[i]], 0, 0
+        if not published:
+            for x in negatives[i]:
+                R, W = R + (beta * x).exp() * softplus(x), W + (beta * x).exp()
+            total = total + softplus(-own) + torch.relu(R / W - tau_plus * softplus(own)) / (1 - tau_plus)
+            continue
+        zero = torch.zeros((), dtype=torch.float64)
+        row = [*negatives[i], zero]
+        W = sum((-2 * beta * x / top).exp() for x in row) / G
+        for x in row:
+            term = softplus(x) - math.log(2) if beta == 0 else (-2 * beta * x / top).exp() / W * softplus(x)
+            total = total + (term / (1 - tau_plus) - (math.log(2) if beta else 0)) / (G - 1)
+        for x in [own, *[zero] * (G - 1)]:
+            total = total - (math.log(2) - softplus(-x) - tau_plus / (1 - tau_plus) * softplus(x))
+    return total / n
+
+
+@pytest.mark.parametrize('published', [False, True])
+@pytest.mark.parametrize('tau_plus, beta', [(0, 0), (0.1, 0), (0.5, 0), (0.5, 1), (0.1, 2), (0.3, 10), (0.5, -2)])
+def test_value_and_gradient_are_those_of_the_double_loop(tau_plus, beta, published):
+    generator = torch.Generator().manual_seed(0)
+    nodes, graphs = (torch.randn(k, 3, generator=generator, dtype=torch.float64, requires_grad=True) for k in (11, 4))
+    batch = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 3])
+    results = []
+    for loss in (g.infograph_loss, double_loop):
+        value = loss(nodes, graphs, batch, tau_plus, beta, published)
+        results.append((value.detach(), *torch.autograd.grad(value, (nodes, graphs))))
+    for fast, slow in zip(*results):
+        torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+
+
+def shares(published):
+    """The shares of the gradient of four negatives, of scores -1, 0, 0.5 and 2, with beta = 10."""
+    node, graphs, batch = scores(0, -1, 0, 0.5, 2)
+    grad, = torch.autograd.grad(g.infograph_loss(node, graphs, batch, 0, 10, published), graphs)
+    return grad[1:, 0].abs() / grad[1:].abs().sum()
+
+
+def test_papers_weights_stress_the_most_similar_negative_and_published_ones_the_least():
+    assert shares(published=False).argmax() == 3 and shares(published=False)[3] > 0.9
+    assert shares(published=True).argmax() == 0 and shares(published=True)[0] > 0.9
+
+
+def test_own_graph_is_no_negative_in_the_papers_form_and_a_score_of_0_in_the_published_one():
+    def rest(own, published, tau_plus=0.0):  # the loss without the own graph's part
+        loss = g.infograph_loss(*scores(own, -1, 2), tau_plus, 1, published)
+        return (loss - math.log1p(math.exp(-own))).item()
+    assert rest(3, False) == pytest.approx(rest(-3, False), abs=1e-12)
+    R = [math.exp(x) * math.log1p(math.exp(x)) for x in (-1, 2)]
+    assert rest(3, False) == pytest.approx(sum(R) / (math.exp(-1) + math.exp(2)))
+    w = [math.exp(-x) for x in (0, -1, 2)]  # 2 beta / max|s| is 1
+    R = [3 * a / sum(w) * math.log1p(math.exp(x)) - math.log(2) for a, x in zip(w, (0, -1, 2))]
+    assert rest(3, True) == pytest.approx(sum(R) / 2 - math.log(2))
+
+
+def test_negatives_are_divided_by_the_prior_of_true_ones():
+    for tau_plus in (0.1, 0.5):  # an own score of -50 corrects nothing
+        loss = g.infograph_loss(*scores(-50, 1, 1), tau_plus, 1) - 50
+        assert loss.item() == pytest.approx(math.log1p(math.e) / (1 - tau_plus))
+
+
+def test_false_negatives_are_subtracted_down_to_0_in_the_papers_form_and_added_in_the_published_one():
+    losses = [[g.infograph_loss(*scores(own, 1, 1), 0.1, 0, published).item() for own in (0, 2, 30, 40)]
+              for published in (False, True)]
+    terms = [(math.log1p(math.e) - 0.1 * math.log1p(math.exp(own))) / 0.9 for own in (0, 2)]
+    assert losses[0] == pytest.approx([math.log(2) + terms[0], math.log1p(math.exp(-2)) + terms[1], 0, 0], abs=1e-9)
+    assert losses[1][3] - losses[1][2] == pytest.approx(10 * 0.1 / 0.9)
+
+
+def test_scores_of_thousands_give_finite_losses_and_gradients():
+    for published in (False, True):
+        node, graphs, batch = scores(-3000, -5000, 4000)
+        loss = g.infograph_loss(node.float(), graphs.float(), batch, 0.5, 10, published)
+        assert loss.isfinite() and torch.autograd.grad(loss, graphs)[0].isfinite().all()
+
+
+# The encoder, the data and the views
+
+def test_linear_layers_start_as_xavier_and_embeddings_are_sums_over_nodes_of_three_layers(root):
+    graphs, _ = g.load(root, 'TINY')
+    b = pyg.data.Batch.from_data_list(graphs)
+    model = g.GIN(3)
+    linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, pyg.nn.Linear))]
+    assert len(linear) == 6 + 8
+    for m in linear:
+        bound = math.sqrt(6 / sum(m.weight.shape))
+        assert not m.bias.any() and 0.8 * bound < m.weight.abs().max() <= bound
+    nodes, pooled = model(b.x, b.edge_index, b.batch, b.num_graphs)
+    assert nodes.shape == (b.num_nodes, 96) and pooled.shape == (24, 96)
+    torch.testing.assert_close(pooled[5], nodes[b.batch == 5].sum(0))
+    model.eval()(b.x, b.edge_index, b.batch, 24)
+    first = torch.cat([model(x.x, x.edge_index, torch.zeros(len(x.x)).long(), 1)[1] for x in graphs[:3]])
+    torch.testing.assert_close(first, model(b.x, b.edge_index, b.batch, 24)[1][:3])  # no graph acts on another
+
+
+def test_nodes_without_features_get_their_degree_one_hot_or_standardised_above_1000(tmp_path):
+    write_tu(tmp_path, 'BARE', [SHAPES['path']] * 20, labels=False)
+    graphs, _ = g.load(tmp_path, 'BARE')
+    assert graphs[0].x.tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]]
+    star = [(0, k) for k in range(1, 1001)]
+    write_tu(tmp_path, 'STAR', [star] + [SHAPES['path']] * 19, labels=False)
+    x = torch.cat([graph.x for graph in g.load(tmp_path, 'STAR')[0]])
+    degrees = torch.tensor([1000.] + [1] * 1000 + [1, 2, 2, 1] * 19)
+    torch.testing.assert_close(x[:, 0], (degrees - degrees.mean()) / degrees.std())
+
+
+def test_views_change_each_graph_in_one_way_within_itself(root):
+    b = pyg.data.Batch.from_data_list(g.load(root, 'TINY')[0] * 10)
+    torch.manual_seed(0)
+    for strength in (0.2, 1.0):
+        x, edges, batch = g.view(b, strength)
+        assert (batch[edges[0]] == batch[edges[1]]).all() and (edges[0] != edges[1]).all()
+        assert batch.unique().tolist() == list(range(240))
+        flat = {*map(tuple, edges.T.tolist())}
+        assert flat == {(v, u) for u, v in flat}
+        kept = torch.bincount(batch, minlength=240)
+        dropped, masked = kept < b.ptr.diff(), torch.bincount(batch[x.sum(1) == 0], minlength=240) > 0
+        assert not (dropped & masked).any() and dropped.any() and masked.any() and not (dropped | masked).all()
+    assert set(kept[dropped].tolist()) == {1}  # with a strength of 1 the last node stays
+    assert (masked == (pyg.utils.scatter(x.abs().sum(1), batch) == 0)).all()
+    x, edges, batch = g.view(b, 0.0)
+    assert x.equal(b.x) and batch.equal(b.batch) and edges.equal(pyg.utils.coalesce(b.edge_index))
+
+
+# The script
+
+def test_same_line_gives_the_same_csv_but_for_seconds(tiny, tmp_path):
+    first = tiny('--betas', '0', '2', '--repeats', '1')
+    (tmp_path / 'TINY.csv').unlink()
+    second = tiny('--betas', '0', '2', '--repeats', '1')
+    assert list(first) == ['objective', 'beta', 'tau_plus', 'repeat', 'accuracy', 'seconds']
+    pd.testing.assert_frame_equal(first.drop(columns='seconds'), second.drop(columns='seconds'))
+    assert first['objective'].tolist() == ['untrained', 'infograph', 'infograph']
+    assert first[['beta', 'tau_plus']].isna().all(axis=1).tolist() == [True, False, False]
+
+
+def test_a_line_given_again_continues_and_a_finished_one_needs_no_data(tiny, root, tmp_path, monkeypatch, capsys):
+    first = tiny('--published', '--betas', '0', '--repeats', '1', file='TINY_published.csv')
+    both = tiny('--published', '--betas', '0', '--repeats', '2', file='TINY_published.csv')
+    pd.testing.assert_frame_equal(first, both[:2])  # seconds too: nothing ran twice
+    assert both['repeat'].tolist() == [0, 0, 1, 1] and both['tau_plus'].tolist()[1::2] == [0.5, 0.5]
+    (tmp_path / 'TINY_published.csv').unlink()
+    whole = tiny('--published', '--betas', '0', '--repeats', '2', file='TINY_published.csv')
+    pd.testing.assert_frame_equal(both.drop(columns='seconds'), whole.drop(columns='seconds'))
+    monkeypatch.setattr(g, 'load', None)
+    tiny('--published', '--betas', '0', '--repeats', '2', file='TINY_published.csv')
+    assert (tmp_path / 'table.md').read_text() in capsys.readouterr().out
+
+
+def test_graphcl_has_its_own_file_and_takes_contrastive_loss(tiny, monkeypatch):
+    seen = []
+    real = g.contrastive_loss
+    monkeypatch.setattr(g, 'contrastive_loss', lambda z1, z2, **kw: seen.append((z1, z2, kw)) or real(z1, z2, **kw))
+    rows = tiny('--objective', 'graphcl', '--betas', '1', '--repeats', '1', file='TINY_graphcl.csv')
+    assert rows['objective'].tolist() == ['untrained', 'graphcl'] and len(seen) == 2
+    z1, z2, kw = seen[0]
+    assert kw == dict(temperature=0.2, tau_plus=0.1, beta=1.0) and z1.shape == (24, 96) and not z1.equal(z2)
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """The numbers of graphs and the values of infograph_loss's calls, without the evaluation after training."""
+    calls, real = [], g.infograph_loss
+
+    def loss(nodes, graphs, *args):
+        calls.append((len(graphs), real(nodes, graphs, *args)))
+        return calls[-1][1]
+    monkeypatch.setattr(g, 'infograph_loss', loss)
+    monkeypatch.setattr(g, 'cross_val_score', lambda *args, **kwargs: torch.zeros(10))
+    return calls
+
+
+def test_a_last_graph_alone_joins_the_batch_before(root, losses):
+    for batch in (23, 12, 11):
+        g.train(*g.load(root, 'TINY'), 'infograph', 1.0, 0.1, 0, epochs=1, batch=batch)
+    assert [size for size, _ in losses] == [24, 12, 12, 11, 11, 2]
+
+
+def test_training_lowers_the_loss(root, losses):
+    g.train(*g.load(root, 'TINY'), 'infograph', 1.0, 0.1, 0, epochs=30)
+    assert len(losses) == 30 and losses[-1][1] < 0.5 * losses[0][1]
+
+
+def test_accuracy_is_an_rbf_svms_over_10_shuffled_folds_with_c_from_5_inner_ones(root, monkeypatch):
+    seen = []
+    real = g.cross_val_score
+    monkeypatch.setattr(g, 'cross_val_score', lambda *args, **kw: seen.append((*args, kw)) or real(*args, **kw))
+    accuracy = g.train(*g.load(root, 'TINY'), 'untrained', 0.0, 0.0, 3)
+    svm, z, y, kwargs = seen[0]
+    assert svm.param_grid == {'C': [1e-3, 1e-2, 1e-1, 1, 10, 100, 1000]} and svm.cv == 5
+    assert svm.estimator.get_params() == g.SVC().get_params()
+    assert (kwargs['cv'].n_splits, kwargs['cv'].shuffle, kwargs['cv'].random_state) == (10, True, 3)
+    assert z.shape == (24, 96) and sorted(y) == [0] * 12 + [1] * 12 and list(y) != [0, 1] * 12
+    assert 50 < accuracy <= 100
+
+
+def test_table_tells_means_deviations_and_gains_repeat_by_repeat(tiny, tmp_path, capsys):
+    head = 'objective,beta,tau_plus,repeat,accuracy,seconds\n'
+    (tmp_path / 'A_B_graphcl.csv').write_text(head + 'untrained,,,0,80,1\ngraphcl,0,0.1,0,81,1\ngraphcl,2,0.1,0,85,1\n'
+                                              'untrained,,,1,70,1\ngraphcl,0,0.1,1,73,1\ngraphcl,2,0.1,1,79,1\n')
+    tiny('--repeats', '1', '--betas', '0')
+    table = capsys.readouterr().out
+    assert '| A_B | untrained |  |  | 2 | 75.0 ± 7.1 |  |  |' in table
+    assert '| A_B | graphcl | 2 | 0.1 | 2 | 82.0 ± 4.2 | +5.0 ± 1.4 | +7.0 ± 2.8 |' in table
+
+
+@pytest.mark.parametrize('flags', [['--repeats', '0'], ['--tau_plus', '1'], ['--betas', 'nan'], ['--betas', 'x'],
+                                   ['--objective', 'graphcl', '--betas', '-1'], ['--objective', 'jsd'],
+                                   ['--published', '--objective', 'graphcl']])
+def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        g.main(flags)
+    assert error.value.code == 2 and capsys.readouterr().err.count('\n') == 1
+
+
+def test_missing_data_is_one_line_that_names_folder_and_files(tmp_path, monkeypatch):
+    def offline(self):
+        raise OSError('no network')
+    monkeypatch.setattr(pyg.datasets.TUDataset, 'download', offline)
+    with pytest.raises(SystemExit) as error:
+        g.main(['--dataset_name', 'NONE', '--root', str(tmp_path), '--results_dir', str(tmp_path / 'out')])
+    text = str(error.value)
+    assert '\n' not in text and f'{tmp_path}/NONE/raw' in text and not (tmp_path / 'out/NONE.csv').exists()
+    assert all(f'NONE_{part}.txt' in text for part in ('A', 'graph_indicator', 'graph_labels', 'node_labels'))
+
+
+def test_missing_labels_are_one_line(tmp_path):
+    write_tu(tmp_path, 'BARE', [SHAPES['path']] * 20)
+    (tmp_path / 'BARE/raw/BARE_graph_labels.txt').unlink()
+    with pytest.raises(SystemExit, match='BARE_graph_labels.txt'):
+        g.main(['--dataset_name', 'BARE', '--root', str(tmp_path), '--results_dir', str(tmp_path)])
+
+
+def test_foreign_csv_file_is_one_line_and_stays(tiny, tmp_path):
+    (tmp_path / 'TINY.csv').write_text('a,b\n1,2\n')
+    with pytest.raises(SystemExit, match='error: '):
+        tiny()
+    assert (tmp_path / 'TINY.csv').read_text() == 'a,b\n1,2\n'
+
+
+def test_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch_geometric', None)
+    monkeypatch.setattr(sys, 'stderr', io.StringIO())
+    with pytest.raises(SystemExit, match='^error: torch_geometric is missing: pip install torch_geometric$'):
+        runpy.run_path(g.__file__)
