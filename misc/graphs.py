@@ -25,8 +25,11 @@ from sklearn.svm import SVC
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import flags
+import runs
 import runtime
 from losses import contrastive_loss
+from runtime import UserError
 
 try:
     with warnings.catch_warnings(action='ignore'):
@@ -87,13 +90,13 @@ def view(b, strength=0.2):
 
 
 def load(root, name):
-    """The graphs of a TU data set, with node features, and their classes; ValueError if they cannot be had."""
+    """The graphs of a TU data set, with node features, and their classes; UserError if they cannot be had."""
     try:
         graphs = [*pyg.datasets.TUDataset(root, name)]
         y = torch.cat([g.y for g in graphs]).numpy()
     except (OSError, TypeError) as error:  # TypeError: no labels
-        raise ValueError(f'cannot read or download {name} ({error}): put {name}_A.txt, {name}_graph_indicator.txt, '
-                         f'{name}_graph_labels.txt, any {name}_node_labels.txt into {root}/{name}/raw') from None
+        raise UserError(f'cannot read or download {name} ({error}): put {name}_A.txt, {name}_graph_indicator.txt, '
+                        f'{name}_graph_labels.txt, any {name}_node_labels.txt into {root}/{name}/raw') from None
     degrees = [pyg.utils.degree(g.edge_index[0], g.num_nodes, torch.long) for g in graphs]
     d, top = torch.cat(degrees).float(), max(map(max, degrees))
     for g, own in zip(graphs, degrees if graphs[0].num_node_features == 0 else ()):
@@ -125,15 +128,15 @@ def train(graphs, y, objective, beta, tau_plus, seed, epochs=200, batch=128):
 
 
 def main(argv=None):
-    parser = runtime.Parser(prog='graphs.py', description=__doc__.partition('\n')[0])
+    parser = flags.Parser(prog='graphs.py', description=__doc__.partition('\n')[0])
     flag, form = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     flag('--dataset_name', default='MUTAG', help='one of the TU collection')
     flag('--root', default='data', help='holds {dataset_name}/raw; what is missing is downloaded to it')
     form('--objective', default='infograph', choices=['infograph', 'graphcl'], help='what to train with')
     form('--published', dest='objective', action='store_const', const='published', help='as in HCL\'s released code')
     flag('--betas', default=[0, 1, 2, 10], nargs='+', type=float, help='concentrations on hard negatives')
-    flag('--tau_plus', type=runtime.number(float, 'in [0, 1)', lambda x: 0 <= x < 1), help='0.1 or, published, 0.5')
-    flag('--repeats', default=10, type=runtime.positive_int, help='runs of each: seeds 0, 1, ...')
+    flag('--tau_plus', type=flags.number(float, 'in [0, 1)', lambda x: 0 <= x < 1), help='0.1 or, published, 0.5')
+    flag('--repeats', default=10, type=flags.images, help='runs of each: seeds 0, 1, ...')
     flag('--results_dir', default='results/graphs', help='directory of the CSV files and of table.md')
     args = parser.parse_args(argv)
     if not all(math.isfinite(beta) and (beta >= 0 or args.objective != 'graphcl') for beta in args.betas):
@@ -143,18 +146,20 @@ def main(argv=None):
     results, file = Path(args.results_dir), f'{args.dataset_name}_{args.objective}.csv'.replace('_infograph', '')
     tau_plus = args.tau_plus if args.tau_plus is not None else 0.5 if args.objective == 'published' else 0.1
     keys = [('untrained', '', ''), *((args.objective, f'{beta:g}', f'{tau_plus:g}') for beta in args.betas)]
-    with runtime.one_line_errors():
+    try:
         results.mkdir(parents=True, exist_ok=True)
         tables = {p.name: pd.read_csv(p, usecols=COLUMNS, dtype=str, keep_default_na=False).assign(
             data=p.stem.removesuffix('_published').removesuffix('_graphcl')) for p in sorted(results.glob('*.csv'))}
-        rows = tables.setdefault(file, pd.DataFrame(columns=[*COLUMNS, 'data']))
-        done = {*rows[COLUMNS[:4]].itertuples(index=False, name=None)}
-        todo = [key for r in range(args.repeats) for k in dict.fromkeys(keys) if (key := (*k, str(r))) not in done]
-        graphs, y = load(args.root, args.dataset_name) if todo else (None, None)
+    except (OSError, ValueError) as error:
+        raise UserError(f'{results} cannot be used, or holds a CSV file of something else: {error}') from None
+    rows = tables.setdefault(file, pd.DataFrame(columns=[*COLUMNS, 'data']))
+    done = {*rows[COLUMNS[:4]].itertuples(index=False, name=None)}
+    todo = [key for r in range(args.repeats) for k in dict.fromkeys(keys) if (key := (*k, str(r))) not in done]
+    graphs, y = load(args.root, args.dataset_name) if todo else (None, None)
     for key in tqdm(todo, unit='run'):
         start, accuracy = time.perf_counter(), train(graphs, y, key[0], *(float(x or 0) for x in key[1:3]), int(key[3]))
         rows.loc[len(rows)] = [*key, f'{accuracy:.4f}', f'{time.perf_counter() - start:.1f}', args.dataset_name]
-        runtime.write(results / file, rows.to_csv(columns=COLUMNS, index=False).encode())
+        runs.write(results / file, rows.to_csv(columns=COLUMNS, index=False).encode())
     rows = pd.concat(tables.values()).astype({'accuracy': float})
     wide = rows.pivot_table('accuracy', 'repeat', ['data', *COLUMNS[:3]], sort=False)
     table = '| data | objective | β | τ⁺ | repeats | accuracy, % | to β = 0 | to untrained |\n' + 8 * '|---' + '|\n'
@@ -162,7 +167,7 @@ def main(argv=None):
         gains = (a - wide.get(base, a) for base in ((*key[:2], '0', key[3]), (key[0], 'untrained', '', '')))
         cells = (f'{gain.mean():+.1f} ± {gain.std():.1f}' if gain.any() else '' for gain in gains)
         table += f'| {" | ".join(key)} | {a.count()} | {a.mean():.1f} ± {a.std():.1f} | {" | ".join(cells)} |\n'
-    runtime.write(results / 'table.md', table.encode())
+    runs.write(results / 'table.md', table.encode())
     print(table)
 
 

@@ -121,7 +121,7 @@ def run_all(planned, probe, jobs):
     def train_and_probe(run):
         directory, flags = run
         call('main.py', *flags, '--results_dir', str(directory))
-        epochs = runs.read_config(directory / 'config.json')['settings']['epochs']
+        epochs = runs.read_json(directory / 'config.json')['settings']['epochs']
         wanted = ['--model_path', str(directory / f'model_{epochs}.pth'), *probe]
         for name in METRICS[1:]:
             settings, _ = runs.read_probe(directory, epochs, name)

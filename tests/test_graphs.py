@@ -10,6 +10,7 @@ import torch
 import torch_geometric as pyg
 
 import graphs as g
+from runtime import UserError
 
 SHAPES = dict(path=[(0, 1), (1, 2), (2, 3)], ring=[(0, 1), (1, 2), (2, 3), (3, 0)])
 
@@ -292,7 +293,7 @@ def test_missing_data_is_one_line_that_names_folder_and_files(tmp_path, monkeypa
     def offline(self):
         raise OSError('no network')
     monkeypatch.setattr(pyg.datasets.TUDataset, 'download', offline)
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(UserError) as error:
         g.main(['--dataset_name', 'NONE', '--root', str(tmp_path), '--results_dir', str(tmp_path / 'out')])
     text = str(error.value)
     assert '\n' not in text and f'{tmp_path}/NONE/raw' in text and not (tmp_path / 'out/NONE.csv').exists()
@@ -302,13 +303,13 @@ def test_missing_data_is_one_line_that_names_folder_and_files(tmp_path, monkeypa
 def test_missing_labels_are_one_line(tmp_path):
     write_tu(tmp_path, 'BARE', [SHAPES['path']] * 20)
     (tmp_path / 'BARE/raw/BARE_graph_labels.txt').unlink()
-    with pytest.raises(SystemExit, match='BARE_graph_labels.txt'):
+    with pytest.raises(UserError, match='BARE_graph_labels.txt'):
         g.main(['--dataset_name', 'BARE', '--root', str(tmp_path), '--results_dir', str(tmp_path)])
 
 
 def test_foreign_csv_file_is_one_line_and_stays(tiny, tmp_path):
     (tmp_path / 'TINY.csv').write_text('a,b\n1,2\n')
-    with pytest.raises(SystemExit, match='error: '):
+    with pytest.raises(UserError, match='holds a CSV file of something else'):
         tiny()
     assert (tmp_path / 'TINY.csv').read_text() == 'a,b\n1,2\n'
 
