@@ -29,11 +29,10 @@ import flags
 import runs
 import runtime
 from losses import contrastive_loss
-from runtime import UserError
 
+warnings.filterwarnings('ignore', category=FutureWarning)  # PyG's, of torch.jit
 try:
-    with warnings.catch_warnings(action='ignore'):
-        import torch_geometric as pyg
+    import torch_geometric as pyg
 except ModuleNotFoundError as error:
     raise SystemExit(f'error: {error.name} is missing: pip install torch_geometric') from None
 COLUMNS = ['objective', 'beta', 'tau_plus', 'repeat', 'accuracy', 'seconds']
@@ -95,8 +94,8 @@ def load(root, name):
         graphs = [*pyg.datasets.TUDataset(root, name)]
         y = torch.cat([g.y for g in graphs]).numpy()
     except (OSError, TypeError) as error:  # TypeError: no labels
-        raise UserError(f'cannot read or download {name} ({error}): put {name}_A.txt, {name}_graph_indicator.txt, '
-                        f'{name}_graph_labels.txt, any {name}_node_labels.txt into {root}/{name}/raw') from None
+        files = ', '.join(f'{name}_{part}.txt' for part in ('A', 'graph_indicator', 'graph_labels', 'node_labels'))
+        raise runtime.UserError(f'cannot read or download {name} ({error}): {root}/{name}/raw needs {files}') from None
     degrees = [pyg.utils.degree(g.edge_index[0], g.num_nodes, torch.long) for g in graphs]
     d, top = torch.cat(degrees).float(), max(map(max, degrees))
     for g, own in zip(graphs, degrees if graphs[0].num_node_features == 0 else ()):
@@ -114,8 +113,8 @@ def train(graphs, y, objective, beta, tau_plus, seed, epochs=200, batch=128):
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     for b in batches * (0 if objective == 'untrained' else epochs):
         if objective == 'graphcl':
-            z1, z2 = (F.normalize(*model(*view(b), b.num_graphs, heads=[1])) for _ in range(2))
-            loss = contrastive_loss(z1, z2, temperature=0.2, tau_plus=tau_plus, beta=beta)  # GraphCL's temperature
+            z = [*model(*view(b), b.num_graphs, heads=[1]), *model(*view(b), b.num_graphs, heads=[1])]
+            loss = contrastive_loss(*z, temperature=0.2, tau_plus=tau_plus, beta=beta)  # GraphCL's temperature
         else:
             z = model(b.x, b.edge_index, b.batch, b.num_graphs, heads=[0, 1])
             loss = infograph_loss(*z, b.batch, tau_plus, beta, objective == 'published')
@@ -130,28 +129,28 @@ def train(graphs, y, objective, beta, tau_plus, seed, epochs=200, batch=128):
 def main(argv=None):
     parser = flags.Parser(prog='graphs.py', description=__doc__.partition('\n')[0])
     flag, form = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    flag('--dataset_name', default='MUTAG', help='one of the TU collection')
-    flag('--root', default='data', help='holds {dataset_name}/raw; what is missing is downloaded to it')
+    flags.add(parser, 'data', ('--dataset_name', 'MUTAG', flags.path, 'one of the TU collection'),
+              ('--root', 'data', flags.path, 'holds {dataset_name}/raw; what is missing is downloaded to it'))
     form('--objective', default='infograph', choices=['infograph', 'graphcl'], help='what to train with')
     form('--published', dest='objective', action='store_const', const='published', help='as in HCL\'s released code')
-    flag('--betas', default=[0, 1, 2, 10], nargs='+', type=float, help='concentrations on hard negatives')
+    flag('--betas', default=[0, 1, 2, 10], nargs='+', type=flags.real(-1000, 1000), help='on hard negatives')
     flag('--tau_plus', type=flags.number(float, 'in [0, 1)', lambda x: 0 <= x < 1), help='0.1 or, published, 0.5')
     flag('--repeats', default=10, type=flags.images, help='runs of each: seeds 0, 1, ...')
     flag('--results_dir', default='results/graphs', help='directory of the CSV files and of table.md')
     args = parser.parse_args(argv)
-    if not all(math.isfinite(beta) and (beta >= 0 or args.objective != 'graphcl') for beta in args.betas):
-        parser.error('--betas must be finite, and at least 0 with --objective graphcl')
+    if min(args.betas) < 0 and args.objective == 'graphcl':
+        parser.error('--betas must be at least 0 with --objective graphcl')
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # easy negatives have denormal weights, which are slow on a CPU
     results, file = Path(args.results_dir), f'{args.dataset_name}_{args.objective}.csv'.replace('_infograph', '')
     tau_plus = args.tau_plus if args.tau_plus is not None else 0.5 if args.objective == 'published' else 0.1
     keys = [('untrained', '', ''), *((args.objective, f'{beta:g}', f'{tau_plus:g}') for beta in args.betas)]
+    runs.lock(results)
     try:
-        results.mkdir(parents=True, exist_ok=True)
         tables = {p.name: pd.read_csv(p, usecols=COLUMNS, dtype=str, keep_default_na=False).assign(
             data=p.stem.removesuffix('_published').removesuffix('_graphcl')) for p in sorted(results.glob('*.csv'))}
-    except (OSError, ValueError) as error:
-        raise UserError(f'{results} cannot be used, or holds a CSV file of something else: {error}') from None
+    except ValueError as error:
+        raise runtime.UserError(f'{results} holds a CSV file of something else: {error}') from None
     rows = tables.setdefault(file, pd.DataFrame(columns=[*COLUMNS, 'data']))
     done = {*rows[COLUMNS[:4]].itertuples(index=False, name=None)}
     todo = [key for r in range(args.repeats) for k in dict.fromkeys(keys) if (key := (*k, str(r))) not in done]
