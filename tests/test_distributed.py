@@ -18,7 +18,7 @@ def everything(rank, world):
     """All that this file compares, on one rank."""
     return {'losses': [losses_and_gradients(rank, world, V) for V in (2, 3)],
             'training': [parameter_gradients(rank, world, *case) for case in TRAININGS],
-            'features': features_and_gathered(rank, world)}
+            'features': features_and_gathered(rank, world), 'one each': loss_of_one_sample_each(rank, world)}
 
 
 def joined(rank, world, function, store, out, args):
@@ -71,6 +71,19 @@ def losses_and_gradients(rank, world, V):
         by_t = setting['temperature'].grad if learnable else torch.zeros(())
         results.append((loss.detach(), by_t, torch.stack([z.grad for z in views])))
     return results
+
+
+def loss_of_one_sample_each(rank, world):
+    from losses import contrastive_loss
+    whole = torch.randn(2, max(2, world), 6, generator=torch.Generator().manual_seed(0))
+    return contrastive_loss(*(whole if world == 1 else whole[:, rank:rank + 1]))
+
+
+def test_ranks_may_hold_one_sample_each(ranks):
+    from losses import contrastive_loss
+    whole = torch.randn(2, len(ranks), 6, generator=torch.Generator().manual_seed(0))
+    for rank in ranks:
+        torch.testing.assert_close(rank['one each'], contrastive_loss(*whole))
 
 
 @pytest.mark.parametrize('V', [2, 3])
