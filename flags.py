@@ -6,7 +6,8 @@ import sys
 from runtime import RANK
 
 DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
-DATA = dict(dataset_name='stl10', root='data', store_size=96, image_size=32, test_size=0)  # defaults, as published
+DATA = dict(dataset_name='stl10', root='data', store_size=0, cache_dir=None, skip_damaged=False, image_size=32,
+            test_size=0)  # defaults, as published
 
 
 class Help(argparse.HelpFormatter):
@@ -81,7 +82,24 @@ def add_data_flags(group):
     """Add the flags that name a data set and its sizes, without defaults: DATA holds those."""
     group.add_argument('--root', type=path, help='directory of the data set; stl10 and cifar are downloaded to it')
     group.add_argument('--dataset_name', choices=DATASETS, help='what to train on')
-    group.add_argument('--store_size', type=integer(8, 1024), help='pixels at which the images of a folder are kept')
+    group.add_argument('--store_size', type=number(int, '0 or an integer from 8 to 1024', lambda x: x in (0, *range(8, 1025))),
+                       help='pixels at which the images of a folder are kept; 0: their own, if all are squares of one '
+                            'size of at most 256, else 96')
+    group.add_argument('--cache_dir', type=path, help='where they are kept, decoded (default: in the folder, or where '
+                                                      'that cannot be written, in the user\'s cache directory)')
+    group.add_argument('--skip_damaged', action='store_true', default=None, help='leave out its damaged files')
     group.add_argument('--image_size', type=integer(8, 512), help='pixels of the training views')
     group.add_argument('--test_size', type=integer(0, 1024),
                        help='pixels of the test images and of the kNN memory; 0: their own, 96 for stl10')
+
+
+def fill_data_flags(args, settings):
+    """Give the data flags that were not given the values of a run's settings, or DATA's.
+
+    Sizes of views and tests belong to the run's encoder, the others to its data set: they go to no other one.
+    """
+    if args.dataset_name not in (None, settings.get('dataset_name')):
+        settings = {name: value for name, value in settings.items() if name in ('image_size', 'test_size')}
+    for name, default in DATA.items():
+        if getattr(args, name) is None:
+            setattr(args, name, settings.get(name, default))

@@ -69,7 +69,7 @@ def main(argv=None):
     untrained = path.with_name('model_0.pth')
     net, log = load_model(path, head=False), runs.accuracies(path)
     take_settings(args, path.with_name('config.json'))
-    data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=False)
+    data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged)
     device = runtime.start()
     knn = f'kNN {log[path.name]:.2f} %, ' if path.name in log else ''
     first, five = probe_encoder(args, path, net, data, device)
@@ -82,15 +82,11 @@ def main(argv=None):
 
 
 def take_settings(args, config):
-    """Fill the data flags that were not given: from the run's config.json where it is of this data set, else DATA."""
+    """Fill the data flags that were not given from the run's config.json, or DATA."""
     settings = runs.read_json(config)['settings'] if config.exists() else {}
     if args.dataset_name is None and not settings:
         runtime.say(f'No {config.name} beside {args.model_path}: taking {flags.DATA["dataset_name"]}, as published')
-    if args.dataset_name not in (None, settings.get('dataset_name')):
-        settings = {}  # root and sizes of another data set
-    for name, default in flags.DATA.items():
-        if getattr(args, name) is None:
-            setattr(args, name, settings.get(name, default))
+    flags.fill_data_flags(args, settings)
 
 
 def probe_encoder(args, path, net, data, device):
