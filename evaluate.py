@@ -50,10 +50,10 @@ def label_free(net, images, view_size, size, autocast, device, signals=None, n=1
     features = encode(net, images, chosen, size, autocast, device, signals)
     alignment = (z1 - z2).square().sum(1).mean()
     uniformity = sum(F.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)) / 2
-    # infinite features, of an encoder that diverges, have no singular values
-    sigma = torch.linalg.svdvals(features if features.isfinite().all() else features * 0)
-    p = sigma / sigma.sum()
-    return dict(alignment=alignment.item(), uniformity=uniformity.item(), rankme=torch.special.entr(p).sum().exp().item())
+    # of an encoder that diverges, features may be infinite: they have no singular values
+    sigma = torch.linalg.svdvals(features if features.isfinite().all() else features.new_zeros(1, 1))
+    rankme = torch.special.entr(sigma / sigma.sum()).sum().exp()
+    return dict(alignment=alignment.item(), uniformity=uniformity.item(), rankme=rankme.item())
 
 
 def hits(scores, labels):

@@ -62,6 +62,7 @@ def positive(high):
 epochs, epochs_or_0 = integer(1, 1_000_000), integer(0, 1_000_000)
 images = integer(1, 1_000_000)
 seed = integer(0, 2**32 - 1)
+store_size = number(int, '0 or an integer from 8 to 1024', lambda x: x == 0 or 8 <= x <= 1024)
 
 
 def boolean(value):
@@ -82,9 +83,9 @@ def add_data_flags(group):
     """Add the flags that name a data set and its sizes, without defaults: DATA holds those."""
     group.add_argument('--root', type=path, help='directory of the data set; stl10 and cifar are downloaded to it')
     group.add_argument('--dataset_name', choices=DATASETS, help='what to train on')
-    group.add_argument('--store_size', type=number(int, '0 or an integer from 8 to 1024', lambda x: x in (0, *range(8, 1025))),
-                       help='pixels at which the images of a folder are kept; 0: their own, if all are squares of one '
-                            'size of at most 256, else 96')
+    group.add_argument('--store_size', type=store_size,
+                       help='pixels at which a folder\'s images are kept; 0: their own if all are squares of one size, '
+                            'at most 256, else 96')
     group.add_argument('--cache_dir', type=path, help='where they are kept, decoded (default: in the folder, or where '
                                                       'that cannot be written, in the user\'s cache directory)')
     group.add_argument('--skip_damaged', action='store_true', default=None, help='leave out its damaged files')

@@ -130,7 +130,8 @@ def test_files_of_a_run(finished, tiny):
     assert {path.name for path in finished.iterdir()} == {'.lock', 'config.json', 'last.pth', 'log.csv', 'model_0.pth',
                                                           'model_1.pth', 'model_2.pth', 'model_3.pth'}
     log = pd.read_csv(finished / 'log.csv')
-    assert list(log) == ['epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'seconds', 'encoder']
+    assert list(log) == ['epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'alignment', 'uniformity', 'rankme', 'lr',
+                         'images/s', 'seconds', 'encoder']
     assert list(log['epoch']) == [0, 1, 2, 3] and log['train_loss'].isna().tolist() == [True, False, False, False]
     assert log['test_acc@1'].isna().tolist() == [False, True, False, False]  # untrained, every second epoch, the last
     assert log['encoder'].tolist() == [zlib.crc32((finished / f'model_{i}.pth').read_bytes()) for i in range(4)]
@@ -577,12 +578,12 @@ def test_logistic_probe_is_scikit_learns(monkeypatch):
 
 def test_probe_of_another_data_set_does_not_take_this_ones_sizes(finished, monkeypatch):
     given = {}
-    monkeypatch.setattr(linear, 'load_data', lambda name, root, store_size, unlabeled: given.update(
+    monkeypatch.setattr(linear, 'load_data', lambda name, root, store_size, *rest: given.update(
         name=name, root=root, store_size=store_size) or 1 / 0)
     checkpoint = ['--model_path', str(finished / 'model_3.pth')]
     with pytest.raises(ZeroDivisionError):
         linear.main([*checkpoint, '--dataset_name', 'stl10'])
-    assert given == dict(name='stl10', root='data', store_size=96)
+    assert given == dict(name='stl10', root='data', store_size=0)
     with pytest.raises(ZeroDivisionError):
         linear.main(checkpoint)
     assert given['name'] == 'folder' and given['store_size'] == 16
