@@ -1,18 +1,7 @@
 """The data sets, as uint8 arrays with labels: stl10, cifar10 and cifar100 by torchvision, folders, and drawn shapes."""
 
 import contextlib
-import hashlib
-import itertools
-import json
-import os
-import random
-import shutil
-import stat
 import unicodedata
-import warnings
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,21 +10,11 @@ import numpy as np
 import torch
 import torchvision
 from filelock import FileLock
-from PIL import Image, ImageOps
 from torch.utils.data import ConcatDataset
 from torchvision.datasets.utils import check_integrity
-from tqdm import tqdm
 
-from runtime import CORES, LOCAL_WORLD, UserError, say
-
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()  # of those that Pillow reads
-            if kind in set(Image.OPEN) - {'BUFR', 'GRIB', 'HDF5', 'MPEG', 'WMF'}}  # and not just recognises
-SYSTEM = ('@eadir', '#recycle', '__macosx', 'thumbs.db', 'desktop.ini', '$recycle.bin', 'lost+found')
-CACHE = '.decoded'  # where the images of a folder are kept once they are decoded, if it can be written
-
-
-class DataError(UserError):
-    """The data cannot be used, for a reason that its one line tells the user."""
+from folder import DataError, decoded, find_images, hidden
+from runtime import say
 
 
 @dataclass
@@ -162,17 +141,16 @@ def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
     Without train and test, or with less than two classes in train, all images below root, or train, have no label.
     """
     train, test = root / 'train', root / ('val' if (root / 'val').is_dir() and not (root / 'test').is_dir() else 'test')
-    for directory in (root, train) if (root / 'test').is_dir() else (root,):
-        if not directory.is_dir():
-            raise DataError(f'{directory} is not a directory: a folder data set is {root}/train/<class>/*, '
-                            f'{root}/test/<class>/* and, if wanted, {root}/unlabeled/**, or images without labels '
-                            f'anywhere below {root}. --dataset_name shapes needs no files')
-    splits, left, problems = [], {}, []  # left: why files were left out -> those files
-    for split in (train, test):
-        splits.append({})  # class -> its directories: several, if their names differ in Unicode form
-        for entry in sorted(split.iterdir()) if split.is_dir() else ():
-            if entry.is_dir() and not _hidden(entry.name):
-                splits[-1].setdefault(_nfc(entry.name), []).append(entry)
+    missing = [path for path in (root, *[train] * (root / 'test').is_dir()) if not path.is_dir()]
+    if missing:
+        raise DataError(f'{missing[0]} is not a directory: a folder data set is {root}/train/<class>/*, {root}/test/'
+                        f'<class>/* and, if wanted, {root}/unlabeled/**, or images without labels anywhere below '
+                        f'{root}. --dataset_name shapes needs no files')
+    splits, left, problems = ({}, {}), {}, []  # class -> directories, whose names may differ in Unicode form
+    for split, names in zip((train, test), splits):
+        for entry in sorted(split.glob('*')):
+            if entry.is_dir() and not hidden(entry.name):
+                names.setdefault(_nfc(entry.name), []).append(entry)
             else:
                 left.setdefault('outside the classes', []).append(entry)
     classes, tops = sorted(splits[0]), [root / 'unlabeled']
@@ -185,18 +163,17 @@ def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
     elif classes != sorted(splits[1]):
         raise DataError(f'classes differ: only in {train}: {sorted({*classes} - {*splits[1]}) or "none"}; '
                         f'only in {test}: {sorted({*splits[1]} - {*classes}) or "none"}')
-    files, labels, parts = [], [], []  # part 0: labelled training images, 1: those without label, 2: test images
+    files, tags = [], []  # of a file its part (0: labelled training images, 1: those without label, 2: test) and label
     groups = [(part, label, splits[part // 2][name]) for part in (0, 2) for label, name in enumerate(classes)]
     for part, label, directories in sorted([*groups, (1, -1, tops)]):
-        found = [file for top in directories if top.is_dir() for file in _images(top, root, left, problems)]
-        if part != 1 and not found:
-            problems.append(f'{directories[0]}: no image in it')
-        files, labels, parts = files + found, labels + [label] * len(found), parts + [part] * len(found)
+        found = [file for top in directories if top.is_dir() for file in find_images(top, root, left, problems)]
+        problems += [] if found or part == 1 else [f'{directories[0]}: no image in it']
+        files, tags = files + found, tags + [(part, label)] * len(found)
     if left:
         say(f'{root}: left out ' + '; '.join(f'{len(paths)} {why}, such as {paths[0]}' for why, paths in left.items()))
     if problems or not files:
         raise DataError('\n  '.join([f'{root}: {len(problems) or "no image, no"} problems:', *problems]))
-    images, damaged, dark = _decoded(root, files, store_size, cache_dir)
+    images, damaged, dark = decoded(root, files, store_size, cache_dir)
     if damaged and not skip_damaged:
         raise DataError('\n  '.join([f'{root}: {len(damaged)} damaged images. Mend them, or leave them out by '
                                      '--skip_damaged:', *(f'{root / name}: {why}' for name, why in damaged.items())]))
@@ -204,170 +181,9 @@ def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
                         (dark, 'of 16 bits come out dark, as they use less than 14 of them: scale them first')):
         if names:
             say(f'{root}: {len(names)} images {what}, such as {next(iter(names))}')
-    good = torch.tensor([name not in damaged for name, *_ in files])
-    labels, parts = torch.tensor(labels)[good], torch.tensor(parts)[good]
+    parts, labels = torch.tensor([tag for tag, (name, *_) in zip(tags, files) if name not in damaged]).view(-1, 2).T
     n, first = int((parts <= unlabeled).sum()), int((parts < 2).sum())
     return Data(images[:n], labels[:n], images[first:], labels[first:], classes, tuple(damaged))
-
-
-def _hidden(name):
-    return name[0] == '.' or name.lower() in SYSTEM
-
-
-def _images(top, root, left, problems):
-    """(path below root, bytes, time of change) of the images below the directory top, sorted. Links are followed.
-
-    Adds to left, by its reason, what is left out, and to problems the directories that cannot be read. No directory is
-    read twice, nor one between root and top, so that loops of links end.
-    """
-    seen = [os.stat(path) for path in (top, *top.parents) if path.is_relative_to(root)]
-    found, seen = [], {(about.st_dev, about.st_ino) for about in seen}
-    for place, directories, names in os.walk(top, onerror=lambda error: problems.append(str(error)), followlinks=True):
-        kept = []
-        for name in sorted(directories + names):
-            path = os.path.join(place, name)
-            about = os.stat(path) if os.path.exists(path) else os.lstat(path)  # of a broken link, decoding tells
-            if _hidden(name):
-                why = 'hidden or a system\'s'
-            elif stat.S_ISDIR(about.st_mode):
-                why = 'read before by another link' if (about.st_dev, about.st_ino) in seen else kept.append(name)
-                seen.add((about.st_dev, about.st_ino))
-            elif os.path.splitext(name)[1].lower() not in SUFFIXES:
-                why = 'not named as an image'
-            elif not stat.S_ISREG(about.st_mode) and not stat.S_ISLNK(about.st_mode):
-                why = 'FIFO, socket or device'
-            else:
-                why = found.append((path[len(str(root)) + 1:], about.st_size, about.st_mtime_ns))
-            if why and name != CACHE:
-                left.setdefault(why, []).append(path)
-        directories[:] = kept
-    return sorted(found)
-
-
-def _decoded(root, files, store_size, cache_dir):
-    """Images (n, 3, S, S) of the files that are not damaged, mapped; reasons by name of the damaged; names of the dark.
-
-    The first process that needs them decodes them to a file, which serves until a file of the folder changes; then
-    the rows of all others are copied. It is an .npy, behind which an .npz has keys and checksums of the rows.
-    """
-    place = root / CACHE
-    if cache_dir or not (place.exists() or os.access(root, os.W_OK)):
-        place = Path(cache_dir or os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'),
-                     f'{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}')
-    path = place / f'{store_size or "own"}.npy'
-    keys = [int(hashlib.blake2b(repr(file).encode(), digest_size=8).hexdigest(), 16) for file in files]
-
-    def ready():
-        cached = _cached(path)
-        if cached and cached[3] == keys and all(_decode(root / name, 8)[0] is None for name in cached[1]):
-            return cached
-
-    try:
-        cached = ready()
-        if not cached:
-            place.mkdir(parents=True, exist_ok=True)
-            with FileLock(place / '.lock'):  # the others wait, and find the file
-                cached = ready() or _write_cache(path, root, files, keys, store_size)
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        raise DataError(f'cannot write {path} ({error}): choose another --cache_dir') from error
-    images, damaged, dark, *_ = cached
-    say(f'{root}: {len(images)} images, kept at {images.shape[2]} px in {path}')
-    return torch.from_dlpack(images), damaged, dark
-
-
-def _cached(path):
-    """What _write_cache() wrote: images (n, 3, S, S), mapped, damaged, dark, keys, good; () where it is not intact.
-
-    Checksums are of rows. All are checked in a file of less than 1 GB, 4,096 at random in a larger one.
-    """
-    try:
-        images = np.load(path, mmap_mode='r')
-        with open(path, 'rb') as file:
-            file.seek(images.offset + images.nbytes)
-            about = dict(np.load(file))
-        damaged, dark = json.loads(str(about['notes']))
-        n = len(images)
-        rows = range(n) if images.nbytes < 1e9 else sorted(random.sample(range(n), 4096))
-        intact = all(zlib.crc32(images[i]) == about['checksums'][i] for i in rows)
-        return (images, damaged, dark, about['keys'].tolist(), about['good']) if intact else ()
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
-        return ()
-
-
-def _write_cache(path, root, files, keys, store_size):
-    """Decode the files in parallel into path, and return what _cached() then does."""
-    size, before, part = store_size or _own_size(root, files), _cached(path), path.with_suffix('.part')
-    needed, free = len(files) * 3 * size**2, shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise DataError(f'{root} takes {needed / 1e9:.1f} GB at {size} px, and {free / 1e9:.1f} GB are free in '
-                        f'{path.parent}: choose another --cache_dir, or lower --store_size')
-    images, _, was_dark, were, good = before if before and before[0].shape[2] == size else ((), {}, (), (), ())
-    rows, threads = dict(zip(itertools.compress(were, good), images)), CORES * LOCAL_WORLD
-    damaged, dark, checksums = {}, [], []
-
-    def read(key, file):
-        return (rows[key], file[0] in was_dark) if key in rows else _decode(root / file[0], size)
-
-    def header(n):
-        np.lib.format.write_array_header_1_0(out, dict(descr='|u1', fortran_order=False, shape=(n, 3, size, size)))
-
-    try:
-        with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings(), open(part, 'wb') as out, \
-                tqdm(total=len(files), desc=f'Decoding {root}', unit='image', disable=None) as bar:
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
-            header(len(files))
-            for i in range(0, len(files), 64 * threads):  # few at a time, as they wait in memory to be written
-                some = slice(i, i + 64 * threads)
-                for (name, *_), (pixels, note) in zip(files[some], pool.map(read, keys[some], files[some])):
-                    if pixels is None:
-                        damaged[name] = note
-                        continue
-                    out.write(pixels)
-                    checksums.append(zlib.crc32(pixels))
-                    dark += [name] * note
-                bar.update(len(files[some]))
-            np.savez(out, keys=np.array(keys, np.uint64), checksums=checksums, notes=json.dumps([damaged, dark]),
-                     good=[name not in damaged for name, *_ in files])
-            out.seek(0)
-            header(len(checksums))  # as long as before: numpy leaves room for more digits
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return _cached(path)
-
-
-def _own_size(root, files):
-    """The side of the images where all are squares of one size of at most 256 pixels, else 96, by their headers."""
-    sizes = set()
-    for name, *_ in files:
-        with contextlib.suppress(Exception), Image.open(root / name) as image:  # decoding tells what is wrong
-            sizes.add(image.size)
-        if len(sizes) > 1:
-            return 96
-    width, height = sizes.pop() if sizes else (96, 96)
-    return width if width == height <= 256 else 96
-
-
-def _decode(path, size):
-    """(3, size, size) uint8 of the image's first frame and whether it is dark; None and why, if it is damaged.
-
-    Its largest central square, turned as EXIF says, is resized by PIL's antialiased bilinear filter.
-    """
-    try:
-        with Image.open(path) as image:
-            wide = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')  # 16 bits
-            if image.mode in ('I', 'F') and not wide:
-                raise ValueError('32 bits a pixel, of unknown range')
-            image = ImageOps.exif_transpose(image)
-            dark = wide and image.getextrema()[1] < 2**14
-            if wide:  # convert('RGB') would clip these to white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.BILINEAR)
-        return np.array(image).transpose(2, 0, 1).copy(), dark  # (H, W, 3) -> (3, H, W)
-    except Exception as error:  # whatever a decoder makes of a damaged file
-        return None, str(error or type(error).__name__)
 
 
 def _outlines():
