@@ -208,5 +208,5 @@ def test_wrong_trees_are_explained(folder):
     with pytest.raises(DataError, match='lower --store_size'):
         load_data('folder', folder, store_size=10**6)
     (folder / 'test').rename(folder / 'other')
-    with pytest.raises(DataError, match=r'train has classes, and .*test is not a directory. To train without labels: --'):
+    with pytest.raises(DataError, match=r'train has classes, and .*test is not a directory.*: --root .*train'):
         load_data('folder', folder)

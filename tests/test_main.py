@@ -159,7 +159,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
 
     def check_and_stop(self):
         calls.append(1)
-        if len(calls) in (3, 5, 7):  # the first two are of the untrained encoder's kNN
+        if len(calls) in (6, 8, 10):  # the first five are of the untrained encoder's measures
             raise runtime.Stopped(signal.SIGTERM)
         check(self)
 
@@ -173,7 +173,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
 
 
 def stop_after(checks, monkeypatch):
-    """Ask the run to stop at the next look after so many: the first two are of the untrained encoder's kNN."""
+    """Ask the run to stop at the next look after so many: the first five are of the untrained encoder's measures."""
     seen = iter([False] * checks + [True])
 
     def check(self):
@@ -380,7 +380,7 @@ def test_state_is_saved_once_a_minute_though_no_encoder_is_kept(tiny, tmp_path, 
 
 
 def test_log_counts_the_time_before_a_stop(tiny, tmp_path, monkeypatch):
-    stop_after(2, monkeypatch)
+    stop_after(5, monkeypatch)
     flags = [*tiny, '--epochs', '1', '--results_dir', str(tmp_path)]
     with pytest.raises(SystemExit):
         main.main(flags)

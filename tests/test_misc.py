@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import HOME, Job
 
 import cifar10_jpeg
+import flags
 import main
 import model
 import plot
@@ -183,7 +184,7 @@ def test_a_signal_to_the_sweep_lets_its_runs_save(tiny, tmp_path, run, signum):
 
 
 def arguments(*paths, **kwargs):
-    return Namespace(paths=list(paths), **dict(dict(root=None, seed=0, images=9, query=0), **kwargs))
+    return Namespace(paths=list(paths), **{**dict.fromkeys(flags.DATA), 'seed': 0, 'images': 9, 'query': 0, **kwargs})
 
 
 def test_curves_are_means_over_seeds(logs):
