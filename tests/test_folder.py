@@ -1,5 +1,6 @@
 """Sixty kinds of file and directory as people keep them, each with its pixels or its line, and the cache."""
 
+import json
 import os
 import shutil
 import socket
@@ -7,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +16,13 @@ from torchvision.datasets.folder import pil_loader
 from torchvision.transforms.functional import pil_to_tensor
 
 import folder
+import linear
+import main
+import plot
+from augment import apply, draw, normalize, seeded
 from data import DataError, Joined, load_data
+from evaluate import label_free
+from model import Model
 
 RNG = np.random.default_rng(0)
 RGB = np.kron(RNG.integers(256, size=(8, 10, 3)), np.ones((4, 4, 1))).astype(np.uint8)  # 32 x 40, in squares
@@ -354,3 +362,58 @@ def test_joined_arrays_are_read_as_one():
     assert torch.equal(joined.index_select(0, index), whole[index]) and torch.equal(joined[2], whole[2])
     assert joined.shape == whole.shape and len(joined) == 9 and joined.nbytes == whole.nbytes
     assert joined.to(torch.device('cpu')) is joined
+
+
+def test_label_free_measures_are_those_of_the_papers():
+    """Against loops over pairs and an SVD by numpy, of views that are drawn again."""
+    net = Model(8, 'resnet18', width=0.125)
+    images = torch.from_numpy(RNG.integers(256, size=(30, 3, 16, 16), dtype=np.uint8))
+    found = label_free(net, images, 8, 0, torch.autocast('cpu', enabled=False), torch.device('cpu'), n=20)
+    chosen = torch.randperm(30, generator=seeded(0))[:20].sort().values
+    net.eval()
+    with torch.no_grad():
+        z = [net(apply(images[chosen], draw(20, 16, 16, seeded(view, 0)), 8))[1].double() for view in range(2)]
+        f = net.f(normalize(images[chosen] / 255)).flatten(1).double()
+    alignment = np.mean([((a - b) ** 2).sum() for a, b in zip(*z)])
+    pairs = [[np.exp(-2 * ((v[i] - v[j]) ** 2).sum()) for i in range(20) for j in range(i)] for v in z]
+    p = np.linalg.svd(f.numpy(), compute_uv=False)
+    p /= p.sum()
+    assert found['alignment'] == pytest.approx(alignment, rel=1e-4)
+    assert found['uniformity'] == pytest.approx(np.mean([np.log(np.mean(x)) for x in pairs]), rel=1e-4)
+    assert found['rankme'] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-3)
+
+
+def test_features_that_are_not_finite_have_no_rank():
+    net, images = Model(8, 'resnet18', width=0.125), torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    net.f[1].running_var.fill_(torch.nan)
+    found = label_free(net, images, 8, 0, torch.autocast('cpu', enabled=False), torch.device('cpu'))
+    assert np.isnan(found['rankme'])
+
+
+def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp_path, tree, monkeypatch, capsys):
+    mine, results = tmp_path / 'mine', tmp_path / 'r'
+    mine.mkdir()
+    for i in range(24):
+        Image.fromarray(RNG.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(mine / f'{i}.png')
+    (mine / '7.png').write_bytes(PNG)
+    flags = ['--dataset_name', 'folder', '--root', str(mine), '--image_size', '8', '--batch_size', '8', '--arch',
+             'resnet18', '--width', '0.125', '--epochs', '2', '--knn_every', '1', '--results_dir', str(results)]
+    with pytest.raises(DataError, match='--skip_damaged'):
+        main.main(flags)
+    main.main([*flags, '--skip_damaged'])
+    assert 'RankMe' in capsys.readouterr().out
+    log, config = pd.read_csv(results / 'log.csv'), json.loads((results / 'config.json').read_text())
+    assert log['test_acc@1'].isna().all() and (log[['alignment', 'rankme']] > 0).all(None) and config['classes'] == []
+    assert config['images'] == dict(train=23, test=0, damaged=1, damaged_files=['7.png'])
+    plot.main(['curves', str(results)])
+    monkeypatch.setattr(plot.runtime, 'start', lambda: torch.device('cpu'))
+    plot.main(['neighbours', str(results / 'model_2.pth')])
+    assert (results / 'curves.png').exists() and (results / 'neighbours.png').exists()
+    path = ['--model_path', str(results / 'model_2.pth'), '--epochs', '1', '--batch_size', '8']
+    with pytest.raises(DataError, match='has no labels: name a labelled data set by --dataset_name and --root'):
+        linear.main(path)
+    linear.main([*path, '--dataset_name', 'folder', '--root', str(tree)])
+    assert 'linear probe' in capsys.readouterr().out
+    plot.main(['neighbours', str(results / 'model_2.pth'), '--root', str(tree), '--out', str(tmp_path / 'n.png')])
+    with pytest.raises(DataError, match='has no labels'):
+        main.main([*flags, '--skip_damaged', '--oracle'])

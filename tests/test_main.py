@@ -316,7 +316,7 @@ def test_variants_resume_to_the_same_bits(tiny, tmp_path, flags, monkeypatch):
     flags = [*tiny, '--epochs', '2', '--hidden_dim', '24', *flags, '--results_dir']
     main.main([*flags, str(tmp_path / 'whole')])
     with monkeypatch.context() as patch:
-        stop_after(6, patch)  # in the second epoch
+        stop_after(9, patch)  # in the second epoch
         with pytest.raises(SystemExit):
             main.main([*flags, str(tmp_path / 'parts')])
     main.main([*flags, str(tmp_path / 'parts')])
