@@ -168,7 +168,8 @@ def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
     for part, label, directories in sorted([*groups, (1, -1, tops)]):
         found = [file for top in directories if top.is_dir() for file in find_images(top, root, left, problems)]
         problems += [] if found or part == 1 else [f'{directories[0]}: no image in it']
-        files, tags = files + found, tags + [(part, label)] * len(found)
+        files += found
+        tags += [(part, label)] * len(found)
     if left:
         say(f'{root}: left out ' + '; '.join(f'{len(paths)} {why}, such as {paths[0]}' for why, paths in left.items()))
     if problems or not files:

@@ -46,9 +46,11 @@ def find_images(top, root, left, problems):
     for place, directories, names in os.walk(top, onerror=lambda error: problems.append(str(error)), followlinks=True):
         kept = []
         for name in sorted(directories + names):
-            path = os.path.join(place, name)
-            about = os.stat(path) if os.path.exists(path) else os.lstat(path)  # of a broken link decoding tells
-            why = None
+            path, why = f'{place}/{name}', None
+            try:
+                about = os.stat(path)
+            except OSError:  # of a broken link decoding tells
+                about = os.lstat(path)
             if hidden(name):
                 why = 'hidden or a system\'s'
             elif stat.S_ISDIR(about.st_mode):
@@ -106,7 +108,8 @@ def _cached(path):
         with open(path, 'rb') as file:
             file.seek(images.offset + images.nbytes)
             about = dict(np.load(file))
-        rows = range(len(images)) if images.nbytes < 1e9 else sorted(random.sample(range(len(images)), 4096))
+        images, n = np.asarray(images), len(images)
+        rows = range(n) if images.nbytes < 1e9 else sorted(random.sample(range(n), 4096))
         if all(zlib.crc32(images[i]) == about['checksums'][i] for i in rows):
             return images, *json.loads(str(about['notes'])), about['keys'].tolist(), about['good']
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
