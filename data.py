@@ -1,9 +1,7 @@
 """The data sets, as uint8 arrays with labels: stl10, cifar10 and cifar100 by torchvision, folders, and drawn shapes."""
 
 import contextlib
-import os
-import warnings
-from concurrent.futures import ThreadPoolExecutor
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,58 +10,101 @@ import numpy as np
 import torch
 import torchvision
 from filelock import FileLock
-from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.utils.data import ConcatDataset
 from torchvision.datasets.utils import check_integrity
-from tqdm import tqdm
 
-from runtime import CORES, LOCAL_WORLD, UserError
-
-
-class DataError(UserError):
-    """The data cannot be used, for a reason that its one line tells the user."""
+from folder import DataError, decoded, find_images, hidden
+from runtime import say
 
 
 @dataclass
 class Data:
-    """Images (N, 3, H, W) uint8, labels (N,) int64 with -1 where there is none, and the names of the classes."""
+    """Images (N, 3, H, W) uint8, labels (N,) int64 with -1 where there is none, and the names of the classes.
+
+    Without labels there are no test images and no classes. damaged names the files that were left out as such.
+    """
 
     train: torch.Tensor
     train_labels: torch.Tensor
     test: torch.Tensor
     test_labels: torch.Tensor
     classes: list
+    damaged: tuple = ()
 
 
-def load_data(name, root='data', store_size=96, unlabeled=True):
-    """Load one of DATASETS from root, downloading it where torchvision can.
+class Joined(ConcatDataset):
+    """Images (n, 3, H, W) of several files, read by index like one tensor, without being copied to one."""
+
+    device = torch.device('cpu')
+
+    def __init__(self, parts):
+        super().__init__(parts)
+        self.nbytes = sum(part.nbytes for part in parts)
+        self.shape = torch.Size([sum(map(len, parts)), *parts[0].shape[1:]])
+
+    def index_select(self, dim, index):
+        out, first = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8), 0
+        for part in self.datasets:
+            here = ((index >= first) & (index < first + len(part))).nonzero()[:, 0]
+            out[here] = part.index_select(dim, index[here] - first)
+            first += len(part)
+        return out
+
+    def to(self, device):
+        return self if torch.device(device).type == 'cpu' else torch.cat([part.to(device) for part in self.datasets])
+
+
+def load_data(name, root='data', store_size=0, unlabeled=True, cache_dir=None, skip_damaged=False):
+    """Load one of DATASETS from root, downloading it where torchvision can. Images that lie in files are mapped.
 
     Args:
-        store_size: side in pixels at which a `folder`'s images are kept.
+        store_size: side in pixels at which a `folder`'s images are kept; 0: their own, if all are squares of one size
+            of at most 256 pixels, else 96.
         unlabeled: whether the training images include those without labels (stl10, folder).
+        cache_dir: where a folder's decoded images are kept; None: in it, or else in the user's cache directory.
+        skip_damaged: leave out the damaged files of a folder, which are an error otherwise.
 
     Raises:
         DataError: data missing, damaged or unusable; it says what, where, and what to do.
     """
+    root = _in_any_form(Path(root))
     if name == 'shapes':
         return _shapes()
     if name == 'folder':
-        return _folder(Path(root), store_size, unlabeled)
+        return _folder(root.absolute(), store_size, unlabeled, cache_dir, skip_damaged)
     if name == 'stl10':
-        train = _torchvision('STL10', root, split='train+unlabeled' if unlabeled else 'train')
-        test = _torchvision('STL10', root, split='test')
-        images, labels = (train.data, test.data), (train.labels, test.labels)
+        test = _torchvision('STL10', root, split='test')  # checks all files
+        parts = ['train', 'unlabeled', 'test'] if unlabeled else ['train', 'test']
+        # Each channel lies in the file column by column: (N, 3, W, H) -> (N, 3, H, W)
+        images = [torch.from_dlpack(np.memmap(root / test.base_folder / f'{part}_X.bin', mode='r')
+                                    .reshape(-1, 3, 96, 96)).mT for part in parts]
+        train_labels = torch.full((sum(map(len, images[:-1])),), -1)
+        train_labels[:len(images[0])] = torch.from_numpy(
+            np.fromfile(root / test.base_folder / 'train_y.bin', np.uint8)).long() - 1
+        images, labels = (Joined(images[:-1]) if unlabeled else images[0], images[-1]), (train_labels, test.labels)
     else:
         train, test = (_torchvision(name.upper(), root, train=flag) for flag in (True, False))
-        images = [s.data.transpose(0, 3, 1, 2) for s in (train, test)]  # (N, H, W, 3) -> (N, 3, H, W)
-        labels = (train.targets, test.targets)
-    images = [torch.from_numpy(np.ascontiguousarray(x)) for x in images]
+        images = [torch.from_numpy(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2)))  # (N, H, W, 3) -> (N, 3, H, W)
+                  for s in (train, test)]
+        labels = train.targets, test.targets
     labels = [torch.as_tensor(y, dtype=torch.int64) for y in labels]
-    classes = list(getattr(train, 'classes', ()))  # torchvision reads STL10's from a file that has no checksum
+    classes = list(getattr(test, 'classes', ()))  # torchvision reads STL10's from a file that has no checksum
     if len(classes) != labels[1].max() + 1:
-        raise DataError(f'{Path(root, train.base_folder)}: {len(classes)} names of classes where the labels have '
+        raise DataError(f'{Path(root, test.base_folder)}: {len(classes)} names of classes where the labels have '
                         f'{labels[1].max() + 1}: restore class_names.txt from the archive')
     return Data(images[0], labels[0], images[1], labels[1], classes)
+
+
+def _in_any_form(path):
+    """The path, or, where nothing is there, the one whose names differ from it in Unicode form alone (NFC, NFD)."""
+    if path.exists() or path == path.parent:
+        return path
+    parent = _in_any_form(path.parent)
+    return next((p for p in parent.glob('*') if _nfc(p.name) == _nfc(path.name)), parent / path.name)
+
+
+def _nfc(name):
+    return unicodedata.normalize('NFC', name)
 
 
 def _torchvision(name, root, **split):
@@ -94,71 +135,56 @@ def _torchvision(name, root, **split):
                 lock.parent.rmdir()
 
 
-def _folder(root, store_size, unlabeled):
-    """root/train/<class>/*, root/test/<class>/* (or root/val), and images anywhere below root/unlabeled."""
-    test = root / 'test' if (root / 'test').is_dir() or not (root / 'val').is_dir() else root / 'val'
-    for split in (root / 'train', test):
-        if not split.is_dir():
-            raise DataError(f'{split} is not a directory: a folder data set is {root}/train/<class>/*, {root}/test/'
-                            f'<class>/* and, if wanted, {root}/unlabeled/**. --dataset_name shapes needs no files')
-    classes = sorted(d.name for d in (root / 'train').iterdir() if d.is_dir())
-    other = sorted(d.name for d in test.iterdir() if d.is_dir())
-    if classes != other:
-        raise DataError(f'classes differ: only in {root / "train"}: {sorted({*classes} - {*other}) or "none"}; '
-                        f'only in {test}: {sorted({*other} - {*classes}) or "none"}')
+def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
+    """root/train/<class>/**, root/test/<class>/** (or root/val), and images anywhere below root/unlabeled.
+
+    Without train and test, or with less than two classes in train, all images below root, or train, have no label.
+    """
+    train, test = root / 'train', root / ('val' if (root / 'val').is_dir() and not (root / 'test').is_dir() else 'test')
+    missing = [path for path in (root, *[train] * (root / 'test').is_dir()) if not path.is_dir()]
+    if missing:
+        raise DataError(f'{missing[0]} is not a directory: a folder data set is {root}/train/<class>/*, {root}/test/'
+                        f'<class>/* and, if wanted, {root}/unlabeled/**, or images without labels anywhere below '
+                        f'{root}. --dataset_name shapes needs no files')
+    splits, left, problems = ({}, {}), {}, []  # class -> directories, whose names may differ in Unicode form
+    for split, names in zip((train, test), splits):
+        for entry in sorted(split.glob('*')):
+            if entry.is_dir() and not hidden(entry.name):
+                names.setdefault(_nfc(entry.name), []).append(entry)
+            else:
+                left.setdefault('outside the classes', []).append(entry)
+    classes, tops = sorted(splits[0]), [root / 'unlabeled']
     if len(classes) < 2:
-        raise DataError(f'{root / "train"} holds {len(classes)} class directories; at least 2 are needed')
-    splits, problems = [], []
-    for split in (root / 'train', test):
-        files = [(path, label) for label, c in enumerate(classes) for path in _image_files(split / c)]
-        found = {label for _, label in files}
-        problems += [f'{split / c}: no image in it' for label, c in enumerate(classes) if label not in found]
-        splits.append(files)
-    if unlabeled and (root / 'unlabeled').is_dir():
-        splits[0] += [(path, -1) for path in _image_files(root / 'unlabeled')]
-    needed, memory = sum(map(len, splits)) * 3 * store_size**2, _memory()
-    if needed * LOCAL_WORLD > 0.8 * memory:
-        raise DataError(f'{root}: {needed / 1e9:.1f} GB at --store_size {store_size}, and '
-                        f'{memory / 1e9:.1f} GB of memory may be used here: lower --store_size')
-    images = []
-    with ThreadPoolExecutor(CORES) as pool, warnings.catch_warnings():
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
-        for files in splits:
-            out = torch.empty(len(files), 3, store_size, store_size, dtype=torch.uint8)
-            jobs = pool.map(_decode_into, out, [path for path, _ in files])
-            problems += filter(None, tqdm(jobs, f'Reading {root}', len(files), leave=False, disable=None))
-            images.append(out)
-    if problems:
-        raise DataError('\n  '.join([f'{root}: {len(problems)} problem{"s" * (len(problems) > 1)}:', *problems]))
-    labels = [torch.tensor([label for _, label in files]) for files in splits]
-    return Data(images[0], labels[0], images[1], labels[1], classes)
-
-
-def _memory():
-    """Bytes of memory that this process may use: the machine's, or its cgroup's limit."""
-    try:
-        limit = int(Path('/sys/fs/cgroup/memory.max').read_text())
-    except (OSError, ValueError):  # no cgroup, or no limit
-        limit = 2**63
-    return min(limit, os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
-
-
-def _image_files(folder):
-    return sorted(p for p in folder.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS and not p.is_dir())
-
-
-def _decode_into(out, path):
-    """Read an image as torchvision does (first frame, no alpha) into out (3, S, S); returns what is wrong with it."""
-    try:
-        with Image.open(path) as image:
-            if image.mode in ('I', 'F'):
-                raise ValueError('32 bits a pixel, of unknown range')
-            if image.mode.startswith('I;16'):  # convert('RGB') would clip these to white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.fit(image.convert('RGB'), (out.shape[1],) * 2, Image.Resampling.BILINEAR)
-        out.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))  # (H, W, 3) -> (3, H, W)
-    except Exception as error:  # whatever a decoder makes of a damaged file
-        return f'{path}: {error or type(error).__name__}'
+        if not unlabeled:
+            raise DataError(f'{root} has no labels: name a labelled data set by --dataset_name and --root')
+        classes, left, tops = [], {}, [train, *tops] if train.is_dir() else [root]
+    elif not test.is_dir():
+        raise DataError(f'{train} has classes, and {test} is not a directory. To train without labels: --root {train}')
+    elif classes != sorted(splits[1]):
+        raise DataError(f'classes differ: only in {train}: {sorted({*classes} - {*splits[1]}) or "none"}; '
+                        f'only in {test}: {sorted({*splits[1]} - {*classes}) or "none"}')
+    files, tags = [], []  # of a file its part (0: labelled training images, 1: those without label, 2: test) and label
+    groups = [(part, label, splits[part // 2][name]) for part in (0, 2) for label, name in enumerate(classes)]
+    for part, label, directories in sorted([*groups, (1, -1, tops)]):
+        found = [file for top in directories if top.is_dir() for file in find_images(top, root, left, problems)]
+        problems += [] if found or part == 1 else [f'{directories[0]}: no image in it']
+        files += found
+        tags += [(part, label)] * len(found)
+    if left:
+        say(f'{root}: left out ' + '; '.join(f'{len(paths)} {why}, such as {paths[0]}' for why, paths in left.items()))
+    if problems or not files:
+        raise DataError('\n  '.join([f'{root}: {len(problems) or "no image, no"} problems:', *problems]))
+    images, damaged, dark = decoded(root, files, store_size, cache_dir)
+    if damaged and not skip_damaged:
+        raise DataError('\n  '.join([f'{root}: {len(damaged)} damaged images. Mend them, or leave them out by '
+                                     '--skip_damaged:', *(f'{root / name}: {why}' for name, why in damaged.items())]))
+    for names, what in ((damaged, 'damaged and left out'),
+                        (dark, 'of 16 bits come out dark, as they use less than 14 of them: scale them first')):
+        if names:
+            say(f'{root}: {len(names)} images {what}, such as {next(iter(names))}')
+    parts, labels = torch.tensor([tag for tag, (name, *_) in zip(tags, files) if name not in damaged]).view(-1, 2).T
+    n, first = int((parts <= unlabeled).sum()), int((parts < 2).sum())
+    return Data(images[:n], labels[:n], images[first:], labels[first:], classes, tuple(damaged))
 
 
 def _outlines():

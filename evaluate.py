@@ -1,33 +1,59 @@
-"""What an encoder is worth: features of images, kNN accuracy, and the hits @1 and @5 that every accuracy counts."""
+"""What an encoder is worth: features of images, label-free measures, kNN accuracy, and the hits @1 and @5."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 
-from augment import normalize
+from augment import apply, draw, normalize, seeded
+from model import unit
 from runtime import RANK, WORLD, sum_ranks
 
 
 @torch.no_grad()
-def encode(net, images, index, size, autocast, device, signals=None, batch_size=256):
+def encode(net, images, index, size, autocast, device, signals=None, batch_size=256, view=None):
     """f's features (n, width) in eval mode, float32, on every rank, of the uint8 images (N, 3, H, W) at index (n,).
 
-    Images are resized to size pixels, or keep their own if it is 0. Of batches that do not depend on the number of
+    Images are resized to size pixels, or keep their own if it is 0. With view, a number, the result is z (n, D) of
+    random views of size pixels instead, the same ones for one number. Of batches that do not depend on the number of
     ranks, each rank encodes every WORLD-th, so that no image counts twice and features are the same. A stop signal
     is raised between two batches; several ranks, which would have to agree on it, finish first.
     """
     net.eval()
-    features = torch.zeros(len(index), net.features, device=device)
+    width = net.features if view is None else net.g[3].out_features
+    features = torch.zeros(len(index), width, device=device)
     for i in range(RANK * batch_size, len(index), WORLD * batch_size):
-        x = images[index[i:i + batch_size].to(images.device)].to(device).float() / 255
-        if size:
-            x = F.interpolate(x, (size, size), mode='bilinear', antialias=True)
+        x = images.index_select(0, index[i:i + batch_size].to(images.device)).to(device)
+        if view is not None:
+            x = apply(x, draw(len(x), *x.shape[2:], seeded(view, i, device=device)), size)
+        else:
+            x = x.float().div_(255)
+            x = normalize(F.interpolate(x, (size, size), mode='bilinear', antialias=True) if size else x)
         with autocast:
-            features[i:i + batch_size] = net.f(normalize(x)).flatten(1)
+            feature = net.f(x).flatten(1)
+            features[i:i + batch_size] = feature if view is None else unit(net.g(feature))
         if signals and WORLD == 1:
             signals.check()
     return sum_ranks(features)
+
+
+def label_free(net, images, view_size, size, autocast, device, signals=None, n=1024):
+    """Measures of an encoder that need no labels, on n images at most, always the same, as a dict.
+
+    alignment: mean squared distance of the embeddings z of two random views of an image, in [0, 4]; uniformity: log of
+    the mean of exp(-2 d^2) over the distances d of the z of different images, in [-8, 0]: of both, less is better
+    (Wang and Isola 2020, arXiv 2005.10242). rankme: the exponential of the entropy of the singular values of f's
+    features, from 1 to the smaller of their width and n: more is better (Garrido et al. 2023, arXiv 2210.02885).
+    """
+    chosen = torch.randperm(len(images), generator=seeded(0))[:n].sort().values
+    z1, z2 = (encode(net, images, chosen, view_size, autocast, device, signals, view=view) for view in range(2))
+    features = encode(net, images, chosen, size, autocast, device, signals)
+    alignment = (z1 - z2).square().sum(1).mean()
+    uniformity = sum(F.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)) / 2
+    # of an encoder that diverges, features may be infinite: they have no singular values
+    sigma = torch.linalg.svdvals(features if features.isfinite().all() else features.new_zeros(1, 1))
+    rankme = torch.special.entr(sigma / sigma.sum()).sum().exp()
+    return dict(alignment=alignment.item(), uniformity=uniformity.item(), rankme=rankme.item())
 
 
 def hits(scores, labels):

@@ -50,6 +50,7 @@ SWITCH = argparse.BooleanOptionalAction
 epochs = integer(1, 1_000_000)
 images = integer(1, 1_000_000)
 seed = integer(0, 2**32 - 1)
+store_size = number(int, '0 or an integer from 8 to 1024', lambda x: x == 0 or 8 <= x <= 1024)
 
 
 def boolean(value):
@@ -71,7 +72,7 @@ def add(parser, title, *rows):
     group = parser.add_argument_group(title)
     for name, default, kind, text in rows:
         if kind is bool:
-            how = dict(action='store_true')
+            how = dict(action='store_true', default=default)
         elif kind is SWITCH:
             how = dict(action=kind, default=default)
         elif isinstance(kind, (tuple, dict)):
@@ -86,10 +87,24 @@ DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
 DATA = (
     ('--root', 'data', path, 'directory of the data set; stl10 and cifar are downloaded to it'),
     ('--dataset_name', 'stl10', DATASETS, 'what to train on'),
-    ('--store_size', 96, integer(8, 1024), 'pixels at which the images of a folder are kept'),
+    ('--store_size', 0, store_size, 'of a folder\'s images; 0: their own if squares of at most 256 px, else 96'),
+    ('--cache_dir', None, path, 'where they are kept, decoded (default: in the folder, or else in ~/.cache)'),
+    ('--skip_damaged', False, bool, 'leave out damaged files of a folder'),
     ('--image_size', 32, integer(8, 512), 'pixels of the training views'),
     ('--test_size', 0, integer(0, 1024), 'pixels of the images that the monitor and the probe test; 0: their own'),
 )
+
+
+def fill_data_flags(args, settings):
+    """Give the data flags that were not given the values of a run's settings, or their defaults.
+
+    Sizes of views and tests belong to the run's encoder, the others to its data set: they go to no other one.
+    """
+    if args.dataset_name not in (None, settings.get('dataset_name')):
+        settings = {name: value for name, value in settings.items() if name in ('image_size', 'test_size')}
+    for flag, default, *_ in DATA:
+        if getattr(args, flag[2:]) is None:
+            setattr(args, flag[2:], settings.get(flag[2:], default))
 
 
 def resolve_objective(parser, args):

@@ -65,7 +65,7 @@ def main(argv=None):
     untrained = path.with_name('model_0.pth')
     net, log = load_model(path, head=False), runs.accuracies(path)
     take_settings(args, path.with_name('config.json'))
-    data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=False)
+    data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged)
     device = runtime.start()
     knn = f'kNN {log[path.name]:.2f} %, ' if path.name in log else ''
     first, five = probe_encoder(args, path, net, data, device)
@@ -78,15 +78,11 @@ def main(argv=None):
 
 
 def take_settings(args, config):
-    """Fill the data flags that were not given from the run's config.json, if it is of this data set."""
+    """Fill the data flags that were not given from the run's config.json, or DATA."""
     settings = runs.read_json(config)['settings'] if config.exists() else {}
     if args.dataset_name is None and not settings:
         runtime.say(f'No {config.name} beside {args.model_path}: taking stl10, as published')
-    if args.dataset_name not in (None, settings.get('dataset_name')):
-        settings = {}  # root and sizes of another data set
-    for flag, default, *_ in flags.DATA:
-        if getattr(args, flag[2:]) is None:
-            setattr(args, flag[2:], settings.get(flag[2:], default))
+    flags.fill_data_flags(args, settings)
 
 
 def probe_encoder(args, path, net, data, device):

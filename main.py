@@ -23,7 +23,7 @@ import runs
 import runtime
 from augment import DeviceViews
 from data import load_data
-from evaluate import encode, knn
+from evaluate import encode, knn, label_free
 from losses import contrastive_loss
 from model import ARCHS, Model
 from runtime import RANK, WORLD, UserError
@@ -94,7 +94,7 @@ def main(argv=None):
     args, parser = arguments(argv)
     # Before runtime.start(): a download may take longer than the ranks wait for each other.
     labelled = args.oracle or args.positives == 'label'  # other images are of no use then
-    data = load_data(args.dataset_name, args.root, args.store_size, unlabeled=not labelled)
+    data = load_data(args.dataset_name, args.root, args.store_size, not labelled, args.cache_dir, args.skip_damaged)
     steps = check_sizes(parser, args, data)
     device, results = runtime.start(), Path(args.results_dir)
     saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
@@ -186,13 +186,16 @@ def check_finite(losses, epoch):
 
 
 def monitor(net, data, args, autocast, device, signals):
-    """kNN accuracy on the test images, by the labelled training images, as columns of the log."""
+    """Label-free measures, and kNN accuracy on the test images by the labelled training images: columns of the log."""
+    row = label_free(net, data.train, args.image_size, args.test_size, autocast, device, signals)
+    if not data.classes:
+        return row
     labelled, everything = (data.train_labels >= 0).nonzero()[:, 0], torch.arange(len(data.test))
     memory = encode(net, data.train, labelled, args.test_size, autocast, device, signals)
     queries = encode(net, data.test, everything, args.test_size, autocast, device, signals)
     labels = data.train_labels[labelled].to(device), data.test_labels.to(device)
     first, five = knn(memory, queries, *labels, args.k, args.knn_temperature)
-    return {'test_acc@1': first, 'test_acc@5': five}
+    return {'test_acc@1': first, 'test_acc@5': five, **row}
 
 
 def learning_rate(args, epochs):
@@ -266,13 +269,14 @@ def check_sizes(parser, args, data):
     labelled = int((data.train_labels >= 0).sum())
     if args.batch_size > len(data.train):
         parser.error(f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} images')
-    if args.k > labelled:
+    if data.classes and args.k > labelled:
         parser.error(f'--k {args.k} is larger than the kNN memory, {labelled} images')
     return len(data.train) // args.batch_size
 
 
 def describe(row):
-    names = ('train_loss', 'loss {:.4f}'), ('test_acc@1', 'kNN {:.2f} %'), ('seconds', '{:.1f} s')
+    names = (('train_loss', 'loss {:.4f}'), ('test_acc@1', 'kNN {:.2f} %'), ('alignment', 'alignment {:.3f}'),
+             ('uniformity', 'uniformity {:.3f}'), ('rankme', 'RankMe {:.1f}'), ('seconds', '{:.1f} s'))
     return ', '.join(text.format(row[name]) for name, text in names if name in row)
 
 

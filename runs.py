@@ -23,11 +23,12 @@ import torchvision
 from model import read_checkpoint
 from runtime import RANK, WORLD, UserError
 
-LOG = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'seconds', 'encoder')  # its CRC, if kept
+LOG = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'alignment', 'uniformity', 'rankme', 'lr', 'images/s',
+       'seconds', 'encoder')  # its CRC, if kept
 PROBE = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5')
-FREE = ('root', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # a resumed run may change these
+FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # of a resumed run
 OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
-NEW = ('encoder',)  # columns that logs of earlier versions lack
+NEW = ('alignment', 'uniformity', 'rankme', 'encoder')  # columns that logs of earlier versions lack
 locks = []  # held until the process ends
 
 
@@ -100,6 +101,8 @@ def open_run(results, settings, data, device):
     lock(results)
     state_file, config_file = results / 'last.pth', results / 'config.json'
     described = dict(classes=data.classes, images=dict(train=len(data.train), test=len(data.test)))
+    if data.damaged:
+        described['images'] |= dict(damaged=len(data.damaged), damaged_files=list(data.damaged))
     if config_file.exists():
         check_same_run(results, read_json(config_file), settings, described)
     missing = [path.name for path in (config_file, state_file) if not path.exists()]

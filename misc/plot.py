@@ -10,6 +10,7 @@ Data set and sizes come from the config.json beside a checkpoint. Runs whose set
 drawn as one line of means and a band of one standard deviation.
 """
 
+import copy
 import io
 import sys
 from pathlib import Path
@@ -43,6 +44,9 @@ CLASSES = ['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59', '#e
 RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
 MARKERS = 'os^Dv'
 BATCH = 256  # images of the batch whose negatives are drawn
+CURVES = [('train_loss', 'training loss (nats)'), ('test_acc@1', 'kNN accuracy on test images (%)'),
+          ('alignment', 'alignment of z (less is better)'), ('uniformity', 'uniformity of z (less is better)'),
+          ('rankme', 'RankMe of f (more is better)')]
 plt.rcParams.update({'figure.dpi': 160, 'savefig.facecolor': 'white', 'font.size': 9, 'axes.grid': True,
                      'grid.color': '#dddddd', 'axes.axisbelow': True, 'axes.spines.top': False,
                      'axes.spines.right': False, 'legend.frameon': False, 'figure.constrained_layout.use': True})
@@ -56,7 +60,8 @@ def main(argv=None):
         command.add_argument('paths', nargs='+' if plural else 1, type=Path, help=what)
         command.add_argument('--out', type=Path, help=f'file to write (default: {name}.png in the first run)')
         if name != 'curves':
-            command.add_argument('--root', help='directory of the data set (default: as in config.json)')
+            flags.add(command, 'data (default: as in config.json)',
+                      *((name, None, kind, text) for name, _, kind, text in flags.DATA))
             command.add_argument('--seed', default=0, type=flags.seed, help='of the images (default: %(default)s)')
         if name == 'negatives':
             command.add_argument('--query', default=0, type=flags.integer(0, BATCH - 1),
@@ -75,7 +80,7 @@ def main(argv=None):
 
 
 def curves(args):
-    """Training loss and kNN accuracy against the epoch."""
+    """Training loss and kNN accuracy against the epoch; without labels alignment, uniformity and RankMe."""
     groups = {}
     for path in args.paths:
         run = read_run(path)
@@ -85,23 +90,24 @@ def curves(args):
     groups = sorted(groups.values(), key=lambda runs: (runs[0]['settings']['tau_plus'], runs[0]['settings']['beta']))
     titles = names([runs[0] for runs in groups], but='seed')
     columns = max(1, min(3, 110 // (max(map(len, titles)) + 8)))  # of the legend, which 8 inches hold
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8 + 0.2 * -(-len(titles) // columns)))
+    labelled = any(run['classes'] for runs in groups for run in runs)
+    shown = CURVES[:2] if labelled else CURVES[:1] + CURVES[2:]  # two or four panels
+    rows = len(shown) // 2
+    figure, panels = plt.subplots(rows, 2, figsize=(8, 2.8 * rows + 0.2 * -(-len(titles) // columns)))
     objectives = [runs[0]['objective'] for runs in groups]
     own = [OWN.get(name) if objectives.count(name) == 1 else None for name in objectives]
     spare = [colour for colour in COLOURS if colour not in own]
     colours = [colour or spare.pop(0) for colour in own]
     for name, colour, marker, runs in zip(titles, colours, 'os^DvP*X', groups):
         log = pd.concat(run['log'] for run in runs)
-        for axes, column in (left, 'train_loss'), (right, 'test_acc@1'):
+        for axes, (column, what) in zip(panels.flat, shown):
             by = log.dropna(subset=column).groupby('epoch')[column]
             mean, std = by.mean(), by.std().fillna(0)
             axes.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=name)
             axes.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
-    left.set(xlabel='epoch', ylabel='training loss (nats)')
-    right.set(xlabel='epoch', ylabel='kNN accuracy on test images (%)')
-    for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*left.get_legend_handles_labels(), loc='outside upper center', ncols=columns)
+            axes.set(xlabel='epoch', ylabel=what)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc='outside upper center', ncols=columns)
     return figure
 
 
@@ -116,22 +122,24 @@ def names(runs, but=None):
             for name, run in zip(found, runs)]
 
 
-def open_checkpoint(path, root):
-    """The encoder in a checkpoint, the run that wrote it and the run's data, those with labels."""
+def open_checkpoint(path, args, unlabeled=False):
+    """The encoder in a checkpoint, the run that wrote it, and data: the run's, or what the flags name."""
     net, run = load_model(path).eval(), read_run(path.parent)
     accuracies(path)  # which checks that the run wrote this encoder
-    settings = run['settings']
-    data = load_data(settings['dataset_name'], root or settings['root'], settings['store_size'], unlabeled=False)
+    named = copy.copy(args)
+    flags.fill_data_flags(named, run['settings'])
+    if named.dataset_name != run['settings']['dataset_name'] or args.root:
+        run['data'] = Path(named.root).absolute().name if named.dataset_name == 'folder' else named.dataset_name
+    run['settings'] |= {name: getattr(named, name) for name in (flag[2:] for flag, *_ in flags.DATA)}
+    data = load_data(named.dataset_name, named.root, named.store_size, unlabeled, named.cache_dir, named.skip_damaged)
     return net, run, data
 
 
-def features(net, images, run):
-    """f's features (n, width) of uint8 images, on the CPU."""
+def features(net, images, index, run):
+    """f's features (n, width) of the uint8 images at index (n,), on the CPU."""
     device = runtime.start()
     net.to(device)
-    everything = torch.arange(len(images))
-    size, autocast = run['settings']['test_size'], runtime.autocast(device, 'fp32')
-    return encode(net, images, everything, size, autocast, device).cpu()
+    return encode(net, images, index, run['settings']['test_size'], runtime.autocast(device, 'fp32'), device).cpu()
 
 
 def some(n, count, seed):
@@ -142,12 +150,12 @@ def some(n, count, seed):
 @torch.no_grad()
 def similarity(args):
     """Histograms of the cosine similarity of embeddings, for pairs of the same class and of different ones."""
-    opened = [open_checkpoint(path, args.root) for path in args.paths]
+    opened = [open_checkpoint(path, args) for path in args.paths]
     figure, axes = plt.subplots(1, len(opened), figsize=(max(4, 2.7 * len(opened)), 3), sharex=True, sharey=True,
                                 squeeze=False)
     for panel, name, (net, run, data) in zip(axes[0], names([run for _, run, _ in opened]), opened):
         chosen = some(len(data.test), args.images, args.seed)
-        f = features(net, data.test[chosen], run)  # (n, width)
+        f = features(net, data.test, chosen, run)  # (n, width)
         z = unit(net.cpu().g(f))  # (n, D)
         labels = data.test_labels[chosen]
         i, j = torch.triu_indices(len(z), len(z), 1)
@@ -165,23 +173,30 @@ def similarity(args):
 
 
 def neighbours(args):
-    """A grid of test images, each with the training images whose features are nearest."""
-    net, run, data = open_checkpoint(args.paths[0], args.root)
-    rows, columns = min(5, len(data.test)), min(9, len(data.train))
-    chosen = some(len(data.test), rows, args.seed)
-    queries, memory = (unit(features(net, images, run)) for images in (data.test[chosen], data.train))
-    nearest = (queries @ memory.T).topk(columns).indices  # (rows, columns)
-    figure, axes = plt.subplots(rows, columns + 1, figsize=(8, 8 * (rows + 1.4) / (columns + 1)), dpi=110)
-    for line, query, found in zip(axes, chosen, nearest):
-        truth = data.test_labels[query]
-        picture(line[0], data.test[query], f'{data.classes[truth]}', None)
+    """A grid of test images, each with the training images whose features are nearest; or of images without labels."""
+    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True)
+    memory = (data.train_labels >= 0).nonzero()[:, 0]
+    images, chosen = data.test, some(len(data.test), 5, args.seed)
+    if not data.classes:
+        memory = some(len(data.train), 10_000, args.seed)  # encoding millions would take hours on a CPU
+        images, chosen = data.train, memory[:5]
+    columns = min(9, len(memory) - 1)
+    queries, known = (unit(features(net, *of, run)) for of in ((images, chosen), (data.train, memory)))
+    cosine = queries @ known.T  # (rows, memory)
+    if not data.classes:
+        cosine.fill_diagonal_(-2)  # not an image itself
+    figure, axes = plt.subplots(len(chosen), columns + 1, figsize=(8, 8 * (len(chosen) + 1.4) / (columns + 1)), dpi=110)
+    for line, query, found in zip(axes, chosen, memory[cosine.topk(columns).indices]):
+        truth = data.test_labels[query] if data.classes else -1
+        picture(line[0], images[int(query)], data.classes[truth] if data.classes else '', None)
         for panel, index in zip(line[1:], found):
             label = data.train_labels[index]
-            picture(panel, data.train[index], '' if label == truth else f'× {data.classes[label]}',
-                    RIGHT if label == truth else WRONG)
-    figure.suptitle(f'Test image (left) and its {columns} nearest training images by cosine of features: '
-                    'same class green,\nanother class red, marked × and named. '
-                    f'{run["data"]}, {run["objective"]}', fontsize=9)
+            colour = None if label < 0 else RIGHT if label == truth else WRONG
+            picture(panel, data.train[int(index)], '' if label == truth else f'× {data.classes[label]}', colour)
+    what = ('Test image (left) and its {} nearest training images by cosine of features: same class green,\n'
+            'another class red, marked × and named. ' if data.classes else
+            'Image (left) and its {} nearest others by cosine of features. ').format(columns)
+    figure.suptitle(f'{what}{run["data"]}, {run["objective"]}', fontsize=9)
     return figure
 
 
@@ -197,9 +212,9 @@ def picture(axes, image, text, colour):
 
 def class_map(args):
     """A map of the test images' features in two dimensions, by t-SNE, coloured by class."""
-    net, run, data = open_checkpoint(args.paths[0], args.root)
+    net, run, data = open_checkpoint(args.paths[0], args)
     chosen = some(len(data.test), args.images, args.seed)
-    x = unit(features(net, data.test[chosen], run)).numpy()
+    x = unit(features(net, data.test, chosen, run)).numpy()
     labels = data.test_labels[chosen].numpy()
     place = TSNE(metric='cosine', random_state=args.seed, perplexity=min(30, len(x) / 4)).fit_transform(x)  # (n, 2)
     figure, axes = plt.subplots(figsize=(8, 6))
@@ -228,7 +243,7 @@ def push(views, **objective):
 @torch.no_grad()
 def negatives(args):
     """Which negatives of one image each objective pushes away, and how strongly, in one batch of an encoder."""
-    net, run, data = open_checkpoint(args.paths[0], args.root)
+    net, run, data = open_checkpoint(args.paths[0], args)
     settings = run['settings']
     if len(data.test) < BATCH:
         raise UserError(f'{len(data.test)} test images: a batch of {BATCH} is drawn')

@@ -51,11 +51,21 @@ def stl10(tmp_path, monkeypatch):
 def test_stl10(stl10):
     root, images = stl10
     data = load_data('stl10', root)
-    assert torch.equal(data.train, torch.from_numpy(np.concatenate([images['train'], images['unlabeled']])))
+    assert torch.equal(data.train.index_select(0, torch.arange(35)),
+                       torch.from_numpy(np.concatenate([images['train'], images['unlabeled']])))
+    assert torch.equal(data.train[21], torch.from_numpy(images['unlabeled'][1]))
     assert torch.equal(data.train_labels, torch.cat([torch.arange(20) % 10, torch.full((15,), -1)]))
     assert torch.equal(data.test, torch.from_numpy(images['test']))
     assert torch.equal(data.test_labels, torch.arange(10)) and data.classes[7] == 'monkey'
     assert len(load_data('stl10', root, unlabeled=False).train) == 20
+
+
+def test_stl10_lies_in_its_own_files_not_in_memory(stl10):
+    data = load_data('stl10', stl10[0])
+    maps = [line.split()[0].split('-') + line.split()[1:] for line in open('/proc/self/maps') if '_X.bin' in line]
+    for tensor, name in zip((*data.train.datasets, data.test), ('train', 'unlabeled', 'test')):
+        found, = (m for m in maps if int(m[0], 16) <= tensor.data_ptr() < int(m[1], 16))
+        assert found[2] == 'r--s' and found[-1].endswith(f'{name}_X.bin')
 
 
 @pytest.mark.parametrize('names', [None, 'airplane\nbird\n'])
@@ -179,13 +189,13 @@ def test_all_unreadable_images_are_listed_in_one_error(folder, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 8_000_000)
     with pytest.raises(DataError) as error:
         load_data('folder', folder, store_size=24)
-    assert '6 problems' in str(error.value)
+    assert '6 damaged images' in str(error.value)
     for name in (*bad, 'self.png', 'bomb.png'):
         assert f'{name}: ' in str(error.value)
 
 
 def test_wrong_trees_are_explained(folder):
-    with pytest.raises(DataError, match=r'nowhere/train is not a directory.*shapes needs no files'):
+    with pytest.raises(DataError, match=r'nowhere is not a directory.*shapes needs no files'):
         load_data('folder', folder / 'nowhere')
     (folder / 'test' / 'extra').mkdir()
     with pytest.raises(DataError, match=r"classes differ: only in .*train: none; only in .*test: \['extra'\]"):
@@ -193,5 +203,10 @@ def test_wrong_trees_are_explained(folder):
     (folder / 'train' / 'extra').mkdir()
     with pytest.raises(DataError, match='2 problems:\n.*train/extra: no image in it\n.*test/extra: no image in it'):
         load_data('folder', folder, store_size=24)
+    for split in ('train', 'test'):
+        (folder / split / 'extra').rmdir()
     with pytest.raises(DataError, match='lower --store_size'):
         load_data('folder', folder, store_size=10**6)
+    (folder / 'test').rename(folder / 'other')
+    with pytest.raises(DataError, match=r'train has classes, and .*test is not a directory.*: --root .*train'):
+        load_data('folder', folder)

@@ -130,7 +130,8 @@ def test_files_of_a_run(finished, tiny):
     assert {path.name for path in finished.iterdir()} == {'.lock', 'config.json', 'last.pth', 'log.csv', 'model_0.pth',
                                                           'model_1.pth', 'model_2.pth', 'model_3.pth'}
     log = pd.read_csv(finished / 'log.csv')
-    assert list(log) == ['epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'lr', 'images/s', 'seconds', 'encoder']
+    assert list(log) == ['epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'alignment', 'uniformity', 'rankme', 'lr',
+                         'images/s', 'seconds', 'encoder']
     assert list(log['epoch']) == [0, 1, 2, 3] and log['train_loss'].isna().tolist() == [True, False, False, False]
     assert log['test_acc@1'].isna().tolist() == [False, True, False, False]  # untrained, every second epoch, the last
     assert log['encoder'].tolist() == [zlib.crc32((finished / f'model_{i}.pth').read_bytes()) for i in range(4)]
@@ -158,7 +159,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
 
     def check_and_stop(self):
         calls.append(1)
-        if len(calls) in (3, 5, 7):  # the first two are of the untrained encoder's kNN
+        if len(calls) in (6, 8, 10):  # the first five are of the untrained encoder's measures
             raise runtime.Stopped(signal.SIGTERM)
         check(self)
 
@@ -172,7 +173,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
 
 
 def stop_after(checks, monkeypatch):
-    """Ask the run to stop at the next look after so many: the first two are of the untrained encoder's kNN."""
+    """Ask the run to stop at the next look after so many: the first five are of the untrained encoder's measures."""
     seen = iter([False] * checks + [True])
 
     def check(self):
@@ -315,7 +316,7 @@ def test_variants_resume_to_the_same_bits(tiny, tmp_path, flags, monkeypatch):
     flags = [*tiny, '--epochs', '2', '--hidden_dim', '24', *flags, '--results_dir']
     main.main([*flags, str(tmp_path / 'whole')])
     with monkeypatch.context() as patch:
-        stop_after(6, patch)  # in the second epoch
+        stop_after(9, patch)  # in the second epoch
         with pytest.raises(SystemExit):
             main.main([*flags, str(tmp_path / 'parts')])
     main.main([*flags, str(tmp_path / 'parts')])
@@ -379,7 +380,7 @@ def test_state_is_saved_once_a_minute_though_no_encoder_is_kept(tiny, tmp_path, 
 
 
 def test_log_counts_the_time_before_a_stop(tiny, tmp_path, monkeypatch):
-    stop_after(2, monkeypatch)
+    stop_after(5, monkeypatch)
     flags = [*tiny, '--epochs', '1', '--results_dir', str(tmp_path)]
     with pytest.raises(SystemExit):
         main.main(flags)
@@ -481,12 +482,16 @@ def test_published_command_lines_run_as_printed(tmp_path, monkeypatch, capsys):
     write_stl10(tmp_path / 'code' / 'data', monkeypatch, train=200, test=10, unlabeled=60)
     monkeypatch.setattr(main, 'Model', lambda *args: model.Model(128, 'resnet18', width=0.125))
     monkeypatch.setattr(linear, 'tqdm', lambda epochs, *args, **kwargs: list(epochs)[:1])
+
+    def stop(*args):
+        raise runtime.Stopped(signal.SIGTERM)
+
     for line, objective in (
             ('main.py --tau_plus = 0.1', ('hard', 0.1, 1.0)), ('main.py --tau_plus 0.1 --beta 1.0', ('hard', 0.1, 1.0)),
             ('main.py --dataset_name stl10 --batch_size 256 --estimator hard --tau_plus 0.1 --beta 1.0',
              ('hard', 0.1, 1.0))):
         with monkeypatch.context() as patch:
-            stop_after(2, patch)
+            patch.setattr(main, 'check_finite', stop)
             with pytest.raises(SystemExit):
                 main.main(line.split()[1:])
         assert 'Stopped in epoch 1 after step 1, saved in results' in capsys.readouterr().out
@@ -611,12 +616,12 @@ def test_logistic_probe_is_scikit_learns(monkeypatch):
 
 def test_probe_of_another_data_set_does_not_take_this_ones_sizes(finished, monkeypatch):
     given = {}
-    monkeypatch.setattr(linear, 'load_data', lambda name, root, store_size, unlabeled: given.update(
+    monkeypatch.setattr(linear, 'load_data', lambda name, root, store_size, *rest: given.update(
         name=name, root=root, store_size=store_size) or 1 / 0)
     checkpoint = ['--model_path', str(finished / 'model_3.pth')]
     with pytest.raises(ZeroDivisionError):
         linear.main([*checkpoint, '--dataset_name', 'stl10'])
-    assert given == dict(name='stl10', root='data', store_size=96)
+    assert given == dict(name='stl10', root='data', store_size=0)
     with pytest.raises(ZeroDivisionError):
         linear.main(checkpoint)
     assert given['name'] == 'folder' and given['store_size'] == 16

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import HOME, Job
 
+import flags
 import main
 import model
 import plot
@@ -184,7 +185,8 @@ def test_a_signal_to_the_sweep_lets_its_runs_save(tiny, tmp_path, run, signum):
 
 
 def arguments(*paths, **kwargs):
-    return Namespace(paths=list(paths), **dict(dict(root=None, seed=0, images=9, query=0), **kwargs))
+    data = {flag[2:]: None for flag, *_ in flags.DATA}
+    return Namespace(paths=list(paths), **{**data, 'seed': 0, 'images': 9, 'query': 0, **kwargs})
 
 
 def test_curves_are_means_over_seeds(logs):
