@@ -200,6 +200,15 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny, c
     assert snapshot(finished) == before
 
 
+def test_run_on_other_data_is_refused(finished, tiny, tree, tmp_path):
+    shutil.copytree(tree, tmp_path / 'tree')
+    (tmp_path / 'tree' / 'test' / 'a' / '0.png').unlink()
+    flags, before = list(tiny), snapshot(finished)
+    flags[flags.index('--root') + 1] = str(tmp_path / 'tree')
+    refuses([*flags, '--epochs', '3', '--results_dir', str(finished)], r"a run on other data \({'train': 30, 'test': 9}")
+    assert snapshot(finished) == before
+
+
 @pytest.mark.parametrize('damage, message', [
     (lambda r: (r / 'last.pth').write_bytes((r / 'last.pth').read_bytes()[:-100]),
      r'last.pth: damaged .* cannot be continued; beside it is last.pth, log.csv, model_1.pth'),
