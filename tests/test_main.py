@@ -205,7 +205,8 @@ def test_run_on_other_data_is_refused(finished, tiny, tree, tmp_path):
     (tmp_path / 'tree' / 'test' / 'a' / '0.png').unlink()
     flags, before = list(tiny), snapshot(finished)
     flags[flags.index('--root') + 1] = str(tmp_path / 'tree')
-    refuses([*flags, '--epochs', '3', '--results_dir', str(finished)], r"a run on other data \({'train': 30, 'test': 9}")
+    refuses([*flags, '--epochs', '3', '--results_dir', str(finished)],
+            r"a run on other data \({'train': 30, 'test': 9}")
     assert snapshot(finished) == before
 
 
