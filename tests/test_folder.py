@@ -371,12 +371,13 @@ def test_label_free_measures_are_those_of_the_papers():
     images = torch.from_numpy(RNG.integers(256, size=(30, 3, 16, 16), dtype=np.uint8))
     found = label_free(net, images, 8, 0, torch.autocast('cpu', enabled=False), torch.device('cpu'), n=20)
     chosen = torch.randperm(30, generator=seeded(0))[:20].sort().values
+    half = images[chosen[::2]]
     net.eval()
     with torch.no_grad():
-        z = [net(apply(images[chosen], draw(20, 16, 16, seeded(view, 0)), 8))[1].double().numpy() for view in range(2)]
+        z = [net(apply(half, draw(10, 16, 16, seeded(view, 0)), 8))[1].double().numpy() for view in range(2)]
         f = net.f(normalize(images[chosen] / 255)).flatten(1).double()
     alignment = np.mean([((a - b) ** 2).sum() for a, b in zip(*z)])
-    pairs = [[np.exp(-2 * ((v[i] - v[j]) ** 2).sum()) for i in range(20) for j in range(i)] for v in z]
+    pairs = [[np.exp(-2 * ((v[i] - v[j]) ** 2).sum()) for i in range(10) for j in range(i)] for v in z]
     p = np.linalg.svd(f.numpy(), compute_uv=False)
     p /= p.sum()
     assert found['alignment'] == pytest.approx(alignment, rel=1e-4)
@@ -404,7 +405,8 @@ def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp
     main.main([*flags, '--skip_damaged'])
     assert 'RankMe' in capsys.readouterr().out
     log, config = pd.read_csv(results / 'log.csv'), json.loads((results / 'config.json').read_text())
-    assert log['test_acc@1'].isna().all() and (log[['alignment', 'rankme']] > 0).all(axis=None) and config['classes'] == []
+    assert log['test_acc@1'].isna().all() and (log[['alignment', 'rankme']] > 0).all(axis=None)
+    assert config['classes'] == []
     assert config['images'] == dict(train=23, test=0, damaged=1, damaged_files=['7.png'])
     plot.main(['curves', str(results)])
     monkeypatch.setattr(plot.runtime, 'start', lambda: torch.device('cpu'))
