@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import unicodedata
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms.functional import pil_to_tensor
 
+import flags
 import folder
 import linear
 import main
@@ -398,11 +400,11 @@ def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp
     for i in range(24):
         Image.fromarray(RNG.integers(256, size=(20, 20, 3), dtype=np.uint8)).save(mine / f'{i}.png')
     (mine / '7.png').write_bytes(PNG)
-    flags = ['--dataset_name', 'folder', '--root', str(mine), '--image_size', '8', '--batch_size', '8', '--arch',
+    words = ['--dataset_name', 'folder', '--root', str(mine), '--image_size', '8', '--batch_size', '8', '--arch',
              'resnet18', '--width', '0.125', '--epochs', '2', '--knn_every', '1', '--results_dir', str(results)]
     with pytest.raises(DataError, match='--skip_damaged'):
-        main.main(flags)
-    main.main([*flags, '--skip_damaged'])
+        main.main(words)
+    main.main([*words, '--skip_damaged'])
     assert 'RankMe' in capsys.readouterr().out
     log, config = pd.read_csv(results / 'log.csv'), json.loads((results / 'config.json').read_text())
     assert log['test_acc@1'].isna().all() and (log[['alignment', 'rankme']] > 0).all(axis=None)
@@ -419,4 +421,13 @@ def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp
     assert 'linear probe' in capsys.readouterr().out
     plot.main(['neighbours', str(results / 'model_2.pth'), '--root', str(tree), '--out', str(tmp_path / 'n.png')])
     with pytest.raises(DataError, match='has no labels'):
-        main.main([*flags, '--skip_damaged', '--oracle'])
+        main.main([*words, '--skip_damaged', '--oracle'])
+
+
+def test_on_another_data_set_an_encoder_keeps_its_sizes_and_nothing_else():
+    settings = dict(dataset_name='folder', root='mine', store_size=64, image_size=24, test_size=48, skip_damaged=True)
+    other, same = (Namespace(**{**dict.fromkeys(flags.DATA), 'dataset_name': name}) for name in ('cifar10', None))
+    flags.fill_data_flags(other, settings)
+    assert vars(other) == {**flags.DATA, 'dataset_name': 'cifar10', 'image_size': 24, 'test_size': 48}
+    flags.fill_data_flags(same, settings)
+    assert vars(same) == {**settings, 'cache_dir': None}
