@@ -414,6 +414,11 @@ def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp
     monkeypatch.setattr(plot.runtime, 'start', lambda: torch.device('cpu'))
     plot.main(['neighbours', str(results / 'model_2.pth')])
     assert (results / 'curves.png').exists() and (results / 'neighbours.png').exists()
+    labels = [axes.get_ylabel() for axes in plot.curves(Namespace(paths=[results])).axes]
+    assert [label.split(' ')[0] for label in labels] == ['training', 'alignment', 'uniformity', 'RankMe']
+    grid = plot.neighbours(Namespace(paths=[results / 'model_2.pth'], **{**dict.fromkeys(flags.DATA), 'seed': 0})).axes
+    query, *found = (axes.images[0].get_array() for axes in grid[:10])
+    assert len(found) == 9 and not any((query == image).all() for image in found)
     path = ['--model_path', str(results / 'model_2.pth'), '--epochs', '1', '--batch_size', '8']
     with pytest.raises(DataError, match='has no labels: name a labelled data set by --dataset_name and --root'):
         linear.main(path)
