@@ -76,8 +76,8 @@ def decoded(root, files, store_size, cache_dir):
     """
     place = root / CACHE
     if cache_dir or not (place.exists() or os.access(root, os.W_OK)):
-        place = Path(cache_dir or os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'),
-                     f'{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}')
+        user = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'contrastive')
+        place = Path(cache_dir or user, f'{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}')
     path = place / f'{store_size or "own"}.npy'
     keys = [int(hashlib.blake2b(repr(file).encode(), digest_size=8).hexdigest(), 16) for file in files]
 
@@ -86,14 +86,16 @@ def decoded(root, files, store_size, cache_dir):
         if cached and cached[3] == keys and all(_decode(root / name, 8)[0] is None for name in cached[1]):
             return cached
 
-    try:
-        cached = ready()
-        if not cached:
-            place.mkdir(parents=True, exist_ok=True)
-            with FileLock(place / '.lock'):  # the others wait, and find the file
-                cached = ready() or _write_cache(path, root, files, keys, store_size or _own_size(root, files))
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        raise DataError(f'cannot write {path} ({error}): choose another --cache_dir') from error
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        try:
+            cached = ready()
+            if not cached:
+                place.mkdir(parents=True, exist_ok=True)
+                with FileLock(place / '.lock'):  # the others wait, and find the file
+                    cached = ready() or _write_cache(path, root, files, keys, store_size or _own_size(root, files))
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            raise DataError(f'cannot write {path} ({error}): choose another --cache_dir') from error
     say(f'{root}: {len(cached[0])} images, kept at {cached[0].shape[2]} px in {path}')
     return torch.from_dlpack(cached[0]), *cached[1:3]
 
@@ -134,9 +136,8 @@ def _write_cache(path, root, files, keys, size):
         np.lib.format.write_array_header_1_0(out, dict(descr='|u1', fortran_order=False, shape=(n, 3, size, size)))
 
     try:
-        with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings(), open(part, 'wb') as out, \
+        with ThreadPoolExecutor(threads) as pool, open(part, 'wb') as out, \
                 tqdm(total=len(files), desc=f'Decoding {root}', unit='image', disable=None) as bar:
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
             header(len(files))
             for i in range(0, len(files), 64 * threads):  # few at a time, as they wait in memory to be written
                 some = slice(i, i + 64 * threads)
