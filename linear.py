@@ -7,8 +7,8 @@
 
 Data set and sizes come from the config.json beside the checkpoint unless a flag says otherwise. The probe leaves
 model_400_linear.csv beside the checkpoint, a row an epoch, its settings in a .json, and its weights and classes in a
-.pth; with the flags above, the names say linear_bn_train, linear_cached and logistic. They replace those of a former
-probe only when it ends. The result is the last epoch's accuracy, not the best on the test set. The untrained encoder,
+.pth; with the flags above, the names say linear_bn_train, linear_cached and logistic, and with another data set its
+name. They replace those of a former probe only when it ends. The result is the last epoch's accuracy, not the best on the test set. The untrained encoder,
 model_0.pth, is probed as well if it lies beside the checkpoint.
 """
 
@@ -64,28 +64,27 @@ def main(argv=None):
     path = Path(args.model_path)
     untrained = path.with_name('model_0.pth')
     net, log = load_model(path, head=False), runs.accuracies(path)
-    take_settings(args, path.with_name('config.json'))
+    config = path.with_name('config.json')
+    settings = runs.read_json(config)['settings'] if config.exists() else {}
+    if args.dataset_name is None and not settings:
+        runtime.say(f'No {config.name} beside {path}: taking stl10, as published')
+    flags.fill_data_flags(args, settings)
+    own = not settings or runs.data_name(settings) == runs.data_name(vars(args))
+    name = '_'.join(filter(None, (args.probe, args.bn == 'train' and 'bn_train', not own and runs.data_name(vars(args)),
+                                  args.augment == 'none' and args.probe == 'linear' and 'cached')))
     data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged)
     device = runtime.start()
     knn = f'kNN {log[path.name]:.2f} %, ' if path.name in log else ''
-    first, five = probe_encoder(args, path, net, data, device)
+    first, five = probe_encoder(args, path, name, net, data, device)
     text = f'{knn}{args.probe} probe {first:.2f} % (@5 {five:.2f} %)'
     if untrained.exists() and untrained != path:
         knn = f'kNN {log[untrained.name]:.2f} %, ' if untrained.name in log else ''
-        first, _ = probe_encoder(args, untrained, load_model(untrained, head=False), data, device)
+        first, _ = probe_encoder(args, untrained, name, load_model(untrained, head=False), data, device)
         text += f'; untrained: {knn}{args.probe} probe {first:.2f} %'
     runtime.say(f'{text}; files in {path.parent}')
 
 
-def take_settings(args, config):
-    """Fill the data flags that were not given from the run's config.json, or DATA."""
-    settings = runs.read_json(config)['settings'] if config.exists() else {}
-    if args.dataset_name is None and not settings:
-        runtime.say(f'No {config.name} beside {args.model_path}: taking stl10, as published')
-    flags.fill_data_flags(args, settings)
-
-
-def probe_encoder(args, path, net, data, device):
+def probe_encoder(args, path, name, net, data, device):
     """Train and test the probe of one encoder, write its files, and return its test accuracies @1 and @5 in percent."""
     torch.manual_seed(args.seed)
     net.to(device, memory_format=torch.channels_last).requires_grad_(False)
@@ -98,8 +97,7 @@ def probe_encoder(args, path, net, data, device):
     def features(images):
         return encode(net, images, torch.arange(len(images)), args.test_size, autocast, device)
 
-    out = path.with_name(f'{path.stem}_{args.probe}' + ('_bn_train' if args.bn == 'train' else '')
-                         + ('_cached' if args.augment == 'none' and args.probe == 'linear' else ''))
+    out = path.with_name(f'{path.stem}_{name}')
     about = dict(settings={**vars(args), 'model_path': str(path)}, **runs.provenance(device),
                  encoder=hashlib.sha256(path.read_bytes()).hexdigest())
     rows, test_features = [], features(data.test)

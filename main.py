@@ -139,7 +139,8 @@ def main(argv=None):
         raise SystemExit(128 + stopped.signum) from None
     finally:
         bar.close()
-    runtime.say(f'Finished: files in {results}. Next: python linear.py --model_path {results}/model_{args.epochs}.pth')
+    labels = '' if data.classes else ' --dataset_name and --root of a set with labels'
+    runtime.say(f'Finished: files in {results}. Next: python linear.py --model_path {results}/model_{args.epochs}.pth{labels}')
 
 
 def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals, bar):

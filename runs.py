@@ -234,12 +234,17 @@ def read_run(directory):
             raise UserError(f'{directory} is not the directory of a run: {name} is missing')
     run, log = read_json(directory / 'config.json'), read_table(directory / 'log.csv', LOG)
     settings = run['settings']
-    data = Path(settings['root']).absolute().name if settings['dataset_name'] == 'folder' else settings['dataset_name']
+    data = data_name(settings)
     run.update(log=log, objective=objective_name(settings), data=data)
     run['identity'] = {name: value for name, value in settings.items() if name not in FREE}
     run['identity'] |= dict(objective=run['objective'], data=data, ranks=run['ranks'],
                             images='{train} + {test}'.format(**run['images']))
     return run
+
+
+def data_name(settings):
+    """A data set as people call it: a folder by its own name."""
+    return Path(settings['root']).absolute().name if settings['dataset_name'] == 'folder' else settings['dataset_name']
 
 
 def objective_name(settings):
