@@ -8,8 +8,8 @@
 Data set and sizes come from the config.json beside the checkpoint unless a flag says otherwise. The probe leaves
 model_400_linear.csv beside the checkpoint, a row an epoch, its settings in a .json, and its weights and classes in a
 .pth; with the flags above, the names say linear_bn_train, linear_cached and logistic, and with another data set its
-name. They replace those of a former probe only when it ends. The result is the last epoch's accuracy, not the best on the test set. The untrained encoder,
-model_0.pth, is probed as well if it lies beside the checkpoint.
+name. They replace those of a former probe only when it ends. The result is the last epoch's accuracy, not the best on
+the test set. The untrained encoder, model_0.pth, is probed as well if it lies beside the checkpoint.
 """
 
 import hashlib
@@ -69,9 +69,10 @@ def main(argv=None):
     if args.dataset_name is None and not settings:
         runtime.say(f'No {config.name} beside {path}: taking stl10, as published')
     flags.fill_data_flags(args, settings)
-    own = not settings or runs.data_name(settings) == runs.data_name(vars(args))
-    name = '_'.join(filter(None, (args.probe, args.bn == 'train' and 'bn_train', not own and runs.data_name(vars(args)),
-                                  args.augment == 'none' and args.probe == 'linear' and 'cached')))
+    here = runs.data_name(vars(args))
+    parts = {args.probe: True, 'bn_train': args.bn == 'train', here: settings and runs.data_name(settings) != here,
+             'cached': args.augment == 'none' and args.probe == 'linear'}
+    name = '_'.join(part for part, there in parts.items() if there)
     data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged)
     device = runtime.start()
     knn = f'kNN {log[path.name]:.2f} %, ' if path.name in log else ''

@@ -139,8 +139,8 @@ def main(argv=None):
         raise SystemExit(128 + stopped.signum) from None
     finally:
         bar.close()
-    labels = '' if data.classes else ' --dataset_name and --root of a set with labels'
-    runtime.say(f'Finished: files in {results}. Next: python linear.py --model_path {results}/model_{args.epochs}.pth{labels}')
+    more = '' if data.classes else ' --dataset_name … --root …, of a set with labels'
+    runtime.say(f'Finished. Next: python linear.py --model_path {results}/model_{args.epochs}.pth{more}')
 
 
 def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals, bar):
