@@ -1,0 +1,39 @@
+"""The processes behind --augment pil: deaf to the signals that stop a run, and gone when it is."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import Job
+
+from runtime import STOP_SIGNALS
+from utils import ReferenceViews
+
+
+def test_workers_go_on_when_a_stop_signal_reaches_the_whole_group():
+    views = ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), 4, 8, workers=1)
+    batches = views.epoch(1)
+    next(batches)
+    worker, = views.loader._iterator._workers
+    for signum in STOP_SIGNALS:
+        os.kill(worker.pid, signum)
+    assert len(list(batches)) == 15 and worker.is_alive()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', ['parent', 'worker'])
+def test_no_process_is_left_when_one_is_killed(tiny, tmp_path, victim):
+    job = Job('main.py', [*tiny, '--epochs', '500', '--augment', 'pil', '--workers', '2', '--results_dir', tmp_path])
+    parent = psutil.Process(job.process.pid)
+    while not (tmp_path / 'log.csv').exists() or len(parent.children()) < 2:
+        assert job.process.poll() is None
+        time.sleep(0.05)
+    workers = parent.children()
+    (parent if victim == 'parent' else workers[0]).send_signal(signal.SIGKILL)
+    job.finish()
+    assert job.code != 0
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
