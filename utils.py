@@ -1,5 +1,6 @@
 """The reference views, as the published utils.py makes them: image by image, through PIL and OpenCV, in workers."""
 
+import multiprocessing
 import shutil
 import signal
 from pathlib import Path
@@ -106,6 +107,16 @@ class ReferenceViews:
 
     def epoch(self, epoch, start=0):
         self.keys.set_epoch(epoch, start)
-        for *views, index in self.loader:
-            yield ([x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last) for x in views],
-                   index.to(self.device, non_blocking=True))
+        try:
+            for *views, index in self.loader:
+                views = [x.to(self.device, non_blocking=True) for x in views]
+                yield ([x.contiguous(memory_format=torch.channels_last) for x in views],
+                       index.to(self.device, non_blocking=True))
+        except (OSError, RuntimeError) as error:
+            alive = multiprocessing.active_children()
+            for worker in alive:  # Python would end them by SIGTERM, which they ignore, and wait for ever
+                worker.kill()
+            if len(alive) == self.loader.num_workers:
+                raise
+            raise UserError('a worker of --augment pil was killed, perhaps as memory ran out: use fewer --workers. '
+                            'The same command continues from the last saved state') from error
