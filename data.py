@@ -126,13 +126,12 @@ def _torchvision(name, root, **split):
                                     f'and {name} is downloaded again')
             return cls(root, download=True, **split)
     except (OSError, RuntimeError) as error:
-        raise DataError(f'{name} is not in {folder} and could not be downloaded ({error}). Unpack {cls.url} in '
-                        f'{root}, point --root at it, or use --dataset_name shapes, which needs no files') from error
-    finally:
-        with contextlib.suppress(OSError):  # after a failure, leave nothing behind that was not there
+        with contextlib.suppress(OSError):  # leave nothing behind that was not there
             lock.unlink(missing_ok=True)
             if not existed:
                 lock.parent.rmdir()
+        raise DataError(f'{name} is not in {folder} and could not be downloaded ({error}). Unpack {cls.url} in '
+                        f'{root}, point --root at it, or use --dataset_name shapes, which needs no files') from error
 
 
 def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):

@@ -75,7 +75,7 @@ def knn(memory, queries, memory_labels, labels, k, temperature):
     counts = torch.zeros(2, dtype=torch.int64, device=memory.device)
     for query, label in zip(F.normalize(queries, dim=1).split(512), labels.split(512)):
         similarity, nearest = (query @ memory.T).topk(k)  # (b, k)
-        votes = query.new_zeros(len(query), classes)
-        votes.scatter_add_(1, memory_labels[nearest], (similarity / temperature).exp())
+        weights = ((similarity - similarity[:, :1]).double() / temperature).exp()  # exp(1 / t) may be infinite
+        votes = weights.new_zeros(len(query), classes).scatter_add_(1, memory_labels[nearest], weights)
         counts += hits(votes.where(votes > 0, -math.inf), label)  # no vote, no hit
     return (100 * counts.double() / len(queries)).tolist()

@@ -73,6 +73,7 @@ def main(argv=None):
     parts = {args.probe: True, 'bn_train': args.bn == 'train', here: settings and runs.data_name(settings) != here,
              'cached': args.augment == 'none' and args.probe == 'linear'}
     name = '_'.join(part for part, there in parts.items() if there)
+    log = {} if parts[here] else log  # its accuracies are on the run's own data
     data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged)
     device = runtime.start()
     knn = f'kNN {log[path.name]:.2f} %, ' if path.name in log else ''
@@ -80,7 +81,11 @@ def main(argv=None):
     text = f'{knn}{args.probe} probe {first:.2f} % (@5 {five:.2f} %)'
     if untrained.exists() and untrained != path:
         knn = f'kNN {log[untrained.name]:.2f} %, ' if untrained.name in log else ''
-        first, _ = probe_encoder(args, untrained, name, load_model(untrained, head=False), data, device)
+        before, last = runs.read_probe(path.parent, 0, name)  # by the probe of an earlier checkpoint
+        if before and all(before.get(flag) == value for flag, value in vars(args).items() if flag != 'model_path'):
+            first = last['test_acc@1']
+        else:
+            first, _ = probe_encoder(args, untrained, name, load_model(untrained, head=False), data, device)
         text += f'; untrained: {knn}{args.probe} probe {first:.2f} %'
     runtime.say(f'{text}; files in {path.parent}')
 

@@ -82,7 +82,7 @@ def arguments(argv=None):
     if args.sync_bn and not torch.cuda.is_available():
         parser.error('--sync_bn needs CUDA: PyTorch has no SyncBatchNorm for CPUs')
     if args.warmup >= args.epochs:
-        parser.error(f'--warmup {args.warmup} leaves nothing of --epochs {args.epochs}')
+        parser.error(f'--warmup {args.warmup} must be less than --epochs {args.epochs}')
     args.hidden_dim = args.hidden_dim or int(512 * args.width)
     args.knn_temperature = args.knn_temperature or args.temperature
     args.precision = args.precision or runtime.default_precision()
@@ -118,6 +118,8 @@ def main(argv=None):
                disable=None if RANK == 0 else True)
     try:
         if not saved:
+            if device.type == 'cpu' and args.dataset_name != 'shapes':
+                runtime.say('No CUDA device: this run is on a CPU, where the small run of the README takes minutes')
             state['log'].append({'epoch': 0, **monitor(net, data, args, autocast, device, signals)})
             saver.save(state, keep=True)  # from here on there is always a state to continue from
             runtime.say(f'untrained: {describe(state["log"][0])}')
@@ -146,8 +148,8 @@ def main(argv=None):
 def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals, bar):
     """The rest of an epoch, from state's step on. Now and then it waits for the device: loss, progress, signals."""
     net.train()
-    began, first, steps = time.monotonic() - state['seconds'], state['step'], len(state['losses'])
-    look_every = 20 if state['losses'].is_cuda or WORLD > 1 else 1  # a look waits for the device and the other ranks
+    began, steps = time.monotonic() - state['seconds'], len(state['losses'])
+    look_every = 20 if state['losses'].is_cuda else 1  # a look waits for the device
     loss_of = objective(args, state['epoch'] + 1)
     for views, index in batches.epoch(state['epoch'] + 1, state['step']):
         for group in optimizer.param_groups:
@@ -161,9 +163,6 @@ def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals,
             check_finite(losses, state['epoch'] + 1)
             bar.update(state['epoch'] * steps + state['step'] - bar.n)
             bar.set_postfix_str(f'epoch {state["epoch"] + 1}, loss {losses.mean():.4f}')
-            if state['step'] == first + 3 and state['epoch'] == 0 and not state['losses'].is_cuda:
-                left = tqdm.format_interval(state['seconds'] / state['step'] * (bar.total - state['step']))
-                runtime.say(f'No CUDA device: about {left} to go on this CPU; --dataset_name shapes takes minutes')
             signals.check()
 
 

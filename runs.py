@@ -79,7 +79,7 @@ def verified(content, path):
     content = dict(content) if isinstance(content, dict) else {}
     written = content.pop('digest', None)
     if written is None or written != digest(content):
-        raise UserError(f'{path} is damaged, changed, or not of a run')
+        raise UserError(f'{path} is damaged, changed, or not of a run: restore it, or move it elsewhere')
     return content
 
 
@@ -106,8 +106,8 @@ def open_run(results, settings, data, device):
     if config_file.exists():
         check_same_run(results, read_json(config_file), settings, described)
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
-    trained = [path.name for path in sorted(results.glob('*')) if re.fullmatch(r'model_\d+\.pth|last\.pth|log\.csv',
-                                                                               path.name)]
+    trained = [path.name for path in sorted(results.glob('*'))  # model_0.pth alone: killed before the first state
+               if re.fullmatch(r'model_[1-9]\d*\.pth|last\.pth|log\.csv', path.name)]
     if trained and missing:
         raise UserError(f'{results} holds {", ".join(trained)} but no {" and no ".join(missing)}, so '
                         'the run there cannot be continued: choose another --results_dir')

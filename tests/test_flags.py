@@ -82,7 +82,7 @@ def test_random_command_lines(script, capsys, monkeypatch):
     ('--debiased True --estimator easy', '--debiased True contradicts --estimator easy'),
     ('--oracle --estimator debiased', '--oracle leaves no false negatives'),
     ('--oracle --debiased True', '--oracle leaves no false negatives'),
-    ('--warmup 400', '--warmup 400 leaves nothing of --epochs 400'),
+    ('--warmup 400', '--warmup 400 must be less than --epochs 400'),
     ('--epochs 99999999', 'from 1 to 1000000'),
     ('--lr 1e9', 'must be a positive number of at most 1000'),
     ('--width 3', 'invalid choice'),

@@ -96,7 +96,8 @@ def test_joint_views_share_one_batchnorm_batch():
     torch.testing.assert_close(losses[1], contrastive_loss(z1, z2).detach())
 
 
-def test_knn_is_the_weighted_vote():
+@pytest.mark.parametrize('temperature', [0.5, 0.005])  # exp(1 / 0.005) is infinite in float32
+def test_knn_is_the_weighted_vote(temperature):
     generator = torch.Generator().manual_seed(0)
     memory, queries = (torch.randn(n, 8, generator=generator) for n in (60, 30))
     memory_labels, labels = (torch.randint(7, (n,), generator=generator) for n in (60, 30))
@@ -105,10 +106,10 @@ def test_knn_is_the_weighted_vote():
         similarity = F.cosine_similarity(query[None], memory)
         votes = np.zeros(7)
         for j in similarity.argsort(descending=True)[:30]:
-            votes[memory_labels[j]] += math.exp(similarity[j] / 0.5)
+            votes[memory_labels[j]] += math.exp(similarity[j] / temperature)
         ranked = list(np.argsort(-votes))
         hits += [ranked[0] == label, label.item() in ranked[:5]]
-    found = evaluate.knn(memory, queries, memory_labels, labels, k=30, temperature=0.5)
+    found = evaluate.knn(memory, queries, memory_labels, labels, k=30, temperature=temperature)
     assert found == pytest.approx(list(100 * hits / 30))
 
 
@@ -424,6 +425,15 @@ def test_probe(finished, capsys, bn, tmp_path):
     if bn == 'eval':  # features of the test images are fixed: a probe can be trained on them again to the same end
         linear.main(['--model_path', str(checkpoint), '--epochs', '30', '--lr', '0.01'])
         assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_the_untrained_encoder_is_probed_once_for_all_checkpoints_of_a_run(finished):
+    made = []
+    for epochs in ('1', '1', '2'):
+        for checkpoint in ('model_2.pth', 'model_3.pth'):
+            linear.main(['--model_path', str(finished / checkpoint), '--augment', 'none', '--epochs', epochs])
+            made.append((finished / 'model_0_linear_cached.pth').stat().st_mtime_ns)
+    assert made[0] == made[1] == made[2] == made[3] < made[4] == made[5]
 
 
 def test_probe_notices_a_moved_encoder(finished, monkeypatch):
