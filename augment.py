@@ -6,8 +6,9 @@
 
 The operations and the distributions of their parameters are those of utils.reference_transform, which goes
 image by image through PIL and OpenCV: RandomResizedCrop, horizontal flip, ColorJitter in random order,
-grayscale, Gaussian blur. Drawing is apart from applying, and both are plain torch operations without a
-synchronisation, for CPU and CUDA, eager and compiled.
+grayscale, Gaussian blur. Pixels are whole grey levels from 0 to 255 after every step, rounded where PIL rounds and cut
+where it cuts. Drawing is apart from applying, and both are plain torch operations without a synchronisation, for CPU
+and CUDA, eager and compiled.
 """
 
 import hashlib
@@ -62,7 +63,7 @@ def draw(n, height, width, generator, blur=True):
 
 def apply(images, p, size):
     """(n, 3, H, W) uint8 images and draw()'s parameters -> (n, 3, size, size) float32 views, normalised."""
-    x = resized_crop(images.float(), p, size) / 255  # (n, 3, H, W) -> (n, 3, size, size)
+    x = resized_crop(images.float(), p, size)  # (n, 3, H, W) -> (n, 3, size, size)
     x = color_jitter(x, p)
     x = torch.where(p['gray'].view(-1, 1, 1, 1), luma(x), x)
     x = gaussian_blur(x, p['sigma'], blur_kernel_size(size))
@@ -70,8 +71,8 @@ def apply(images, p, size):
 
 
 def normalize(x):
-    """(n, 3, h, w) in [0, 1] -> the same by the mean and standard deviation of each channel, channels last."""
-    channels = [(x[:, c] - mean) / std for c, (mean, std) in enumerate(zip(MEAN, STD))]
+    """(n, 3, h, w) in grey levels -> the same, scaled to [0, 1] and by MEAN and STD, channels last."""
+    channels = [(x[:, c] / 255 - mean) / std for c, (mean, std) in enumerate(zip(MEAN, STD))]
     return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -80,7 +81,8 @@ def resized_crop(x, p, size):
     still = torch.zeros_like(p['flip'])
     W_y = resize_weights(p['top'], p['h'], still, x.shape[2], size)  # (n, size, H)
     W_x = resize_weights(p['left'], p['w'], p['flip'], x.shape[3], size)  # (n, size, W)
-    return W_y[:, None] @ (x.flatten(1, 2) @ W_x.mT).unflatten(1, x.shape[1:3])  # (n, 3H, size) -> (n, 3, size, size)
+    x = (x.flatten(1, 2) @ W_x.mT).add_(0.5).floor_().unflatten(1, x.shape[1:3])  # (n, 3H, W) -> (n, 3, H, size)
+    return (W_y[:, None] @ x).add_(0.5).floor_()
 
 
 def resize_weights(start, length, flip, in_size, size):
@@ -99,7 +101,7 @@ def resize_weights(start, length, flip, in_size, size):
 
 
 def color_jitter(x, p):
-    """Brightness, contrast, saturation and hue in each image's own order: (n, 3, h, w) in [0, 1] -> the same.
+    """Brightness, contrast, saturation and hue in each image's own order: (n, 3, h, w) in levels -> the same.
 
     Each image meets hue once, so three blends before it and three after it hold any order; a blend that an
     image does not have at that place has factor 1.
@@ -116,30 +118,33 @@ def color_jitter(x, p):
 
 
 def blend(x, operation, factors, active):
-    """Mix x with black (operation 0), with its mean gray (1) or with its gray (2), clipped to [0, 1]."""
+    """Mix x with black (operation 0), with its mean gray (1) or with its gray (2): to the level below, in [0, 255]."""
     factor = factors.gather(1, operation.clamp(max=2)[:, None])[:, 0]
     factor = torch.where(active, factor, 1).view(-1, 1, 1, 1)
     contrast, saturation = (operation == 1).view(-1, 1, 1, 1), (operation == 2).view(-1, 1, 1, 1)
     gray = luma(x)  # (n, 1, h, w)
-    base = gray * saturation + gray.mean((2, 3), keepdim=True) * contrast
-    return torch.lerp(base, x, factor).clamp_(0, 1)
+    base = gray * saturation + gray.mean((2, 3), keepdim=True).round() * contrast
+    return ((x - base) * factor).add_(base).clamp_(0, 255).floor_()
 
 
 def luma(x):
     """(n, 3, h, w) -> (n, 1, h, w)"""
-    return LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]
+    return (LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]).round_()
 
 
 def shift_hue(x, hue):
-    """Turn the hue by (n,) turns, keeping HSV's value and saturation: (n, 3, h, w) -> the same."""
+    """Turn the hue by (n,) turns in PIL's HSV of 8 bits, whose hue wraps at 256 and scales by 255; 0 does nothing."""
     r, g, b = x.unbind(1)
     top = x.amax(1)
     chroma = top - x.amin(1)
-    turn = torch.where(top == r, g - b, torch.where(top == g, b - r, r - g)) / (6 * chroma).clamp_(min=1e-8)
-    turn += torch.where(top == r, 0, torch.where(top == g, 1 / 3, 2 / 3)) + hue.view(-1, 1, 1)
+    turn = torch.where(top == r, g - b, torch.where(top == g, b - r, r - g)) / (6 * chroma).clamp_(min=1)
+    turn += torch.where(top == r, 1, torch.where(top == g, 4 / 3, 5 / 3)) + 4e-6  # a thousandth of a level
+    turn = turn.remainder_(1).mul_(255).floor_().add_((255 * hue).trunc().view(-1, 1, 1)).remainder_(256).div_(255)
+    chroma = (255 * chroma / top.clamp(min=1)).floor_().mul_(top).div_(255)
     distance = torch.stack([turn, turn - 1 / 3, turn - 2 / 3], 1)  # (n, 3, h, w) from red, green and blue
     distance -= distance.round()
-    return top[:, None] - chroma[:, None] * distance.abs_().mul_(6).sub_(1).clamp_(0, 1)
+    turned = top[:, None] - chroma[:, None] * distance.abs_().mul_(6).sub_(1).clamp_(0, 1)
+    return torch.where(hue.view(-1, 1, 1, 1) == 0, x, turned.round_())
 
 
 def gaussian_blur(x, sigma, kernel_size):
@@ -150,7 +155,7 @@ def gaussian_blur(x, sigma, kernel_size):
     kernel = (kernel / kernel.sum(1, keepdim=True)).T.reshape(kernel_size, -1, 1, 1, 1)
     x = F.pad(x, (r, r, r, r), mode='reflect')
     x = sum(k * x[:, :, i:i + h] for i, k in enumerate(kernel))
-    return sum(k * x[:, :, :, i:i + w] for i, k in enumerate(kernel))
+    return sum(k * x[:, :, :, i:i + w] for i, k in enumerate(kernel)).round_()
 
 
 def seeded(*key, device='cpu'):

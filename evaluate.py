@@ -27,7 +27,7 @@ def encode(net, images, index, size, autocast, device, signals=None, batch_size=
         if view is not None:
             x = apply(x, draw(len(x), *x.shape[2:], seeded(view, i, device=device)), size)
         else:
-            x = x.float().div_(255)
+            x = x.float()
             x = normalize(F.interpolate(x, (size, size), mode='bilinear', antialias=True) if size else x)
         with autocast:
             feature = net.f(x).flatten(1)

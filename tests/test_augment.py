@@ -78,7 +78,7 @@ NAMES = ('brightness', 'contrast', 'saturation', 'hue')
 
 def chain_pil(image, q, size):
     image = crop_pil(image, q, size)
-    for operation in q['order']:
+    for operation in q['order'] if q['hue'] else ():  # a view is jittered, by all four, or not at all
         image = OPERATIONS[operation](image, q[NAMES[operation]])
     if q['gray']:
         image = TF.rgb_to_grayscale(image, 3)
@@ -92,17 +92,18 @@ def case(request):
 
 
 @pytest.mark.parametrize('size', [16, 32, 64])
-def test_crop_resize_flip_within_one_level_of_pil(case, size):
+def test_crop_resize_flip_is_pils(case, size):
     images, p = case
-    ours = augment.resized_crop(images.float(), p, size).round()
-    theirs = levels([crop_pil(pil(x), one(p, i), size) for i, x in enumerate(images)])
-    assert (ours - theirs).abs().max() <= 1  # PIL rounds to 8 bits after each of its two passes
+    ours = augment.resized_crop(images.float(), p, size)
+    difference = ours - levels([crop_pil(pil(x), one(p, i), size) for i, x in enumerate(images)])
+    assert difference.abs().max() <= 2  # Pillow 13 takes the two passes of some crops in the other order
+    assert (difference == 0).float().mean() > 0.95 and difference.mean().abs() < 0.01
 
 
 @pytest.mark.parametrize('name', ['brightness', 'contrast', 'saturation', 'hue', 'gray', 'flip', 'blur'])
 def test_each_operation_is_pils(case, name):
     images, p = case
-    x, n = images.float() / 255, len(images)
+    x, n = images.float(), len(images)
     if name == 'flip':
         whole = {'top': torch.zeros(n), 'left': torch.zeros(n), 'h': torch.full((n,), 32), 'w': torch.full((n,), 32)}
         ours = augment.resized_crop(x, whole | {'flip': torch.ones(n, dtype=torch.bool)}, 32)
@@ -120,21 +121,21 @@ def test_each_operation_is_pils(case, name):
         alone[name] = torch.empty(n).uniform_(low, high, generator=seeded(2))
         ours = augment.color_jitter(x, alone)
         theirs = [OPERATIONS[NAMES.index(name)](pil(y), alone[name][i].item()) for i, y in enumerate(images)]
-    difference = (255 * ours - levels(theirs)).abs()
-    if name == 'hue':  # PIL's HSV has 8 bits: a level of hue is 6 levels of a saturated colour
-        assert difference.mean() < 2
-    else:  # PIL blends to the level below, converts to gray by rounding, OpenCV blurs in fixed point
-        assert difference.max() <= 2
+    difference = ours - levels(theirs)
+    assert difference.mean().abs() < 0.002
+    if name == 'blur':  # OpenCV blurs in fixed point
+        assert difference.abs().max() <= 1
+    else:
+        assert (difference == 0).float().mean() > (0.995 if name == 'hue' else 0.999)
 
 
 def test_whole_chain_is_pils(case):
     images, p = case
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     ours = 255 * (apply(images, p, 32) * std + mean)
-    theirs = levels([chain_pil(pil(x), one(p, i), 32) for i, x in enumerate(images)])
-    difference = (ours - theirs).abs()  # rounding to 8 bits after up to seven operations, and hue's
-    assert difference.mean() < 1.5
-    assert (difference <= 6).float().mean() > 0.99
+    difference = ours - levels([chain_pil(pil(x), one(p, i), 32) for i, x in enumerate(images)])
+    assert difference.mean().abs() < 0.01 and difference.abs().mean() < 0.06
+    assert (difference.abs() < 1.01).float().mean() > 0.995
 
 
 def test_reference_transform_is_the_chain():
@@ -352,6 +353,6 @@ def test_blur_kernel_is_a_tenth_of_the_image_and_odd(size, width):
 def test_blur_has_opencvs_border_and_any_kernel():
     image = photographs(1, 48, 48)
     for width in (1, 3, 5, 9):
-        ours = 255 * augment.gaussian_blur(image.float() / 255, torch.tensor([1.3]), width)
+        ours = augment.gaussian_blur(image.float(), torch.tensor([1.3]), width)
         theirs = cv2.GaussianBlur(image[0].permute(1, 2, 0).numpy(), (width, width), 1.3)
-        assert (ours[0].permute(1, 2, 0) - torch.from_numpy(theirs)).abs().max() <= 2
+        assert (ours[0].permute(1, 2, 0) - torch.from_numpy(theirs)).abs().max() <= 1

@@ -377,7 +377,7 @@ def test_label_free_measures_are_those_of_the_papers():
     net.eval()
     with torch.no_grad():
         z = [net(apply(half, draw(10, 16, 16, seeded(view, 0)), 8))[1].double().numpy() for view in range(2)]
-        f = net.f(normalize(images[chosen] / 255)).flatten(1).double()
+        f = net.f(normalize(images[chosen].float())).flatten(1).double()
     alignment = np.mean([((a - b) ** 2).sum() for a, b in zip(*z)])
     pairs = [[np.exp(-2 * ((v[i] - v[j]) ** 2).sum()) for i in range(10) for j in range(i)] for v in z]
     p = np.linalg.svd(f.numpy(), compute_uv=False)

@@ -216,7 +216,7 @@ def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree, on_
     checkpoint = run_of_one_epoch / 'model_1.pth'
     panel, = plot.similarity(arguments(checkpoint)).axes
     net, data = model.load_model(checkpoint).eval(), load_data('folder', tree, 16)
-    z = net(normalize(data.test.float() / 255))[1]
+    z = net(normalize(data.test.float()))[1]
     labels = data.test_labels
     i, j = torch.triu_indices(9, 9, 1)
     same = labels[i] == labels[j]
@@ -231,7 +231,7 @@ def test_neighbours_are_framed_by_class(run_of_one_epoch, tree, on_the_cpu):
     figure = plot.neighbours(arguments(run_of_one_epoch / 'model_1.pth'))
     net, data = model.load_model(run_of_one_epoch / 'model_1.pth').eval(), load_data('folder', tree, 16)
     chosen = plot.some(9, 5, 0)
-    x, y = (F.normalize(net.f(normalize(images.float() / 255)).flatten(1)) for images in
+    x, y = (F.normalize(net.f(normalize(images.float())).flatten(1)) for images in
             (data.test[chosen], data.train))
     found = (x @ y.T).topk(9).indices
     right = data.train_labels[found] == data.test_labels[chosen][:, None]
