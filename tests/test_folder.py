@@ -29,6 +29,7 @@ from model import Model
 RNG = np.random.default_rng(0)
 RGB = np.kron(RNG.integers(256, size=(8, 10, 3)), np.ones((4, 4, 1))).astype(np.uint8)  # 32 x 40, in squares
 WIDE = (RGB[..., 0].astype(np.uint16) << 8) + 7  # 16 bits
+DEFAULTS = {flag[2:]: default for flag, default, *_ in flags.DATA}
 WIDE[0, 0] = 65535
 
 
@@ -416,7 +417,7 @@ def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp
     assert (results / 'curves.png').exists() and (results / 'neighbours.png').exists()
     labels = [axes.get_ylabel() for axes in plot.curves(Namespace(paths=[results])).axes]
     assert [label.split(' ')[0] for label in labels] == ['training', 'alignment', 'uniformity', 'RankMe']
-    grid = plot.neighbours(Namespace(paths=[results / 'model_2.pth'], **{**dict.fromkeys(flags.DATA), 'seed': 0})).axes
+    grid = plot.neighbours(Namespace(paths=[results / 'model_2.pth'], **dict.fromkeys(DEFAULTS), seed=0)).axes
     query, *found = (axes.images[0].get_array() for axes in grid[:10])
     assert len(found) == 9 and not any((query == image).all() for image in found)
     path = ['--model_path', str(results / 'model_2.pth'), '--epochs', '1', '--batch_size', '8']
@@ -431,8 +432,8 @@ def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp
 
 def test_on_another_data_set_an_encoder_keeps_its_sizes_and_nothing_else():
     settings = dict(dataset_name='folder', root='mine', store_size=64, image_size=24, test_size=48, skip_damaged=True)
-    other, same = (Namespace(**{**dict.fromkeys(flags.DATA), 'dataset_name': name}) for name in ('cifar10', None))
+    other, same = (Namespace(**{**dict.fromkeys(DEFAULTS), 'dataset_name': name}) for name in ('cifar10', None))
     flags.fill_data_flags(other, settings)
-    assert vars(other) == {**flags.DATA, 'dataset_name': 'cifar10', 'image_size': 24, 'test_size': 48}
+    assert vars(other) == {**DEFAULTS, 'dataset_name': 'cifar10', 'image_size': 24, 'test_size': 48}
     flags.fill_data_flags(same, settings)
     assert vars(same) == {**settings, 'cache_dir': None}
