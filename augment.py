@@ -33,32 +33,53 @@ def draw(n, height, width, generator, blur=True):
     (0 = none). The distributions are torchvision's: RandomResizedCrop's ten tries with its fall-back included.
     Without blur, all sigmas are 0.
     """
-    device = generator.device
+    return parameters(uniforms(n, generator), height, width, blur)
 
-    def uniform(low, high, *shape):
-        return torch.rand(n, *shape, generator=generator, device=device) * (high - low) + low
 
-    area = height * width * uniform(*CROP_SCALE, 10)  # (n, 10): ten tries each
-    ratio = uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]), 10).exp()
+def uniforms(n, generator):
+    """The random numbers of n views, uniform in [0, 1): (n, 35)"""
+    u = torch.rand(35 * n, generator=generator, device=generator.device)
+    tries, crop, order, rest = u.split([20 * n, 7 * n, 4 * n, 4 * n])
+    return torch.cat([*tries.view(2, n, 10), crop.view(7, n).T, order.view(n, 4), rest.view(4, n).T], 1)
+
+
+def parameters(u, height, width, blur=True):
+    """draw()'s parameters of the views whose random numbers are u (n, 35)."""
+    scale, ratio, (y, x, jitter, *factors, hue), order, (blurred, sigma, flip, gray) = (
+        u[:, :10], u[:, 10:20], u[:, 20:27].T, u[:, 27:31], u[:, 31:].T)
+
+    def between(low, high, u):
+        return u * (high - low) + low
+
+    area = height * width * between(*CROP_SCALE, scale)  # (n, 10): ten tries each
+    ratio = between(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]), ratio).exp()
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)
     w, h, fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
-    top = (uniform(0, 1) * (height - h + 1)).floor().minimum(height - h)
-    left = (uniform(0, 1) * (width - w + 1)).floor().minimum(width - w)
+    top = (y * (height - h + 1)).floor().minimum(height - h)
+    left = (x * (width - w + 1)).floor().minimum(width - w)
     # none of the ten fits: the largest central crop with an allowed ratio
     w0 = min(width, round(height * CROP_RATIO[1]))
     h0 = min(height, round(width / CROP_RATIO[0]))
     w, h = torch.where(fits, w, w0), torch.where(fits, h, h0)
     top, left = torch.where(fits, top, (height - h0) // 2), torch.where(fits, left, (width - w0) // 2)
 
-    jitter = uniform(0, 1) < 0.8
-    factors = [torch.where(jitter, uniform(1 - s, 1 + s), 1) for s in JITTER[:3]]
-    hue = torch.where(jitter, uniform(-JITTER[3], JITTER[3]), 0)
-    order = uniform(0, 1, 4).argsort(1)
-    sigma = torch.where(uniform(0, 1) < 0.5, uniform(*BLUR_SIGMA), 0) * blur
-    return dict(top=top, left=left, h=h, w=w, flip=uniform(0, 1) < 0.5, brightness=factors[0], contrast=factors[1],
-                saturation=factors[2], hue=hue, order=order, gray=uniform(0, 1) < 0.2, sigma=sigma)
+    jitter = jitter < 0.8
+    factors = [torch.where(jitter, between(1 - s, 1 + s, u), 1) for s, u in zip(JITTER, factors)]
+    hue = torch.where(jitter, between(-JITTER[3], JITTER[3], hue), 0)
+    sigma = torch.where(blurred < 0.5, between(*BLUR_SIGMA, sigma), 0) * blur
+    return dict(top=top, left=left, h=h, w=w, flip=flip < 0.5, brightness=factors[0], contrast=factors[1],
+                saturation=factors[2], hue=hue, order=order.argsort(1), gray=gray < 0.2, sigma=sigma)
+
+
+def random_views(images, u, size, blur=True):
+    """apply() by the parameters that u (n, 35) gives, in one function, so that all but drawing u compiles."""
+    p, n = parameters(u, *images.shape[2:], blur), max(1, len(images))
+    # eager on a CPU some images at a time, few enough for a core's cache
+    some = 48 if images.device.type == 'cpu' and not torch.compiler.is_compiling() else n
+    return torch.cat([apply(images[i:i + some], {name: values[i:i + some] for name, values in p.items()}, size)
+                      for i in range(0, n, some)])
 
 
 def apply(images, p, size):
@@ -203,7 +224,7 @@ class DeviceViews:
         self.images = images.to(self.device) if resident else images
         self.batch_size, self.size, self.views, self.seed, self.drop_last = batch_size, size, views, seed, drop_last
         self.rank, self.world, self.blur, self.labels = rank, world, blur, labels
-        self.apply = torch.compile(apply, dynamic=False) if compile else apply
+        self.random_views = torch.compile(random_views, dynamic=False) if compile else random_views
         self.stream = None if resident else torch.cuda.Stream(self.device)
 
     def part(self, x, dim=0):
@@ -243,9 +264,5 @@ class DeviceViews:
         return batch
 
     def view(self, images, whole, generator):
-        """A random view of each image; parameters are drawn for the whole batch, the same for any number of ranks."""
-        p = {name: self.part(values) for name, values in draw(whole, *images.shape[2:], generator, self.blur).items()}
-        n = max(1, len(images))
-        some = 48 if self.device.type == 'cpu' else n  # images at a time: few enough for a core's cache
-        return torch.cat([self.apply(images[i:i + some], {name: values[i:i + some] for name, values in p.items()},
-                                     self.size) for i in range(0, n, some)])
+        """A random view of each image; random numbers are drawn for the whole batch, the same for any number of ranks."""
+        return self.random_views(images, self.part(uniforms(whole, generator)), self.size, self.blur)

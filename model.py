@@ -21,12 +21,24 @@ ARCHS = {  # blocks, and how many of them in each stage: a checkpoint is recogni
 }
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d, but Model counts the batches: each layer for itself would start a kernel for that."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training,
+                            self.momentum, self.eps)
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    forward = BatchNorm2d.forward
+
+
 class Scaled(ResNet):
     """torchvision's ResNet with all numbers of channels multiplied."""
 
     def __init__(self, block, blocks, factor):
         self.factor = factor  # the constructor builds the stages
-        super().__init__(block, blocks)
+        super().__init__(block, blocks, norm_layer=BatchNorm2d)
 
     def _make_layer(self, block, planes, *args, **kwargs):
         if planes == 64:  # the first stage takes what the stem gives
@@ -57,12 +69,15 @@ class Model(nn.Module):
         conv = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
         relu = resnet.relu if stem == 'cifar' else nn.Sequential(resnet.relu, resnet.maxpool)  # keeps the names below
         stages = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
-        self.f = nn.Sequential(conv, nn.BatchNorm2d(channels), relu, *stages, resnet.avgpool)
-        self.g = nn.Sequential(nn.Linear(self.features, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim),
+        self.f = nn.Sequential(conv, BatchNorm2d(channels), relu, *stages, resnet.avgpool)
+        self.g = nn.Sequential(nn.Linear(self.features, hidden_dim, bias=False), BatchNorm1d(hidden_dim),
                                nn.ReLU(inplace=True), nn.Linear(hidden_dim, feature_dim))
 
     def forward(self, x):
         """(B, 3, H, W) -> features (B, F) and embeddings (B, feature_dim), rows of unit length, float32 or more."""
+        norms = [m for m in self.modules() if isinstance(m, (BatchNorm1d, BatchNorm2d))]  # SyncBatchNorm counts itself
+        if self.training and norms:
+            torch._foreach_add_([m.num_batches_tracked for m in norms], 1)
         feature = self.f(x).flatten(1)
         return unit(feature), unit(self.g(feature))
 

@@ -340,9 +340,9 @@ def test_reference_views_can_be_sent_to_workers_that_are_not_forked():
 
 
 def test_compiled_and_eager_views_agree():
-    p = draw(8, 40, 40, seeded(1))
-    compiled = torch.compile(apply, backend='eager', fullgraph=True)
-    torch.testing.assert_close(compiled(IMAGES[:8], p, 16), apply(IMAGES[:8], p, 16), rtol=1e-5, atol=1e-5)
+    u, p = augment.uniforms(8, seeded(1)), draw(8, 40, 40, seeded(1))
+    compiled = torch.compile(augment.random_views, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(IMAGES[:8], u, 16), apply(IMAGES[:8], p, 16), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('size, width', [(16, 1), (20, 3), (32, 3), (40, 5), (64, 7), (96, 9)])

@@ -9,7 +9,7 @@ from conftest import assert_same_outcome, outcome
 import linear
 import main
 import runtime
-from augment import DeviceViews, apply, draw, seeded
+from augment import DeviceViews, random_views, seeded, uniforms
 from losses import contrastive_loss
 
 CUDA = torch.cuda.is_available()
@@ -33,9 +33,9 @@ def test_loss_on_the_device_is_that_of_the_cpu_in_float64(setting):
 
 
 def test_compiled_views_are_the_eager_ones():
-    p = draw(64, 40, 48, seeded(1, device=DEVICE))
-    views = torch.compile(apply, dynamic=False)(IMAGES.to(DEVICE), p, 32).cpu()
-    torch.testing.assert_close(views, apply(IMAGES, {name: x.cpu() for name, x in p.items()}, 32), rtol=0, atol=1e-3)
+    u = uniforms(64, seeded(1, device=DEVICE))
+    views = torch.compile(random_views, dynamic=False)(IMAGES.to(DEVICE), u, 32).cpu()
+    torch.testing.assert_close(views, random_views(IMAGES, u.cpu(), 32), rtol=0, atol=1e-3)
 
 
 @pytest.mark.skipif(not CUDA, reason='prefetches to a GPU')

@@ -164,3 +164,19 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path, new_format):
     assert not (tmp_path / 'ran').exists()
     torch.load(io.BytesIO((tmp_path / 'evil.pth').read_bytes()), weights_only=False)  # the payload does work
     assert (tmp_path / 'ran').exists()
+
+
+def test_batches_are_counted_as_torch_counts_them():
+    """Once a forward in training, by one kernel; the statistics and the output are torch's own."""
+    torch.manual_seed(0)
+    net, plain = Model(16, 'resnet18', width=0.125), Model(16, 'resnet18', width=0.125)
+    plain.load_state_dict(net.state_dict())
+    for module in plain.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.__class__ = type(module).__base__
+    for train in (True, True, False):
+        x = torch.randn(4, 3, 8, 8)
+        assert all(map(torch.equal, net.train(train)(x), plain.train(train)(x)))
+    state = net.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+    assert {value.item() for name, value in state.items() if 'num_batches' in name} == {2}
