@@ -264,5 +264,5 @@ class DeviceViews:
         return batch
 
     def view(self, images, whole, generator):
-        """A random view of each image; random numbers are drawn for the whole batch, the same for any number of ranks."""
+        """A random view of each image; the numbers are drawn for the whole batch, the same on any number of ranks."""
         return self.random_views(images, self.part(uniforms(whole, generator)), self.size, self.blur)

@@ -5,6 +5,7 @@
     python misc/plot.py neighbours results/model_400.pth             # test images and their nearest training images
     python misc/plot.py map results/model_400.pth                    # t-SNE of the test images' features
     python misc/plot.py negatives results/model_400.pth              # which negatives each objective pushes away
+    python misc/plot.py graphs results/graphs                        # accuracies that misc/graphs.py found
 
 Data set and sizes come from the config.json beside a checkpoint. Runs whose settings differ in the seed alone are
 drawn as one line of means and a band of one standard deviation.
@@ -43,6 +44,7 @@ CLASSES = ['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59', '#e
 # Petroff, Accessible color sequences for data visualization, arXiv 2107.02270
 RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
 MARKERS = 'os^Dv'
+GRAPHS = dict(infograph='InfoGraph, the paper\'s form', published='InfoGraph, the released code\'s', graphcl='GraphCL')
 BATCH = 256  # images of the batch whose negatives are drawn
 CURVES = [('train_loss', 'training loss (nats)'), ('test_acc@1', 'kNN accuracy on test images (%)'),
           ('alignment', 'alignment of z (less is better)'), ('uniformity', 'uniformity of z (less is better)'),
@@ -59,7 +61,7 @@ def main(argv=None):
         command = commands.add_parser(name, help=function.__doc__.partition('\n')[0])
         command.add_argument('paths', nargs='+' if plural else 1, type=Path, help=what)
         command.add_argument('--out', type=Path, help=f'file to write (default: {name}.png in the first run)')
-        if name != 'curves':
+        if name not in ('curves', 'graphs'):
             flags.add(command, 'data (default: as in config.json)',
                       *((name, None, kind, text) for name, _, kind, text in flags.DATA))
             command.add_argument('--seed', default=0, type=flags.seed, help='of the images (default: %(default)s)')
@@ -70,7 +72,8 @@ def main(argv=None):
             command.add_argument('--images', default=2000, type=flags.integer(100, 5000),
                                  help='test images, at most, drawn at random (default: %(default)s)')
     args = parser.parse_args(argv)
-    args.out = args.out or (args.paths[0] if args.what == 'curves' else args.paths[0].parent) / f'{args.what}.png'
+    whole = args.what in ('curves', 'graphs')  # a picture of a directory
+    args.out = args.out or (args.paths[0] if whole else args.paths[0].parent) / f'{args.what}.png'
     if args.out.suffix != '.png':
         parser.error(f'--out {args.out}: pictures are PNG files, their names end in .png')
     figure, png = PICTURES[args.what][0](args), io.BytesIO()
@@ -108,6 +111,30 @@ def curves(args):
             axes.set(xlabel='epoch', ylabel=what)
             axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc='outside upper center', ncols=columns)
+    return figure
+
+
+def graphs(args):
+    """Accuracy on graphs against β, by data set and objective, over the repeats: mean and standard deviation."""
+    try:
+        found = pd.concat(pd.read_csv(path).assign(data=path.stem.removesuffix('_published').removesuffix('_graphcl'))
+                          for path in sorted(args.paths[0].glob('*.csv')))
+        betas = sorted(found['beta'].dropna().unique())
+        groups = found.groupby('data')
+    except (ValueError, KeyError):
+        raise UserError(f'{args.paths[0]} does not hold the CSV files of misc/graphs.py alone') from None
+    figure, panels = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.4), squeeze=False)
+    for axes, (data, rows) in zip(panels[0], groups):
+        untrained = rows.loc[rows['objective'] == 'untrained', 'accuracy']
+        axes.axhspan(untrained.mean() - untrained.std(), untrained.mean() + untrained.std(), color='#eeeeee')
+        axes.axhline(untrained.mean(), color='#555555', linestyle=':', label='untrained')
+        for i, (objective, name) in enumerate(GRAPHS.items()):
+            by = rows[rows['objective'] == objective].groupby('beta')['accuracy']
+            place = [betas.index(beta) + 0.08 * (i - 1) for beta in by.groups]
+            axes.errorbar(place, by.mean(), by.std(), color=COLOURS[i], marker=MARKERS[i], capsize=3, label=name)
+        axes.set(title=data, xlabel='β', xticks=range(len(betas)), xticklabels=[f'{beta:g}' for beta in betas])
+    panels[0, 0].set_ylabel('accuracy of an RBF SVM (%)')
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
     return figure
 
 
@@ -288,6 +315,7 @@ PICTURES = {
     'neighbours': (neighbours, 'a checkpoint', False),
     'map': (class_map, 'a checkpoint', False),
     'negatives': (negatives, 'a checkpoint', False),
+    'graphs': (graphs, 'a directory of misc/graphs.py', False),
 }
 
 if __name__ == '__main__':

@@ -35,7 +35,9 @@ OBJECTIVES = {
 }
 OWN = ('--estimator', '--debiased', '--beta', '--seed')  # flags of main.py that the sweep sets
 METRICS = ['knn', 'linear', 'linear_bn_train', 'linear_cached', 'logistic']
-TITLES = dict(knn='kNN, %', linear='linear probe, %', linear_bn_train='probe, BatchNorm drifting, %',
+LABEL_FREE = ['alignment', 'uniformity', 'rankme']  # of evaluate.py, beside the accuracies
+TITLES = dict(alignment='alignment', uniformity='uniformity', rankme='RankMe', knn='kNN, %',
+              linear='linear probe, %', linear_bn_train='probe, BatchNorm drifting, %',
               linear_cached='linear probe on cached features, %', logistic='logistic regression, %',
               **{f'{name}_gain': 'against standard' for name in METRICS})
 SHOWN = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'epochs', 'precision', 'linear_how',
@@ -162,7 +164,7 @@ def make_table(results):
             print(f'{directory}: not finished, left out', file=sys.stderr)
             continue
         row = run['identity'] | dict(minutes=log['seconds'].sum() / 60, knn=log['test_acc@1'].iloc[-1],
-                                     command=run['command'], device=run['device'],
+                                     **log[LABEL_FREE].iloc[-1], command=run['command'], device=run['device'],
                                      versions=', '.join(map(' '.join, run['versions'].items())))
         for probe in METRICS[1:]:
             settings, last = runs.read_probe(directory, epochs, probe)
@@ -177,7 +179,7 @@ def make_table(results):
     found = pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
     commands = ['command', *(f'{probe}_command' for probe in METRICS[1:])]
     told = [*(f'{probe}_how' for probe in METRICS[1:]), 'device', 'versions']  # rows may mix these, and then say so
-    same = [name for name in found if name not in ['seed', 'minutes', *METRICS, *commands, *told]]
+    same = [name for name in found if name not in ['seed', 'minutes', *METRICS, *LABEL_FREE, *commands, *told]]
     twice = found.duplicated([*same, 'seed'])
     if twice.any():
         raise UserError(f'{results} holds the same run twice: {found.loc[twice, "command"].iloc[0]}')
@@ -186,7 +188,7 @@ def make_table(results):
     base = found[pair].merge(standard, 'left', pair, validate='m:1')[METRICS].where(found['objective'] != 'standard')
     found[[f'{name}_gain' for name in METRICS]] = found[METRICS] - base
     columns = dict(seeds=('seed', 'size'), minutes=('minutes', 'mean'))
-    for name in METRICS + [f'{name}_gain' for name in METRICS]:
+    for name in METRICS + [f'{name}_gain' for name in METRICS] + LABEL_FREE:
         columns |= {name: (name, 'mean'), f'{name}_std': (name, 'std'), f'{name}_seeds': (name, 'count')}
     columns |= {name: (name, 'last') for name in commands}
     columns |= {name: (name, lambda values: '; '.join(dict.fromkeys(values.dropna()))) for name in told}
@@ -208,6 +210,7 @@ def markdown(table):
 
     settings = list(table)[list(table).index('linear_how'):]
     shown = [name for metric in METRICS if table[metric].notna().any() for name in (metric, f'{metric}_gain')]
+    shown += [name for name in LABEL_FREE if table[name].notna().any()]
     differ = [name for name in settings if table[name].nunique(dropna=False) > 1]
     shared = [name for name in SHOWN if name not in differ]
     minutes = ' to '.join(dict.fromkeys(f'{x:.0f}' for x in (table['minutes'].min(), table['minutes'].max())))

@@ -2,6 +2,7 @@ import io
 import math
 import runpy
 import sys
+from argparse import Namespace
 from functools import partial
 
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 import torch_geometric as pyg
 
 import graphs as g
+import plot
 from runtime import UserError
 
 SHAPES = dict(path=[(0, 1), (1, 2), (2, 3)], ring=[(0, 1), (1, 2), (2, 3), (3, 0)])
@@ -278,6 +280,10 @@ def test_table_tells_means_deviations_and_gains_repeat_by_repeat(tiny, tmp_path,
     table = capsys.readouterr().out
     assert '| A_B | untrained |  |  | 2 | 75.0 ± 7.1 |  |  |' in table
     assert '| A_B | graphcl | 2 | 0.1 | 2 | 82.0 ± 4.2 | +5.0 ± 1.4 | +7.0 ± 2.8 |' in table
+    panel = next(axes for axes in plot.graphs(Namespace(paths=[tmp_path])).axes if axes.get_title() == 'A_B')
+    (x, y), line = panel.containers[-1].lines[0].get_data(), panel.lines[0]
+    assert list(line.get_ydata()) == [75, 75]
+    assert [panel.get_xticklabels()[round(place)].get_text() for place in x] == ['0', '2'] and list(y) == [77, 82]
 
 
 @pytest.mark.parametrize('flags', [['--repeats', '0'], ['--tau_plus', '1'], ['--betas', 'nan'], ['--betas', 'x'],
