@@ -15,7 +15,7 @@ import math
 import torch
 import torch.distributed as dist
 
-SIDE = {'cpu': 2**9, 'cuda': 2**13}  # rows of a tile of similarities: 1 MB in float32 on a CPU, which its cache holds
+SIDE = {'cpu': 2**8, 'cuda': 2**13}  # rows of a tile of similarities: 256 kB in float32 on a CPU, for a core's cache
 KEPT = {'cpu': 2**24, 'cuda': 2**28}  # similarities kept at most: 64 MB in float32 on a CPU
 
 
@@ -137,7 +137,7 @@ class _ContrastiveLoss(torch.autograd.Function):
                     u = x.exp()
                     yield u, u if beta == 1 else (beta * x).exp_() if beta else None, served
 
-            step, scaled, kept = P * (chunk_size or max(1, SIDE.get(x.device.type, 2**9) // P)), rows / t, []
+            step, scaled, kept = P * (chunk_size or max(1, SIDE.get(x.device.type, 2**8) // P)), rows / t, []
             blocks = [[slice(k, min(k + step, u + n)) for u in range(0, T * n, n) for k in range(u, u + n, step)]
                       for n in (b * P, B * P)]  # of anchors and of columns, none in two towers
             pairs = [(i, j) for n, i in enumerate(blocks[0]) for j in blocks[1][n if world == 1 else 0:]
