@@ -175,19 +175,17 @@ class Saver:
         if self.writing:
             self.writing.result()
 
-    def start(self, function, *args):
-        self.wait()
-        self.writing = self.thread.submit(function, *args)
-
     def epoch_ended(self, state, keep):
         """Write the log; the encoder, if it is to be kept; and the state with it, or once a minute."""
         if keep or time.monotonic() - self.last > 60:
             self.save(state, keep)
         elif RANK == 0:
-            self.start(write_table, self.results / 'log.csv', state['log'], LOG)
+            self.wait()
+            write_table(self.results / 'log.csv', state['log'], LOG)
 
     def save(self, state, keep=False):
         """Write last.pth, all that resuming needs, and the log; with keep, first the encoder as model_{epoch}.pth."""
+        self.wait()
         self.last = time.monotonic()
         if RANK != 0:
             return
@@ -199,7 +197,7 @@ class Saver:
         optimizer['state'] = {i: {name: host(x) for name, x in s.items()} for i, s in optimizer['state'].items()}
         whole = dict(state, model=weights, optimizer=optimizer, losses=host(state['losses'][:state['step']]))
         copied = torch.cuda.current_stream().record_event() if state['losses'].is_cuda else None
-        self.start(self.write, whole, keep, copied)
+        self.writing = self.thread.submit(self.write, whole, keep, copied)
 
     def write(self, whole, keep, copied):
         if copied:
