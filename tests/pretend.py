@@ -31,7 +31,7 @@ def key(x):
 
 
 class Pretend(TorchFunctionMode):
-    """torch with a device: every tensor has a place, cpu, pinned or cuda. It is the one stream beside the first, too."""
+    """torch with a device: each tensor has a place, cpu, pinned or cuda. It is the stream beside the first one, too."""
 
     def __init__(self):
         super().__init__()

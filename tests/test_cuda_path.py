@@ -28,8 +28,8 @@ def waits_of(monkeypatch):
         for where, name, value in [
                 (torch, 'Generator', Generator), (torch.cuda, 'Stream', lambda device: pretend),
                 (torch.cuda, 'stream', pretend.stream), (torch.cuda, 'current_stream', lambda device=None: pretend),
-                (torch.Tensor, 'record_stream', lambda x, stream: pretend.record(x, stream)), (runs, 'device_name', str),
-                (runtime, 'start', lambda: CUDA), (runtime, 'fits', lambda *_: fits)]:
+                (torch.Tensor, 'record_stream', lambda x, stream: pretend.record(x, stream)),
+                (runs, 'device_name', str), (runtime, 'start', lambda: CUDA), (runtime, 'fits', lambda *_: fits)]:
             monkeypatch.setattr(where, name, value)
         with pretend, Operations(pretend):
             function()
@@ -45,8 +45,8 @@ def waits_of(monkeypatch):
 
 
 def train(results, batch_size, *flags):
-    main.main(['--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8', '--k', '5', '--epochs',
-               '1', '--batch_size', str(batch_size), '--results_dir', str(results / str(batch_size)), *flags])
+    main.main(['--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8', '--k', '5',
+               '--epochs', '1', '--batch_size', str(batch_size), '--results_dir', str(results / str(batch_size)), *flags])
 
 
 @pytest.mark.parametrize('fits, flags', [(True, ['--oracle']), (False, ['--views', '3', '--anneal', 'down']),
