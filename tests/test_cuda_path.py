@@ -45,8 +45,8 @@ def waits_of(monkeypatch):
 
 
 def train(results, batch_size, *flags):
-    main.main(['--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8', '--k', '5',
-               '--epochs', '1', '--batch_size', str(batch_size), '--results_dir', str(results / str(batch_size)), *flags])
+    main.main(['--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8', '--k', '5', *flags,
+               '--epochs', '1', '--batch_size', str(batch_size), '--results_dir', str(results / str(batch_size))])
 
 
 @pytest.mark.parametrize('fits, flags', [(True, ['--oracle']), (False, ['--views', '3', '--anneal', 'down']),
