@@ -240,19 +240,22 @@ class DeviceViews:
         ahead = self.fetch(parts[start]) if start < len(parts) else None
         for step in range(start, len(parts)):
             images, index = self.arrived(ahead)
-            if step + 1 < len(parts):
-                ahead = self.fetch(parts[step + 1])
             generator = seeded(self.seed, epoch, step, device=self.device)
-            yield [self.view(images[min(v, len(images) - 1)], sizes[step], generator) for v in range(self.views)], index
+            views = [self.view(images[min(v, len(images) - 1)], sizes[step], generator) for v in range(self.views)]
+            if step + 1 < len(parts):  # the device has the views to make meanwhile
+                ahead = self.fetch(parts[step + 1])
+            yield views, index
 
     def fetch(self, index):
         """Start bringing the images (W, b, 3, H, W') of index (W, b) to the device, and the index of the first."""
-        images = self.images.index_select(0, index.flatten()).unflatten(0, index.shape)
         if self.resident:
-            return images, index[0]
-        batch = images.pin_memory(), index[0].pin_memory()
+            return self.images.index_select(0, index.flatten()).unflatten(0, index.shape), index[0]
+        # Let go at the end, it is used again, by torch's allocator, only when the copy from it has ended.
+        pinned = torch.empty(index.numel(), *self.images.shape[1:], dtype=torch.uint8, pin_memory=True)
+        torch.index_select(self.images, 0, index.flatten(), out=pinned)
         with torch.cuda.stream(self.stream):
-            return [x.to(self.device, non_blocking=True) for x in batch]
+            return [x.to(self.device, non_blocking=True) for x in (pinned.unflatten(0, index.shape),
+                                                                   index[0].pin_memory())]
 
     def arrived(self, batch):
         """Let the current stream wait for a batch that fetch() started."""

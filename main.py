@@ -121,7 +121,8 @@ def main(argv=None):
             if device.type == 'cpu' and args.dataset_name != 'shapes':
                 runtime.say('No CUDA device: this run is on a CPU, where the small run of the README takes minutes')
             state['log'].append({'epoch': 0, **monitor(net, data, args, autocast, device, signals)})
-            saver.save(state, keep=True)  # from here on there is always a state to continue from
+            saver.save(state, keep=True)
+            saver.wait()  # from here on there is always a state to continue from
             runtime.say(f'untrained: {describe(state["log"][0])}')
         for epoch in range(state['epoch'] + 1, args.epochs + 1):
             train_epoch(ddp, batches, labels, optimizer, args, autocast, state, signals, bar)
@@ -136,11 +137,13 @@ def main(argv=None):
     except runtime.Stopped as stopped:
         runtime.average_buffers(net)
         saver.save(state)
+        saver.wait()
         runtime.say(f'Stopped in epoch {state["epoch"] + 1} after step {state["step"]}, saved in {results}; '
                     'the same command continues')
         raise SystemExit(128 + stopped.signum) from None
     finally:
         bar.close()
+        saver.wait()
     more = '' if data.classes else ' --dataset_name … --root …, of a set with labels'
     runtime.say(f'Finished. Next: python linear.py --model_path {results}/model_{args.epochs}.pth{more}')
 

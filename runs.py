@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -163,33 +164,51 @@ def restore(results, saved, state, net, optimizer):
 
 
 class Saver:
-    """Writes a run's state, its kept encoders and its log; rank 0 does, the others do nothing."""
+    """Writes a run's state, its kept encoders and its log, in a thread; rank 0 does, the others do nothing."""
 
     def __init__(self, results, net, optimizer):
         self.results, self.net, self.optimizer, self.last = results, net, optimizer, time.monotonic()
+        self.thread, self.writing = ThreadPoolExecutor(1), None
+
+    def wait(self):
+        """Return when all is written; UserError if something cannot be."""
+        if self.writing:
+            self.writing.result()
 
     def epoch_ended(self, state, keep):
         """Write the log; the encoder, if it is to be kept; and the state with it, or once a minute."""
         if keep or time.monotonic() - self.last > 60:
             self.save(state, keep)
         elif RANK == 0:
+            self.wait()
             write_table(self.results / 'log.csv', state['log'], LOG)
 
     def save(self, state, keep=False):
         """Write last.pth, all that resuming needs, and the log; with keep, first the encoder as model_{epoch}.pth."""
+        self.wait()
         self.last = time.monotonic()
         if RANK != 0:
             return
-        weights = {name: value.cpu() for name, value in self.net.state_dict().items()}  # loads without a GPU too
-        if not all(value.isfinite().all() for value in weights.values()):
-            raise UserError(f'weights are not finite after epoch {state["epoch"]}: not saved; the last good state in '
+
+        def host(x):  # a copy that loads without a GPU; from one it is under way while training goes on
+            return x.detach().to('cpu', non_blocking=True, copy=True)
+
+        weights, optimizer = {name: host(x) for name, x in self.net.state_dict().items()}, self.optimizer.state_dict()
+        optimizer['state'] = {i: {name: host(x) for name, x in s.items()} for i, s in optimizer['state'].items()}
+        whole = dict(state, model=weights, optimizer=optimizer, losses=host(state['losses'][:state['step']]))
+        copied = torch.cuda.current_stream().record_event() if state['losses'].is_cuda else None
+        self.writing = self.thread.submit(self.write, whole, keep, copied)
+
+    def write(self, whole, keep, copied):
+        if copied:
+            copied.synchronize()
+        if not all(value.isfinite().all() for value in whole['model'].values()):
+            raise UserError(f'weights are not finite after epoch {whole["epoch"]}: not saved; the last good state in '
                             f'{self.results} is untouched')
-        if keep:
-            state['log'][-1]['encoder'] = write_tensors(self.results / f'model_{state["epoch"]}.pth', weights)
-        losses, optimizer = state['losses'][:state['step']], self.optimizer.state_dict()
-        whole = dict(state, model=weights, optimizer=optimizer, losses=losses)
+        if keep:  # the row is the one in the log of later states
+            whole['log'][-1]['encoder'] = write_tensors(self.results / f'model_{whole["epoch"]}.pth', whole['model'])
         write_tensors(self.results / 'last.pth', {**whole, 'digest': digest(whole)})
-        write_table(self.results / 'log.csv', state['log'], LOG)
+        write_table(self.results / 'log.csv', whole['log'], LOG)
 
 
 def provenance(device):

@@ -196,16 +196,16 @@ def flags(tiny, results, epochs=3):
 
 def test_torchrun_trains_logs_and_saves_once_and_one_process_continues(tiny, tmp_path, run):
     results = tmp_path / 'r'
-    job = Job('main.py', flags(tiny, results), torchrun=['--nproc_per_node=2'])
+    job = Job('main.py', flags(tiny, results, 6), torchrun=['--nproc_per_node=2'])
     while job.process.poll() is None and not (results / 'model_1.pth').exists():
         time.sleep(0.01)
     job.process.send_signal(signal.SIGTERM)
     job.finish()
-    assert job.code != 0 and job.out.count('saved in') == 1 and job.out.count('epoch 1/3:') == 1, job.err
-    again = run('main.py', flags(tiny, results))
+    assert job.code != 0 and job.out.count('saved in') == 1 and job.out.count('epoch 1/6:') == 1, job.err
+    again = run('main.py', flags(tiny, results, 6))
     assert again.code == 0 and 'Continuing' in again.out
     log = pd.read_csv(results / 'log.csv')
-    assert list(log['epoch']) == [0, 1, 2, 3] and log['train_loss'][1:].notna().all()
+    assert list(log['epoch']) == [0, 1, 2, 3, 4, 5, 6] and log['train_loss'][1:].notna().all()
 
 
 @pytest.mark.slow

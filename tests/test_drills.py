@@ -41,7 +41,7 @@ def whole(flags, run, tmp_path_factory):
                                           pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)])
 def test_train_stop_resume_probe(flags, run, whole, tmp_path, signum, code):
     job = Job('main.py', [*flags, tmp_path / 'r'])
-    wait_for((tmp_path / 'r' / 'model_1.pth').exists, job)
+    wait_for((tmp_path / 'r' / 'model_0.pth').exists, job)  # later ones are written while it trains on
     job.process.send_signal(signum)
     if signum == signal.SIGTERM:  # from a scheduler to each process, and from torchrun once more
         time.sleep(0.02)
