@@ -250,7 +250,7 @@ class DeviceViews:
         """Start bringing the images (W, b, 3, H, W') of index (W, b) to the device, and the index of the first."""
         if self.resident:
             return self.images.index_select(0, index.flatten()).unflatten(0, index.shape), index[0]
-        # Let go at the end, it is used again, by torch's allocator, only when the copy from it has ended.
+        # torch gives pinned memory to another tensor only when the copies from it have ended.
         pinned = torch.empty(index.numel(), *self.images.shape[1:], dtype=torch.uint8, pin_memory=True)
         torch.index_select(self.images, 0, index.flatten(), out=pinned)
         with torch.cuda.stream(self.stream):
