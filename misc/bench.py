@@ -14,6 +14,7 @@ share of the speed that the matmul rate and the copy bandwidth measured on the d
 
 import copy
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -25,8 +26,10 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,8 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-HOME = Path(__file__).parents[1]
-sys.path.insert(0, str(HOME))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import augment
 import data
 import flags
@@ -56,6 +58,7 @@ from model import ARCHS, Model
 from runs import device_name, write, write_table
 from utils import ReferenceViews
 
+HOME = Path(__file__).parents[1]
 FLOP_PER_VIEW, BYTES_PER_VIEW = 7.8e9, 131e6  # ResNet-50 at 32 px, a training step; bytes in bf16, BatchNorm+ReLU fused
 LAUNCH = re.compile(r'^ +(\w+ = )?(\w+\.run\(|extern_kernels\.|torch\.ops\.)', re.M)  # in Inductor's code
 aten = torch.ops.aten
@@ -75,7 +78,7 @@ def main(argv=None):
               ('--repeat', 9, flags.images, 'timings of which the median is taken'),
               ('--csv', None, flags.path, 'file for the rows'))
     flags.add(parser, 'gpu',
-              ('--results_dir', 'results/gpu', flags.path, 'directory of the report; parts whose CSV is there are kept'),
+              ('--results_dir', 'results/gpu', flags.path, 'of the report; parts whose CSV is there are kept'),
               ('--root', 'data', flags.path, 'directory of CIFAR-10; where it is not, drawn shapes are trained on'),
               ('--minutes', 20, flags.real(0, 10_000), 'in all; the training run at the end takes what is left'),
               ('--tiny', False, bool, 'everything as small as it gets: a test of this command, not of the device'))
@@ -89,9 +92,12 @@ def main(argv=None):
     args.image_size, args.batch_size = args.image_size or (32 if cuda else 16), args.batch_size or (256 if cuda else 32)
     if args.tiny:
         args.image_size, args.batch_size, args.repeat, args.width = 8, 128, 1, 0.125
+        torch.set_num_threads(1)
+        os.environ['OMP_NUM_THREADS'] = '1'
     print(f'{device_name(device)}; torch {torch.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}')
+    torch.backends.cudnn.benchmark = True
     if args.what == 'gpu':
-        return 1/0
+        return report(args, device)
     rows = measure(args.what, args, device)
     if args.csv:
         write_table(args.csv, rows, None)
@@ -298,7 +304,6 @@ def step_work(args, device):
 
 
 def bench_step(args, device):
-    torch.backends.cudnn.benchmark = True
     views, size = fixed_views(args, device), f'{2 * args.batch_size} views of {args.image_size} px'
     contiguous = [x.contiguous() for x in views]
     published = training(args, device, textbook, published=True)
@@ -312,7 +317,6 @@ def bench_step(args, device):
 
 def bench_epoch(args, device):
     """Epochs of main.py in a process of its own, as it logs them, the first left out: it compiles and warms up."""
-    torch.backends.cudnn.benchmark = True
     bare = partial(alternate, args.repeat, device, partial(training(args, device), fixed_views(args, device)))
     before = bare()
     with TemporaryDirectory() as results:
@@ -416,7 +420,7 @@ def bench_kernels(args, device):
     """Kernels of a view, the loss and the network, and graphs of a run. Nothing is computed but a few small steps."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     if not importlib.util.find_spec('triton'):
-        raise runtime.UserError('triton is not installed: it comes with torch for CUDA, which also writes code on a CPU')
+        raise runtime.UserError('triton is not installed: torch for CUDA brings it, and needs no GPU for this')
     print('Kernels are counted in code that Inductor writes for an H100, eager ones as operations; none is run.')
     backend, codes = code_for_h100()
     compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
@@ -456,10 +460,7 @@ def bench_kernels(args, device):
 
 
 def graphs_of_a_run():
-    """Graphs that views, network and loss compile to in two epochs with evaluations, the last batch of which is smaller.
-
-    A break of a graph is an error.
-    """
+    """Graphs of views, network and loss in two epochs with evaluations of a smaller last batch; a break is an error."""
     graphs, compile = Counter(), torch.compile
 
     def once(what):
@@ -485,8 +486,230 @@ def graphs_of_a_run():
         yield dict(what=f'{what}, two epochs, evaluations and their last batch', graphs=graphs[what])
 
 
+def cuda_tests(args, device):
+    """The tests of what main.py turns on for a GPU, on the device."""
+    command = ['-m', 'pytest', '-n', '0', '-m', 'slow', 'tests/test_device.py', *['-k', 'loss'] * args.tiny]
+    environment = os.environ | ({'TEST_CUDA': '1'} if device.type == 'cuda' else {})
+    done = subprocess.run([sys.executable, *command], cwd=HOME, env=environment, text=True, capture_output=True)
+    if done.returncode:
+        print(done.stdout)
+    return [dict(what='tests/test_device.py', outcome=(done.stdout.strip() or done.stderr.strip()).splitlines()[-1])]
+
+
+def loop(args, device):
+    """The real loop at STL10's size: images per second, memory, and where the time of a step goes."""
+    with own_process(1) as pool:
+        rows = pool.submit(profiled, args, 0 if args.tiny else 30).result()
+    for row in rows:
+        print(row)
+    return rows
+
+
+def own_process(workers):
+    return ProcessPoolExecutor(workers, get_context('spawn'))
+
+
+def profiled(args, seconds):
+    """Run main.py in this process, on as many random images as STL10 has, and look at its loop between its steps."""
+    cuda, rows, steps = args.device == 'cuda', [], 2 if args.tiny else 20
+    n, side = (3 * args.batch_size, 16) if args.tiny else (105_000, 96)
+    images, epoch, loss = torch.randint(256, (n, 3, side, side), dtype=torch.uint8), DeviceViews.epoch, contrastive_loss
+    data.load_data = lambda *_: data.Data(images, torch.full((n,), -1), images[:0], torch.zeros(0).long(), [])
+    wait, profiler = torch.cuda.synchronize if cuda else int, torch.profiler.profile()
+
+    def between_steps():
+        for _ in range(steps):  # compiles, and warms up
+            yield
+        wait()
+        began = time.perf_counter()
+        done = 0
+        while not done or time.perf_counter() - began < seconds:
+            done += 1
+            yield
+        wait()
+        elapsed = time.perf_counter() - began
+        memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else peak_memory() / 1e9
+        rows.append(dict(part='a step', ms=1e3 * elapsed / done, images_s=args.batch_size * done / elapsed,
+                         memory_GB=memory))
+        profiler.start()
+        began = time.perf_counter()
+        for _ in range(steps):
+            yield
+        wait()
+        elapsed = time.perf_counter() - began
+        profiler.stop()
+        os.kill(os.getpid(), signal.SIGTERM)  # main.py saves and ends
+        with TemporaryDirectory() as directory:
+            profiler.export_chrome_trace(f'{directory}/trace.json')
+            events = json.loads(Path(directory, 'trace.json').read_text())['traceEvents']
+        rows.extend(shares(events, steps, 1e3 * elapsed / steps))
+        yield from itertools.repeat(None)
+
+    def watched(self, *where):
+        stream = epoch(self, *where)
+        while True:
+            next(course)
+            with torch.profiler.record_function('views'):
+                batch = next(stream, None)
+            if batch is None:
+                return
+            yield batch
+
+    def marked(*views, **kwargs):
+        with torch.profiler.record_function('loss'):
+            return loss(*views, **kwargs)
+
+    course, DeviceViews.epoch, losses.contrastive_loss = between_steps(), watched, marked
+    with TemporaryDirectory() as results, open(os.devnull, 'w') as sys.stdout, open(os.devnull, 'w') as sys.stderr:
+        sys.argv = ['main.py', *map(str, sizes(args)), '--epochs', '9999', '--results_dir', results]
+        try:
+            runpy.run_path(str(HOME / 'main.py'), run_name='__main__')
+        except SystemExit as stop:
+            if stop.code != 128 + signal.SIGTERM:
+                raise RuntimeError(f'main.py: {stop.code}') from None
+    return rows
+
+
+def shares(events, steps, ms):
+    """Where the time of a step, in ms, goes, by a trace's events: on a GPU that of kernels by who started them."""
+    spans = []
+    for event in events:
+        name = event['name'].partition('#')[0] if event.get('cat') == 'user_annotation' else ''
+        if name in PARTS_OF_A_STEP:
+            spans.append((PARTS_OF_A_STEP[name], event['ts'], event['ts'] + event['dur']))
+    started = {event['args']['correlation']: event['ts'] for event in events
+               if event.get('cat') in ('cuda_runtime', 'cuda_driver') and 'correlation' in event['args']}
+    times, kernels = Counter(), Counter()
+    for event in events:
+        if event.get('cat') in ('kernel', 'gpu_memcpy', 'gpu_memset'):
+            at = started.get(event['args'].get('correlation'), 0)
+            part = next((name for name, begin, end in spans if begin <= at < end), 'network')
+            times[part] += event['dur'] / 1e3 / steps
+            kernels[part] += 1 / steps
+    if kernels:
+        times['waiting'] = max(0, ms - sum(times.values()))  # the host's, while the profiler looks on
+    else:
+        for name, begin, end in spans:
+            times[name] += (end - begin) / 1e3 / steps
+        times['network'] = ms - sum(times.values())
+    return [dict(part=part, ms=times[part], share=times[part] / ms, kernels=kernels[part] or None)
+            for part in ('views', 'network', 'loss', 'optimizer', 'waiting')]
+
+
+def precision(args, device):
+    """50 steps, eager and compiled, in float32 and bf16: time, and how far the means of 10 losses are apart."""
+    cuda, n, curves, rows = device.type == 'cuda', 3 if args.tiny else 50, {}, []
+    batches = DeviceViews(load_data('shapes').train, args.batch_size, args.image_size, device=device)
+    stream = [views for epoch in range(1, 9) for views, _ in batches.epoch(epoch)][:n]
+    for name, bf16, compiled in (('float32, eager', False, False), ('bf16, eager', True, False),
+                                 ('float32, compiled', False, True), ('bf16, compiled', True, True)):
+        if compiled and not cuda:
+            continue  # it takes minutes, and a test compiles on a CPU
+        step = training(args, device, bf16=bf16, compiled=compiled)
+        curves[name] = torch.stack([step(views) for views in stream]).cpu()
+        elapsed, = alternate(args.repeat, device, partial(step, stream[0]))
+        apart = (curves[name] - curves['float32, eager']).unfold(0, min(n, 10), 1).mean(1).abs().max().item()
+        rows.append(dict(what=f'{args.arch}, {name}', ms=elapsed, last_loss=curves[name][-1].item(),
+                         distance=apart, within=0.1, holds=apart < 0.1))
+        print(rows[-1])
+    return rows
+
+
+def two_ranks(args, device):
+    """The objective on two ranks that share the device, against one; or why not."""
+    with TemporaryDirectory() as directory, own_process(2) as pool:
+        jobs = [pool.submit(half_of_the_loss, rank, args.device, f'{directory}/meet') for rank in range(2)]
+        try:
+            outcome = f'the loss differs from that of one rank by {max(job.result(timeout=120) for job in jobs):.2g}'
+        except Exception as error:  # NCCL's, of several kinds; the report holds it
+            outcome = ' '.join(str(error).split())[-200:]
+    print(outcome)
+    return [dict(what='2 ranks on one device', outcome=outcome)]
+
+
+def half_of_the_loss(rank, device, file):
+    import torch.distributed as dist
+    dist.init_process_group('nccl' if device == 'cuda' else 'gloo', init_method=f'file://{file}', rank=rank,
+                            world_size=2, timeout=timedelta(seconds=60))
+    views = [torch.randn(64, 128, generator=augment.seeded(v)).to(device) for v in range(2)]
+    halves = contrastive_loss(*(x.chunk(2)[rank] for x in views)).item()
+    dist.destroy_process_group()
+    return abs(halves - contrastive_loss(*views).item())
+
+
+def train(args, device):
+    """ResNet-18 on CIFAR-10, or on drawn shapes, until the time is over; the same command goes on with it."""
+    there = Path(args.root, 'cifar-10-batches-py').is_dir()
+    command = ('--dataset_name', 'cifar10', '--root', args.root) if there else ('--dataset_name', 'shapes')
+    command = *command, *sizes(args), '--arch', 'resnet18', '--batch_size', 512, '--epochs', 1 if args.tiny else 500
+    left = None if args.tiny else max(60, args.ends - time.monotonic())
+    log = run_main(args, Path(args.results_dir, 'run'), *command, '--knn_every', 5, '--test_size', args.image_size,
+                   seconds=left)
+    known = log.dropna(subset='test_acc@1')
+    return [dict(what=f'ResNet-18 on {command[1]}', epochs=len(log) - 1, minutes=log['seconds'].sum() / 60,
+                 images_s=log['images/s'].median(), kNN_percent=known['test_acc@1'].iloc[-1],
+                 at_epoch=known['epoch'].iloc[-1])]
+
+
+def report(args, device):
+    """Run the parts whose CSV is not there, and write report.md and step.png from all that are."""
+    out, failed, args.ends = Path(args.results_dir), [], time.monotonic() + 60 * args.minutes
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in PARTS.items():
+        if (out / f'{name}.csv').exists():
+            print(f'{name}: done before, {out / name}.csv')
+            continue
+        print(f'== {name}, {(args.ends - time.monotonic()) / 60:.1f} minutes left', flush=True)
+        try:
+            write_table(out / f'{name}.csv', part(args, device), None)
+        except Exception:  # a part that fails must not keep the others from their time on the GPU
+            traceback.print_exc()
+            failed.append(name)
+        torch.cuda.empty_cache()  # parts that are processes of their own find all memory
+    text = [f'# Measured on {device_name(device)}', f'torch {torch.__version__}, CUDA {torch.version.cuda}. '
+            f'{args.arch}, {2 * args.batch_size} views of {args.image_size} px a step, but where a row says otherwise.']
+    for name, part in PARTS.items():
+        if (out / f'{name}.csv').exists():
+            about = (BENCHES.get(name, part).__doc__ or '').partition('\n')[0]
+            text += [f'## {name}', about, table(pd.read_csv(out / f'{name}.csv'))]
+        if name == 'loop' and (out / 'loop.csv').exists():
+            picture(pd.read_csv(out / 'loop.csv'), device, out / 'step.png')
+            text.append('![where the time of a step goes](step.png)')
+    write(out / 'report.md', '\n\n'.join([*text, f'Failed: {", ".join(failed) or "nothing"}.\n']).encode())
+    print(out / 'report.md')
+    if failed:
+        raise runtime.UserError(f'{", ".join(failed)} failed, see above; the same command runs them again')
+
+
+def table(rows):
+    """Markdown."""
+    cells = [['' if pd.isna(x) else f'{x:.4g}' if isinstance(x, float) else str(x) for x in row] for row in rows.values]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in [list(rows), ['---'] * len(rows.columns), *cells])
+
+
+def picture(rows, device, file):
+    """A bar of where the time of a step goes, in ms."""
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 1.8), layout='constrained')
+    parts, left = rows[1:], 0
+    for part, ms in zip(parts['part'], parts['ms']):
+        axes.barh(0, ms, left=left, label=f'{part} {ms:.1f} ms')
+        left += ms
+    axes.set(yticks=[], xlabel=f'ms of a step under the profiler; {device_name(device)}', xlim=(0, left))
+    figure.legend(loc='outside upper center', ncols=5)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=160)
+    plt.close(figure)
+    write(file, buffer.getbuffer())
+
+
 BENCHES = {'loss': bench_loss, 'augment': bench_augment, 'step': bench_step, 'epoch': bench_epoch,
            'kernels': bench_kernels}
+PARTS_OF_A_STEP = {'views': 'views', 'loss': 'loss', 'Optimizer.step': 'optimizer'}
+PARTS = {'tests': cuda_tests, **{what: partial(measure, what) for what in ('loss', 'augment', 'step', 'epoch')},
+         'loop': loop, 'precision': precision, 'ranks': two_ranks, 'train': train}
 
 if __name__ == '__main__':
     runtime.run(main)
