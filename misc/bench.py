@@ -72,9 +72,9 @@ def main(argv=None):
     parser.add_argument('what', choices=[*BENCHES, 'gpu'], help='what to time or count')
     flags.add(parser, 'what is timed',
               ('--device', 'cuda' if cuda else 'cpu', ('cuda', 'cpu'), 'where'),
-              ('--arch', None, ARCHS, 'backbone (default: resnet50; resnet18 on a CPU)'),
-              ('--image_size', None, flags.integer(8, 512), 'pixels of views (default: 32; 16 on a CPU)'),
-              ('--batch_size', None, flags.integer(2, 65536), 'images (default: 256; 32 on a CPU)'),
+              ('--arch', None, ARCHS, 'backbone (default: resnet50; timed on a CPU resnet18)'),
+              ('--image_size', None, flags.integer(8, 512), 'pixels of views (default: 32; timed on a CPU 16)'),
+              ('--batch_size', None, flags.integer(2, 65536), 'images (default: 256; timed on a CPU 32)'),
               ('--repeat', 9, flags.images, 'timings of which the median is taken'),
               ('--csv', None, flags.path, 'file for the rows'))
     flags.add(parser, 'gpu',
@@ -88,10 +88,11 @@ def main(argv=None):
     if args.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # main.py would choose another
     device, cuda = torch.device(args.device), args.device == 'cuda'
-    args.arch, args.width = args.arch or ('resnet50' if cuda and not args.tiny else 'resnet18'), 1.0
-    args.image_size, args.batch_size = args.image_size or (32 if cuda else 16), args.batch_size or (256 if cuda else 32)
+    arch, size, batch = ('resnet50', 32, 256) if cuda or args.what == 'kernels' else ('resnet18', 16, 32)
+    args.arch, args.image_size, args.batch_size = args.arch or arch, args.image_size or size, args.batch_size or batch
+    args.width = 1.0
     if args.tiny:
-        args.image_size, args.batch_size, args.repeat, args.width = 8, 128, 1, 0.125
+        args.arch, args.width, args.image_size, args.batch_size, args.repeat = 'resnet18', 0.125, 8, 128, 1
         torch.set_num_threads(1)
         os.environ['OMP_NUM_THREADS'] = '1'
     print(f'{device_name(device)}; torch {torch.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}')
@@ -229,6 +230,7 @@ def bench_augment(args, device):
     cv2.setNumThreads(1)
     batch, size = (32 if args.tiny else 256), 32
     images = F.interpolate(load_data('shapes').train[:4 * batch].float(), 96, mode='bicubic', antialias=True)
+    images += 16 * torch.randn(images.shape, generator=augment.seeded(0))  # without it, aliasing would not show
     images = images.round_().clamp_(0, 255).byte()
 
     def consume(loader):
@@ -437,12 +439,13 @@ def bench_kernels(args, device):
         with fake:
             with Launches() as eager:
                 out = function(*inputs)
+            ones = torch.ones_like(out)
             with Launches() as backward:
                 if out.requires_grad:
-                    out.backward(torch.ones_like(out))
+                    out.backward(ones)
             out = compiled(function)(*inputs)
             if out.requires_grad:
-                out.backward(torch.ones_like(out))
+                out.backward(ones)
         for code, name, mode in zip(codes, ('', ', backward'), (eager, backward)):
             yield dict(what=what + name, eager=mode.count, compiled=len(LAUNCH.findall(code)))
 
@@ -498,15 +501,11 @@ def cuda_tests(args, device):
 
 def loop(args, device):
     """The real loop at STL10's size: images per second, memory, and where the time of a step goes."""
-    with own_process(1) as pool:
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
         rows = pool.submit(profiled, args, 0 if args.tiny else 30).result()
     for row in rows:
         print(row)
     return rows
-
-
-def own_process(workers):
-    return ProcessPoolExecutor(workers, get_context('spawn'))
 
 
 def profiled(args, seconds):
@@ -617,7 +616,7 @@ def precision(args, device):
 
 def two_ranks(args, device):
     """The objective on two ranks that share the device, against one; or why not."""
-    with TemporaryDirectory() as directory, own_process(2) as pool:
+    with TemporaryDirectory() as directory, ProcessPoolExecutor(2, get_context('spawn')) as pool:
         jobs = [pool.submit(half_of_the_loss, rank, args.device, f'{directory}/meet') for rank in range(2)]
         try:
             outcome = f'the loss differs from that of one rank by {max(job.result(timeout=120) for job in jobs):.2g}'
