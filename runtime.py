@@ -16,7 +16,6 @@ TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others before i
 RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
 WORLD, LOCAL_WORLD = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 CORES = max(1, cpu_count() // LOCAL_WORLD)  # this rank's share of what affinity and cgroup leave to this process
-DRIVERS = '/proc/driver/nvidia/version', '/dev/kfd'  # there with NVIDIA's and AMD's drivers
 
 
 class UserError(ValueError):
@@ -30,11 +29,10 @@ def check_machine(precision=None):
             raise UserError(f'{torch.cuda.device_count()} GPUs here: start at most as many ranks, one for each')
         if precision == 'bf16' and default_precision() == 'fp32':
             say('--precision bf16: this GPU emulates it, which is slower than fp32')
-    elif os.environ.get('CUDA_VISIBLE_DEVICES') != '' and any(map(os.path.exists, DRIVERS)):
+    elif os.environ.get('CUDA_VISIBLE_DEVICES') != '' and any(
+            map(os.path.exists, ('/proc/driver/nvidia/version', '/dev/kfd'))):  # of NVIDIA's and of AMD's driver
         say(f'There is a GPU, but torch {torch.__version__} cannot use it: the driver is older than this torch needs, '
             'torch was built for CPUs, or the container was started without GPUs. The run goes on on the CPU')
-    elif torch.backends.mps.is_available():
-        say('Apple\'s GPU is not used: the run goes on on the CPU')
 
 
 def can_compile():
@@ -42,12 +40,12 @@ def can_compile():
     cuda = torch.cuda.is_available()  # Triton builds with a C compiler, Inductor's CPU code with a C++ compiler
     default = 'clang++' if sys.platform == 'darwin' else 'g++'
     compilers = (os.environ.get('CC', 'gcc'), 'clang') if cuda else (os.environ.get('CXX', default),)
-    missing = {'a C compiler' if cuda else 'a C++ compiler': not any(map(shutil.which, compilers)),
-               'Python.h': not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h'))}
-    if any(missing.values()):
-        say(f'Not compiled: {" and ".join(name for name in missing if missing[name])} not found. Install them '
-            '(Debian: apt install build-essential python3-dev) to train faster')
-    return not any(missing.values())
+    found = {'a C compiler' if cuda else 'a C++ compiler': any(map(shutil.which, compilers)),
+             'Python.h': os.path.exists(os.path.join(sysconfig.get_path('include', 'posix_prefix'), 'Python.h'))}
+    if not all(found.values()):
+        say(f'Not compiled: {" and ".join(name for name in found if not found[name])} not found. Install what is '
+            'missing to train faster (Debian: apt install build-essential python3-dev)')
+    return all(found.values())
 
 
 def start():

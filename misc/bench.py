@@ -306,6 +306,7 @@ def step_work(args, device):
 
 
 def bench_step(args, device):
+    """Steps on one fixed batch, without the views."""
     views, size = fixed_views(args, device), f'{2 * args.batch_size} views of {args.image_size} px'
     contiguous = [x.contiguous() for x in views]
     published = training(args, device, textbook, published=True)
@@ -502,10 +503,7 @@ def cuda_tests(args, device):
 def loop(args, device):
     """The real loop at STL10's size: images per second, memory, and where the time of a step goes."""
     with ProcessPoolExecutor(1, get_context('spawn')) as pool:
-        rows = pool.submit(profiled, args, 0 if args.tiny else 30).result()
-    for row in rows:
-        print(row)
-    return rows
+        return pool.submit(profiled, args, 0 if args.tiny else 30).result()
 
 
 def profiled(args, seconds):
@@ -517,11 +515,11 @@ def profiled(args, seconds):
     wait, profiler = torch.cuda.synchronize if cuda else int, torch.profiler.profile()
 
     def between_steps():
+        """What happens before each step: nothing at first, then a clock, a profile, and a signal to end."""
         for _ in range(steps):  # compiles, and warms up
             yield
         wait()
-        began = time.perf_counter()
-        done = 0
+        began, done = time.perf_counter(), 0
         while not done or time.perf_counter() - began < seconds:
             done += 1
             yield
@@ -610,7 +608,6 @@ def precision(args, device):
         apart = (curves[name] - curves['float32, eager']).unfold(0, min(n, 10), 1).mean(1).abs().max().item()
         rows.append(dict(what=f'{args.arch}, {name}', ms=elapsed, last_loss=curves[name][-1].item(),
                          distance=apart, within=0.1, holds=apart < 0.1))
-        print(rows[-1])
     return rows
 
 
@@ -622,7 +619,6 @@ def two_ranks(args, device):
             outcome = f'the loss differs from that of one rank by {max(job.result(timeout=120) for job in jobs):.2g}'
         except Exception as error:  # NCCL's, of several kinds; the report holds it
             outcome = ' '.join(str(error).split())[-200:]
-    print(outcome)
     return [dict(what='2 ranks on one device', outcome=outcome)]
 
 
@@ -656,11 +652,13 @@ def report(args, device):
     out.mkdir(parents=True, exist_ok=True)
     for name, part in PARTS.items():
         if (out / f'{name}.csv').exists():
-            print(f'{name}: done before, {out / name}.csv')
+            print(f'{name}: done before, {out}/{name}.csv')
             continue
         print(f'== {name}, {(args.ends - time.monotonic()) / 60:.1f} minutes left', flush=True)
         try:
-            write_table(out / f'{name}.csv', part(args, device), None)
+            rows = part(args, device)
+            write_table(out / f'{name}.csv', rows, None)
+            print(*rows, sep='\n')
         except Exception:  # a part that fails must not keep the others from their time on the GPU
             traceback.print_exc()
             failed.append(name)
