@@ -61,6 +61,7 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
+    runtime.check_machine(args.precision)
     path = Path(args.model_path)
     untrained = path.with_name('model_0.pth')
     net, log = load_model(path, head=False), runs.accuracies(path)

@@ -4,8 +4,9 @@
     python main.py --dataset_name shapes --arch resnet18 --width 0.25         # drawn images, small enough for a CPU
     torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0             # the same batch over eight GPUs
 
-Everything that a run leaves is in --results_dir; the same command continues a run that was stopped. On two CPU
-cores a ResNet-18 takes about 180 views of 16 px a second; for ResNet-50 at 32 px have a GPU.
+Everything that a run leaves is in --results_dir; the same command continues a run that was stopped. It uses
+GPUs by CUDA or ROCm, Apple's not. On two CPU cores a ResNet-18 takes about 180 views of 16 px a second; for ResNet-50
+at 32 px have a GPU.
 """
 
 import math
@@ -86,12 +87,13 @@ def arguments(argv=None):
     args.hidden_dim = args.hidden_dim or int(512 * args.width)
     args.knn_temperature = args.knn_temperature or args.temperature
     args.precision = args.precision or runtime.default_precision()
-    args.compile = torch.cuda.is_available() if args.compile is None else args.compile
+    args.compile = (torch.cuda.is_available() if args.compile is None else args.compile) and runtime.can_compile()
     return args, parser
 
 
 def main(argv=None):
     args, parser = arguments(argv)
+    runtime.check_machine(args.precision)
     # Before runtime.start(): a download may take longer than the ranks wait for each other.
     labelled = args.oracle or args.positives == 'label'  # other images are of no use then
     data = load_data(args.dataset_name, args.root, args.store_size, not labelled, args.cache_dir, args.skip_damaged)

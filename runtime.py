@@ -1,8 +1,10 @@
 """One process among others: its rank, its device, the signals that stop it, and how it ends."""
 
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 from datetime import timedelta
 
 import torch
@@ -20,11 +22,35 @@ class UserError(ValueError):
     """Something that the user can mend. Its text says in one line what is wrong and what to do."""
 
 
+def check_machine(precision=None):
+    """Say which GPU, or what of a GPU, the run cannot use; UserError if there are more ranks than GPUs."""
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() < LOCAL_WORLD:
+            raise UserError(f'{torch.cuda.device_count()} GPUs here: start at most as many ranks, one for each')
+        if precision == 'bf16' and default_precision() == 'fp32':
+            say('--precision bf16: this GPU emulates it, which is slower than fp32')
+    elif os.environ.get('CUDA_VISIBLE_DEVICES') != '' and any(
+            map(os.path.exists, ('/proc/driver/nvidia/version', '/dev/kfd'))):  # of NVIDIA's and of AMD's driver
+        say(f'There is a GPU, but torch {torch.__version__} cannot use it: the driver is older than this torch needs, '
+            'torch was built for CPUs, or the container was started without GPUs. The run goes on on the CPU')
+
+
+def can_compile():
+    """Whether all is here that torch.compile() builds with; if not, a line says what to install."""
+    cuda = torch.cuda.is_available()  # Triton builds with a C compiler, Inductor's CPU code with a C++ compiler
+    default = 'clang++' if sys.platform == 'darwin' else 'g++'
+    compilers = (os.environ.get('CC', 'gcc'), 'clang') if cuda else (os.environ.get('CXX', default),)
+    found = {'a C compiler' if cuda else 'a C++ compiler': any(map(shutil.which, compilers)),
+             'Python.h': os.path.exists(os.path.join(sysconfig.get_path('include', 'posix_prefix'), 'Python.h'))}
+    if not all(found.values()):
+        say(f'Not compiled: {" and ".join(name for name in found if not found[name])} not found. Install what is '
+            'missing to train faster (Debian: apt install build-essential python3-dev)')
+    return all(found.values())
+
+
 def start():
     """Join torchrun's process group, if there is one, and return this rank's device."""
     cuda = torch.cuda.is_available()
-    if cuda and torch.cuda.device_count() < LOCAL_WORLD:
-        raise UserError(f'{torch.cuda.device_count()} GPUs here: start at most as many ranks, one for each')
     device = torch.device('cuda', LOCAL_RANK) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
@@ -152,6 +178,9 @@ def run(main):
             dist.destroy_process_group()  # only here: after an error the other ranks would not join in
     except UserError as error:
         raise SystemExit(f'error: {error}' if LOCAL_RANK == 0 else 1) from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f'error: the GPU\'s memory is full ({str(error).partition(". ")[0]}): start more ranks, which '
+                         'share the batch, or lower --batch_size, --views or --image_size') from None
     except KeyboardInterrupt:
         print('Interrupted', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -1,0 +1,87 @@
+"""What a machine cannot do is said in one line, before any data is read."""
+
+import pytest
+import torch
+
+import linear
+import main
+import runtime
+from runtime import UserError
+
+
+@pytest.fixture(params=[main, linear], ids=lambda script: script.__name__)
+def start(request, monkeypatch):
+    """start(*flags): one of the scripts, up to where it would read anything; what it says is kept."""
+    class Reading(Exception):
+        pass
+
+    def read(*args, **kwargs):
+        raise Reading
+
+    def start(*flags):
+        with pytest.raises(Reading):
+            request.param.main([*(['--model_path', 'model_1.pth'] if request.param is linear else []), *flags])
+
+    for name in ('load_data', 'load_model'):
+        monkeypatch.setattr(request.param, name, read, raising=False)
+    return start
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
+    monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda including_emulation: including_emulation)
+
+
+def test_more_ranks_than_gpus(start, gpu, monkeypatch):
+    start()
+    monkeypatch.setattr(runtime, 'LOCAL_WORLD', 2)
+    with pytest.raises(UserError, match='1 GPUs here: start at most as many ranks'):
+        start()
+
+
+def test_gpu_without_bf16(start, gpu, capsys):
+    start()
+    assert 'bf16' not in capsys.readouterr().out
+    start('--precision', 'bf16')
+    assert capsys.readouterr().out == '--precision bf16: this GPU emulates it, which is slower than fp32\n'
+
+
+def test_gpu_that_torch_cannot_use(start, monkeypatch, capsys):
+    monkeypatch.setattr('os.path.exists', lambda path: path == '/proc/driver/nvidia/version')
+    start()  # CUDA_VISIBLE_DEVICES is empty: the user wants no GPU
+    assert capsys.readouterr().out == ''
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    start()
+    said, = capsys.readouterr().out.splitlines()
+    assert said.startswith('There is a GPU, but torch') and 'driver' in said
+    monkeypatch.setattr('os.path.exists', lambda path: False)
+    start()
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('cuda, missing', [(True, 'a C compiler'), (False, 'a C++ compiler'), (True, 'Python.h')])
+def test_compile_without_what_it_builds_with(cuda, missing, monkeypatch, tmp_path, capsys):
+    def compiled(flag):
+        return main.arguments([flag, '--precision', 'fp32'])[0].compile
+
+    (tmp_path / 'Python.h').touch()
+    monkeypatch.setattr('torch.cuda.is_available', lambda: cuda)
+    monkeypatch.setattr('shutil.which', lambda name: name)
+    monkeypatch.setattr('sysconfig.get_path', lambda *names: str(tmp_path))
+    assert compiled('--compile') and capsys.readouterr().out == ''
+    monkeypatch.setattr(*(('sysconfig.get_path', lambda *names: '') if missing == 'Python.h' else
+                          ('shutil.which', lambda name: None)))
+    assert not compiled('--compile')
+    said, = capsys.readouterr().out.splitlines()
+    assert said.startswith(f'Not compiled: {missing} not found.')
+    assert not compiled('--no-compile') and capsys.readouterr().out == ''
+
+
+def test_memory_of_the_gpu_runs_out():
+    def main():
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...')
+
+    with pytest.raises(SystemExit, match=r'memory is full \(CUDA out of memory\): start more ranks.*--batch_size'):
+        runtime.run(main)
