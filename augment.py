@@ -173,7 +173,9 @@ def gaussian_blur(x, sigma, kernel_size):
     r, h, w = kernel_size // 2, x.shape[2], x.shape[3]
     offset = torch.arange(-r, r + 1, device=x.device)
     kernel = (-0.5 * (offset / sigma[:, None].clamp(min=1e-3)) ** 2).exp()  # sigma 0: all weight in the middle
-    kernel = (kernel / kernel.sum(1, keepdim=True)).T.reshape(kernel_size, -1, 1, 1, 1)
+    # OpenCV's has 8 bits; from its ends inwards, each weight passes its rounding error on to the next
+    ends = F.pad((256 * kernel[:, :r] / kernel.sum(1, keepdim=True)).cumsum(1).round_(), (1, 0)).diff(dim=1) / 256
+    kernel = torch.cat([ends, 1 - 2 * ends.sum(1, keepdim=True), ends.flip(1)], 1).T.reshape(kernel_size, -1, 1, 1, 1)
     x = F.pad(x, (r, r, r, r), mode='reflect')
     x = sum(k * x[:, :, i:i + h] for i, k in enumerate(kernel))
     return sum(k * x[:, :, :, i:i + w] for i, k in enumerate(kernel)).round_()

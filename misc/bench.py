@@ -453,14 +453,15 @@ def bench_kernels(args, device):
             yield dict(what=what + name, eager=mode.count, compiled=len(LAUNCH.findall(code)))
 
     with fake:
-        images = torch.randint(256, (args.batch_size, 3, 96, 96), dtype=torch.uint8)
+        images = torch.randint(256, (48, 3, 96, 96), dtype=torch.uint8)  # what a CPU too makes at once
         with Launches() as drawing:
-            p = augment.draw(len(images), 96, 96, torch.Generator())
+            u = augment.uniforms(len(images), torch.Generator())
         x = torch.randn(args.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
         z = [torch.randn(args.batch_size, 128).requires_grad_() for _ in range(2)]
-    yield dict(what='a view: draw', eager=drawing.count)
-    yield from counted('a view: apply', augment.apply, images, p, size)
-    yield from counted('loss', contrastive_loss, *z)
+    yield dict(what='a view: random numbers', eager=drawing.count)
+    yield from counted('a view: all else', partial(augment.random_views, size=size), images, u)
+    with mock.patch.dict(losses.SIDE, cpu=losses.SIDE['cuda']):  # the tiles of a GPU
+        yield from counted('loss', contrastive_loss, *z)
     yield from counted(f'{args.arch}, a view', forward, x)
     yield from graphs_of_a_run()
 
