@@ -254,7 +254,8 @@ class DeviceViews:
             return self.images.index_select(0, index.flatten()).unflatten(0, index.shape), index[0]
         # torch gives pinned memory to another tensor only when the copies from it have ended.
         pinned = torch.empty(index.numel(), *self.images.shape[1:], dtype=torch.uint8, pin_memory=True)
-        torch.index_select(self.images, 0, index.flatten(), out=pinned)
+        select = torch.index_select if isinstance(self.images, torch.Tensor) else type(self.images).index_select
+        select(self.images, 0, index.flatten(), out=pinned)
         with torch.cuda.stream(self.stream):
             return [x.to(self.device, non_blocking=True) for x in (pinned.unflatten(0, index.shape),
                                                                    index[0].pin_memory())]

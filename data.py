@@ -42,11 +42,6 @@ class Joined(ConcatDataset):
         self.nbytes = sum(part.nbytes for part in parts)
         self.shape = torch.Size([sum(map(len, parts)), *parts[0].shape[1:]])
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """torch.index_select(joined, 0, index, out=…), which has an out where a tensor's method has none."""
-        return args[0].index_select(*args[1:], **kwargs or {}) if func is torch.index_select else NotImplemented
-
     def index_select(self, dim, index, out=None):
         out, first = torch.empty(len(index), *self.shape[1:], dtype=torch.uint8) if out is None else out, 0
         for part in self.datasets:

@@ -12,11 +12,9 @@ at 32 px have a GPU.
 import math
 import time
 from functools import partial
-from inspect import signature
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flags
@@ -114,7 +112,7 @@ def main(argv=None):
         runtime.say(f'Continuing {results} in epoch {state["epoch"] + 1} after step {state["step"]}')
     batches, data = place(args, data, device)
     labels = data.train_labels.to(device) if args.oracle else None
-    ddp, autocast = distributed(net, device), runtime.autocast(device, args.precision)
+    ddp, autocast = runtime.distributed(net, device), runtime.autocast(device, args.precision)
     saver, signals = runs.Saver(results, net, optimizer), runtime.Signals()
     bar = tqdm(total=args.epochs * steps, initial=state['epoch'] * steps + state['step'], unit='step',
                disable=None if RANK == 0 else True)
@@ -243,16 +241,6 @@ def build(args, device):
     if args.optimizer == 'sgd':
         return net, torch.optim.SGD(net.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, fused=True)
     return net, torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
-
-
-def distributed(net, device):
-    """The network under DDP, if there are several ranks; the views of a step go through it one after the other."""
-    if WORLD == 1:
-        return net
-    # DDP must not overwrite BatchNorm's buffers between two forwards; torch 2.13 renamed the flag that says so.
-    known = signature(DistributedDataParallel).parameters
-    name = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
-    return DistributedDataParallel(net, [device] if device.type == 'cuda' else None, **{name: False})
 
 
 def place(args, data, device):

@@ -6,10 +6,12 @@ import signal
 import sys
 import sysconfig
 from datetime import timedelta
+from inspect import signature
 
 import torch
 import torch.distributed as dist
 from joblib import cpu_count
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others before it ends with an error
@@ -115,6 +117,16 @@ def gather(x):
     whole = x.new_zeros(ends[-1], *x.shape[1:])
     whole[ends[RANK] - len(x):ends[RANK]] = x
     return sum_ranks(whole)
+
+
+def distributed(net, device):
+    """The network under DDP, if there are several ranks; the views of a step go through it one after the other."""
+    if WORLD == 1:
+        return net
+    # DDP must not overwrite BatchNorm's buffers between two forwards; torch 2.13 renamed the flag that says so.
+    known = signature(DistributedDataParallel).parameters
+    name = 'forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'
+    return DistributedDataParallel(net, [device] if device.type == 'cuda' else None, **{name: False})
 
 
 def average_buffers(net):

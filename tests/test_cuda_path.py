@@ -102,7 +102,7 @@ def test_collectives_of_two_ranks_see_the_device(waits_of, monkeypatch, tmp_path
     for module in main, linear, evaluate, runs, runtime:
         monkeypatch.setattr(module, 'WORLD', 2)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: sys._getframe(1).f_code.co_name == 'check')  # of signals
-    monkeypatch.setattr(main, 'distributed', lambda net, device: net)
+    monkeypatch.setattr(runtime, 'distributed', lambda net, device: net)
     waits = [waits_of(lambda n=n: train(tmp_path, n, '--oracle')) for n in (4, 16)]
     assert waits[0] == waits[1] and {place for place, _ in seen} == {'cuda'}
     assert {dtype for _, dtype in seen} == {torch.float32, torch.int64}  # features and losses; labels and signals

@@ -114,6 +114,7 @@ class WholeBatchNorm(nn.BatchNorm2d):
 def parameter_gradients(rank, world, kind, joint):
     """The gradients of two steps of main.py's own train_step, under DDP if there are several ranks."""
     import main
+    import runtime
     from losses import contrastive_loss
     torch.manual_seed(0)
     net = main.Model(16, 'resnet18', width=0.25).double()
@@ -124,7 +125,7 @@ def parameter_gradients(rank, world, kind, joint):
                 setattr(parent, name, new.double())
     views = torch.randn(2, BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    ddp = main.distributed(net, torch.device('cpu'))
+    ddp = runtime.distributed(net, torch.device('cpu'))
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
     autocast = torch.autocast('cpu', enabled=False)
     losses = [main.train_step(ddp, [x[part] for x in views], None, optimizer, contrastive_loss, autocast, joint)

@@ -220,4 +220,4 @@ def test_bit_flips_are_noticed(whole, flags, run, tmp_path):
     assert noticed >= 28
     (results / 'last.pth').write_bytes(good[:-1])
     job = run('main.py', [*flags, results])
-    assert job.code == 1 and 'intact beside it: model_3.pth' in job.err and job.err.count('\n') == 1
+    assert job.code == 1 and 'beside it is' in job.err and 'model_3.pth' in job.err and job.err.count('\n') == 1

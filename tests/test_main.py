@@ -245,6 +245,13 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_state(tiny, tmp
     assert model.read_checkpoint(tmp_path / 'last.pth')['epoch'] == 1
 
 
+def test_a_run_killed_before_its_first_state_begins_anew(finished, tiny, tmp_path):
+    for name in ('config.json', 'model_0.pth'):
+        shutil.copy(finished / name, tmp_path)
+    main.main([*tiny, '--epochs', '3', '--results_dir', str(tmp_path)])
+    assert_same_outcome(tmp_path, outcome(finished))
+
+
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
     step, calls = main.train_step, []
 
