@@ -15,8 +15,8 @@ def encode(net, images, index, size, autocast, device, signals=None, batch_size=
     """f's features (n, width) in eval mode, float32, on every rank, of the uint8 images (N, 3, H, W) at index (n,).
 
     Images are resized to size pixels, or keep their own if it is 0. With view, a number, the result is z (n, D) of
-    random views of size pixels instead, the same ones for one number. Of batches that do not depend on the number of
-    ranks, each rank encodes every WORLD-th, so that no image counts twice and features are the same. A stop signal
+    random views of size pixels instead, the same ones for one number. Batches do not
+    depend on the number of ranks. Each rank encodes every WORLD-th one, so each image counts once. A stop signal
     is raised between two batches; several ranks, which would have to agree on it, finish first.
     """
     net.eval()

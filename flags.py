@@ -98,7 +98,7 @@ DATA = (
 def fill_data_flags(args, settings):
     """Give the data flags that were not given the values of a run's settings, or their defaults.
 
-    Sizes of views and tests belong to the run's encoder, the others to its data set: they go to no other one.
+    Sizes of views and tests are the encoder's and always kept. The others describe the run's data set alone.
     """
     if args.dataset_name not in (None, settings.get('dataset_name')):
         settings = {name: value for name, value in settings.items() if name in ('image_size', 'test_size')}
@@ -125,6 +125,6 @@ def resolve_objective(parser, args):
         given = getattr(args, name)
         if given not in (None, off) and not acts:
             say(f'--{name} {given} has no effect on the {args.estimator} objective'
-                        + (' with --oracle' if args.oracle else ''))
+                + (' with --oracle' if args.oracle else ''))
         setattr(args, name, off if not acts else default if given is None else given)
     del args.debiased

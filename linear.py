@@ -8,8 +8,9 @@
 Data set and sizes come from the config.json beside the checkpoint unless a flag says otherwise. The probe leaves
 model_400_linear.csv beside the checkpoint, a row an epoch, its settings in a .json, and its weights and classes in a
 .pth; with the flags above, the names say linear_bn_train, linear_cached and logistic, and with another data set its
-name. They replace those of a former probe only when it ends. The result is the last epoch's accuracy, not the best on
-the test set. The untrained encoder, model_0.pth, is probed as well if it lies beside the checkpoint.
+name. An earlier probe's files are replaced only when the new probe has ended. The result is the last epoch's accuracy,
+not the best on the test set. If the untrained encoder, model_0.pth, lies beside the checkpoint, it is probed as well,
+once for all probes with the same flags and data.
 """
 
 import hashlib
@@ -71,10 +72,11 @@ def main(argv=None):
         runtime.say(f'No {config.name} beside {path}: taking stl10, as published')
     flags.fill_data_flags(args, settings)
     here = runs.data_name(vars(args))
-    parts = {args.probe: True, 'bn_train': args.bn == 'train', here: settings and runs.data_name(settings) != here,
-             'cached': args.augment == 'none' and args.probe == 'linear'}
-    name = '_'.join(part for part, there in parts.items() if there)
-    log = {} if parts[here] else log  # its accuracies are on the run's own data
+    other = here != (runs.data_name(settings) if settings else 'stl10')
+    parts = [(args.probe, True), ('bn_train', args.bn == 'train'), (here, other),
+             ('cached', args.augment == 'none' and args.probe == 'linear')]
+    name = '_'.join(part for part, there in parts if there)
+    log = {} if other else log  # its accuracies are on the run's own data
     data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged)
     device = runtime.start()
     knn = f'kNN {log[path.name]:.2f} %, ' if path.name in log else ''
@@ -82,8 +84,9 @@ def main(argv=None):
     text = f'{knn}{args.probe} probe {first:.2f} % (@5 {five:.2f} %)'
     if untrained.exists() and untrained != path:
         knn = f'kNN {log[untrained.name]:.2f} %, ' if untrained.name in log else ''
-        before, last = runs.read_probe(path.parent, 0, name)  # by the probe of an earlier checkpoint
-        if before and all(before.get(flag) == value for flag, value in vars(args).items() if flag != 'model_path'):
+        before, last = runtime.on_rank0(lambda: runs.read_probe(path.parent, 0, name))  # beside an earlier checkpoint
+        wanted = dict(vars(args), data=data_digest(data))
+        if before and all(before.get(flag) == value for flag, value in wanted.items() if flag != 'model_path'):
             first = last['test_acc@1']
         else:
             first, _ = probe_encoder(args, untrained, name, load_model(untrained, head=False), data, device)
@@ -105,7 +108,7 @@ def probe_encoder(args, path, name, net, data, device):
         return encode(net, images, torch.arange(len(images)), args.test_size, autocast, device)
 
     out = path.with_name(f'{path.stem}_{name}')
-    about = dict(settings={**vars(args), 'model_path': str(path)}, **runs.provenance(device),
+    about = dict(settings={**vars(args), 'model_path': str(path)}, data=data_digest(data), **runs.provenance(device),
                  encoder=hashlib.sha256(path.read_bytes()).hexdigest())
     rows, test_features = [], features(data.test)
     if args.augment == 'none':
@@ -143,10 +146,14 @@ def probe_encoder(args, path, name, net, data, device):
     return rows[-1][-2:]
 
 
+def data_digest(data):
+    return runs.digest([data.classes, data.train_labels, data.test_labels])
+
+
 def features_of_views(net, batches, labels, autocast, drift):
     """For every batch of views the features (B, F) and labels (B,) of its images on all ranks."""
     for (x,), index in batches:
-        net.train(drift and len(x) > 1)  # one tiny image has no variance, and an empty part of a batch no statistics
+        net.train(drift and len(x) > 1)  # BatchNorm needs more than one image
         with torch.no_grad(), autocast:
             feature = net.f(x).flatten(1).float()  # (b, 3, h, w) -> (b, F)
         yield runtime.gather(feature), runtime.gather(labels[index])

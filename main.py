@@ -1,12 +1,12 @@
 """Train an encoder by contrastive learning with hard negatives (HCL), debiased (DCL) or standard (SimCLR).
 
     python main.py --tau_plus 0.1 --beta 1.0                                  # the published run: STL10, ResNet-50
-    python main.py --dataset_name shapes --arch resnet18 --width 0.25         # drawn images, small enough for a CPU
     torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0             # the same batch over eight GPUs
+    python main.py --dataset_name shapes --arch resnet18 --width 0.25 --results_dir results/shapes      # fit for a CPU
 
-Everything that a run leaves is in --results_dir; the same command continues a run that was stopped. It uses
-GPUs by CUDA or ROCm, Apple's not. On two CPU cores a ResNet-18 takes about 180 views of 16 px a second; for ResNet-50
-at 32 px have a GPU.
+Everything that a run leaves is in --results_dir; the same command continues a run that was stopped. It runs on
+CPUs and on GPUs with CUDA or ROCm, but not on Apple's GPUs. On two CPU cores a ResNet-18 takes about 180 views of 16 px
+a second. ResNet-50 at 32 px needs a GPU.
 """
 
 import math
@@ -40,14 +40,14 @@ def arguments(argv=None):
     flags.add(parser, 'model',
               ('--arch', 'resnet50', ARCHS, 'backbone f'),
               ('--width', 1.0, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0), 'factor on the channels of f'),
-              ('--stem', 'cifar', ('cifar', 'imagenet'), '3x3, or for 96 px and more 7x7 of stride 2 and max-pool'),
+              ('--stem', 'cifar', ('cifar', 'imagenet'), '3x3 of stride 1, or 7x7 of stride 2 and max-pool'),
               ('--hidden_dim', None, flags.integer(1, 65536), 'of g (default: 512 times width)'),
               ('--feature_dim', 128, flags.integer(1, 65536), 'of the embedding z'))
     flags.add(parser, 'objective',
               ('--estimator', None, ('hard', 'debiased', 'standard', 'easy'),
                'easy = standard (default: hard; standard with --oracle)'),
-              ('--debiased', None, flags.boolean, 'DCL\'s: True is debiased, with --beta hard; False is standard'),
-              ('--temperature', 0.5, flags.positive(100), 't'),
+              ('--debiased', None, flags.boolean, 'DCL\'s: True is debiased (with --beta hard), False is standard'),
+              ('--temperature', 0.5, flags.positive(100), 't, of the similarities'),
               ('--tau_plus', None, flags.number(float, 'in [0, 1)', lambda x: 0 <= x < 1),
                'prior probability of a false negative (default: 0.1 where the estimator has it)'),
               ('--beta', None, flags.real(0, 1000), 'concentration on hard negatives (default: 1.0 for hard)'),
@@ -110,16 +110,16 @@ def main(argv=None):
         if state['epoch'] == args.epochs:
             return runtime.say(f'{results} holds this run, finished: {describe(state["log"][-1])}')
         runtime.say(f'Continuing {results} in epoch {state["epoch"] + 1} after step {state["step"]}')
-    batches, data = place(args, data, device)
+    batches = place(args, data, device)
     labels = data.train_labels.to(device) if args.oracle else None
     ddp, autocast = runtime.distributed(net, device), runtime.autocast(device, args.precision)
     saver, signals = runs.Saver(results, net, optimizer), runtime.Signals()
     bar = tqdm(total=args.epochs * steps, initial=state['epoch'] * steps + state['step'], unit='step',
                disable=None if RANK == 0 else True)
     try:
-        if not saved:
+        if not state['log']:  # at the start, or stopped before the untrained encoder was measured
             if device.type == 'cpu' and args.dataset_name != 'shapes':
-                runtime.say('No CUDA device: this run is on a CPU, where the small run of the README takes minutes')
+                runtime.say('No CUDA device: training on the CPU, which is slow. The README has a run of minutes')
             state['log'].append({'epoch': 0, **monitor(net, data, args, autocast, device, signals)})
             saver.save(state, keep=True)
             saver.wait()  # from here on there is always a state to continue from
@@ -160,20 +160,21 @@ def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals,
         batch_labels = None if labels is None else labels[index]
         loss = train_step(net, views, batch_labels, optimizer, loss_of, autocast, args.joint_views)
         state['losses'][state['step']] = loss
-        state.update(step=state['step'] + 1, seconds=time.monotonic() - began)
+        state['step'] += 1
         if state['step'] % look_every == 0 or state['step'] == steps:
             losses = state['losses'][:state['step']].cpu()
+            state['seconds'] = time.monotonic() - began  # after the wait
             check_finite(losses, state['epoch'] + 1)
             bar.update(state['epoch'] * steps + state['step'] - bar.n)
             bar.set_postfix_str(f'epoch {state["epoch"] + 1}, loss {losses.mean():.4f}')
             signals.check()
 
 
-def train_step(net, views, labels, optimizer, objective, autocast, joint=False):
+def train_step(net, views, labels, optimizer, loss_of, autocast, joint=False):
     """One step on V views (b, 3, h, w) of this rank's images; returns the loss of the whole batch."""
     with autocast:
         z = net(torch.cat(views))[1].chunk(len(views)) if joint else [net(x)[1] for x in views]  # V x (b, D)
-    loss = objective(*z, labels=labels)
+    loss = loss_of(*z, labels=labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -244,7 +245,7 @@ def build(args, device):
 
 
 def place(args, data, device):
-    """The training views, epoch(e) of which yields (views, index) batches, and the data, on the device if it fits."""
+    """The training views: epoch(e) yields batches (views, index). The data move to the device if they fit."""
     resident = runtime.fits(device, data.train, data.test)
     common = dict(batch_size=args.batch_size, size=args.image_size, views=args.views, seed=args.seed, device=device,
                   rank=RANK, world=WORLD, blur=args.blur == 'published',
@@ -254,7 +255,7 @@ def place(args, data, device):
     else:
         batches = DeviceViews(data.train, **common, resident=resident, compile=args.compile)
     data.train, data.test = batches.images, data.test.to(device) if resident else data.test  # not on the host as well
-    return batches, data
+    return batches
 
 
 def check_sizes(parser, args, data):

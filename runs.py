@@ -136,7 +136,7 @@ def check_same_run(results, config, settings, described):
 
 
 def fingerprint(settings, data):
-    """By what a state is known to be of the run with these settings on this data."""
+    """Identifies the run, by its settings and data, to which a state belongs."""
     kept = {name: value for name, value in settings.items() if name not in FREE}
     return digest([kept, data.classes, data.train_labels, data.test_labels])
 
@@ -164,7 +164,7 @@ def restore(results, saved, state, net, optimizer):
 
 
 class Saver:
-    """Writes a run's state, its kept encoders and its log, in a thread; rank 0 does, the others do nothing."""
+    """Writes a run's state, its kept encoders and its log, beside a GPU in a thread; ranks other than 0 do nothing."""
 
     def __init__(self, results, net, optimizer):
         self.results, self.net, self.optimizer, self.last = results, net, optimizer, time.monotonic()
@@ -196,10 +196,13 @@ class Saver:
         weights, optimizer = {name: host(x) for name, x in self.net.state_dict().items()}, self.optimizer.state_dict()
         optimizer['state'] = {i: {name: host(x) for name, x in s.items()} for i, s in optimizer['state'].items()}
         whole = dict(state, model=weights, optimizer=optimizer, losses=host(state['losses'][:state['step']]))
-        copied = torch.cuda.current_stream().record_event() if state['losses'].is_cuda else None
-        self.writing = self.thread.submit(self.write, whole, keep, copied)
+        if state['losses'].is_cuda:
+            copied = torch.cuda.current_stream().record_event()
+            self.writing = self.thread.submit(self.write, whole, keep, copied)
+        else:  # on a CPU a second thread would take cores from the training, a fifth of its speed
+            self.write(whole, keep)
 
-    def write(self, whole, keep, copied):
+    def write(self, whole, keep, copied=None):
         if copied:
             copied.synchronize()
         if not all(value.isfinite().all() for value in whole['model'].values()):
@@ -275,9 +278,9 @@ def objective_name(settings):
 
 
 def read_probe(directory, epochs, name):
-    """Settings and last row of a finished probe of the run's last encoder, or None and None.
+    """Settings and last row of a finished probe of the encoder after so many epochs, or None and None.
 
-    A probe of an encoder that was there before does not count; where the encoder is gone, its probe does.
+    A probe of another encoder of that name does not count. If the encoder was deleted, its probe still counts.
     """
     file, checkpoint = directory / f'model_{epochs}_{name}.csv', directory / f'model_{epochs}.pth'
     if not file.exists() or not file.with_suffix('.json').exists():
@@ -285,7 +288,7 @@ def read_probe(directory, epochs, name):
     about, rows = read_json(file.with_suffix('.json')), read_table(file, PROBE)
     if checkpoint.exists() and about['encoder'] != hashlib.sha256(checkpoint.read_bytes()).hexdigest():
         return None, None
-    settings = about['settings'] | {'command': about['command']}
+    settings = about['settings'] | {'command': about['command'], 'data': about.get('data')}
     return (settings, rows.iloc[-1]) if rows['epoch'].iloc[-1] == settings['epochs'] else (None, None)
 
 

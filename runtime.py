@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 def check_machine(precision=None):
-    """Say which GPU, or what of a GPU, the run cannot use; UserError if there are more ranks than GPUs."""
+    """Warn about a GPU that cannot be used, or a precision that it only emulates; UserError if ranks outnumber GPUs."""
     if torch.cuda.is_available():
         if torch.cuda.device_count() < LOCAL_WORLD:
             raise UserError(f'{torch.cuda.device_count()} GPUs here: start at most as many ranks, one for each')
@@ -192,7 +192,7 @@ def run(main):
         raise SystemExit(f'error: {error}' if LOCAL_RANK == 0 else 1) from None
     except torch.OutOfMemoryError as error:
         raise SystemExit(f'error: the GPU\'s memory is full ({str(error).partition(". ")[0]}): start more ranks, which '
-                         'share the batch, or lower --batch_size, --views or --image_size') from None
+                         'share the batch, or lower --batch_size or --image_size') from None
     except KeyboardInterrupt:
         print('Interrupted', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -4,8 +4,8 @@
     python misc/bench.py augment    # views in batches on the device against PIL's, torchvision's and kornia's
     python misc/bench.py step       # a training step against the published configuration's
     python misc/bench.py epoch      # main.py against bare steps on one fixed batch
-    python misc/bench.py kernels    # what a GPU starts, eager and compiled, from the code generated for an H100
-    python misc/bench.py gpu        # all of it, a profile and a training run on a GPU in 20 minutes: a report
+    python misc/bench.py kernels    # eager operations, and kernels of the code generated for an H100
+    python misc/bench.py gpu        # all but kernels, a profile and a training run on a GPU in 20 minutes: a report
 
 Reference and ours take turns (epoch: bare steps, main.py, bare steps); each row holds their medians. A step is built
 here as main.py builds it by default; main.py itself is timed as a process of its own, by what it logs. roof is the
@@ -202,14 +202,7 @@ def bench_loss(args, device):
         references['lightly, standard'] = NTXentLoss()
     else:
         print('lightly is not installed: its row is left out')
-    for B in (16,) if args.tiny else (256, 1024, 2048):
-        z = views(B)
-        losses = [*references.values(), standard_loss, hard]
-        *others, ours = alternate(args.repeat, device, *(step(loss, z) for loss in losses))
-        for name, other in zip([*references, 'standard here'], others):  # work: half of s, and the gradient's product
-            yield dict(what=f'loss forward + backward, hard against {name}', size=f'B={B}', reference_ms=other,
-                       ours_ms=ours, work=('fp32', 12 * B**2 * 128, 4 * 2 * B * 128 * 4))
-    B = 64 if args.tiny else 16384
+    B = 64 if args.tiny else 16384  # first, while the process holds no memory that it could use again
     z = views(B)
     for x in z:
         x.grad = torch.zeros_like(x)
@@ -222,6 +215,13 @@ def bench_loss(args, device):
     yield dict(what='loss forward + backward, hard', size=f'B={B}', ours_ms=elapsed, reference_ms=math.nan,
                work=('fp32', 12 * B**2 * 128, 0), beyond_inputs_GB=(peak() - before) / 1e9,
                one_matrix_of_the_textbook_GB=4 * (2 * B) ** 2 / 1e9)
+    for B in (16,) if args.tiny else (256, 1024, 2048):
+        z = views(B)
+        losses = [*references.values(), standard_loss, hard]
+        *others, ours = alternate(args.repeat, device, *(step(loss, z) for loss in losses))
+        for name, other in zip([*references, 'standard here'], others):  # work: half of s, and the gradient's product
+            yield dict(what=f'loss forward + backward, hard against {name}', size=f'B={B}', reference_ms=other,
+                       ours_ms=ours, work=('fp32', 12 * B**2 * 128, 4 * 2 * B * 128 * 4))
 
 
 def bench_augment(args, device):
@@ -450,7 +450,7 @@ def bench_kernels(args, device):
             if out.requires_grad:
                 out.backward(ones)
         for code, name, mode in zip(codes, ('', ', backward'), (eager, backward)):
-            yield dict(what=what + name, eager=mode.count, compiled=len(LAUNCH.findall(code)))
+            yield dict(what=what + name, eager_operations=mode.count, compiled_kernels=len(LAUNCH.findall(code)))
 
     with fake:
         images = torch.randint(256, (48, 3, 96, 96), dtype=torch.uint8)  # what a CPU too makes at once
@@ -458,7 +458,7 @@ def bench_kernels(args, device):
             u = augment.uniforms(len(images), torch.Generator())
         x = torch.randn(args.batch_size, 3, size, size).contiguous(memory_format=torch.channels_last)
         z = [torch.randn(args.batch_size, 128).requires_grad_() for _ in range(2)]
-    yield dict(what='a view: random numbers', eager=drawing.count)
+    yield dict(what='a view: random numbers', eager_operations=drawing.count)
     yield from counted('a view: all else', partial(augment.random_views, size=size), images, u)
     with mock.patch.dict(losses.SIDE, cpu=losses.SIDE['cuda']):  # the tiles of a GPU
         yield from counted('loss', contrastive_loss, *z)

@@ -46,7 +46,7 @@ SHOWN = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'e
 
 def main(argv=None):
     parser = flags.Parser(prog='sweep.py', description=__doc__.partition('\n')[0],
-                            epilog='All other flags are those of main.py.')
+                          epilog='All other flags are those of main.py.')
     parser.add_argument('--objectives', nargs='+', default=list(OBJECTIVES), choices=OBJECTIVES,
                         help='what to compare (default: all)')
     flags.add(parser, 'runs',
@@ -68,8 +68,9 @@ def main(argv=None):
             probe = shlex.split(args.probe)
         except ValueError as error:
             parser.error(f'--probe {args.probe}: {error}')
-        if '--model_path' in args.probe:
-            parser.error('--probe: the sweep sets --model_path itself')
+        for flag in '--model_path', '--dataset_name', '--root':
+            if flag in args.probe:
+                parser.error(f'--probe: the sweep sets {flag} itself')
         planned = []
         for seed in range(args.seeds):
             for name in dict.fromkeys(args.objectives):
@@ -94,7 +95,7 @@ def check(script, *arguments):
 
 
 def run_all(planned, probe, jobs):
-    """Train and probe every (directory, flags), some at a time. Signals that end it let those that run save first."""
+    """Train and probe every (directory, flags), some at a time. A signal ends it after the running jobs have saved."""
     running, stopped = set(), []
 
     def stop(signum, frame):
@@ -170,7 +171,7 @@ def make_table(results):
             settings, last = runs.read_probe(directory, epochs, probe)
             row |= {probe: None if last is None else last['test_acc@1'], f'{probe}_command': None, f'{probe}_how': None}
             if settings:
-                row[f'{probe}_command'] = settings.pop('command')
+                row[f'{probe}_command'], _ = settings.pop('command'), settings.pop('data')
                 row[f'{probe}_how'] = ', '.join(f'{name} {value}' for name, value in sorted(settings.items())
                                                 if name not in ('model_path', 'root'))
         rows.append(row)

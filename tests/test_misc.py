@@ -136,6 +136,7 @@ def test_tables_kept_are_those_of_the_logs_kept(name):
     (['--seeds', '0'], '--seeds'), (['--betas', '3'], '--betas'), (['--beta', '1'], '--beta'),
     (['--tau_plus', '2'], '--tau_plus'), (['--probe', '--lr 0'], '--lr'), (['--objectives', 'soft'], 'soft'),
     (['--probe', '"'], 'No closing quotation'), (['--probe', '--model_path x'], 'sets --model_path itself'),
+    (['--probe', '--root x'], 'sets --root itself'),
     (['--table_only'], '--table_only trains nothing')], ids=str)
 def test_wrong_flags_end_the_sweep_before_it_begins(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
