@@ -71,7 +71,8 @@ def test_second_run_in_one_directory_is_refused(flags, run, tmp_path):
 @pytest.mark.parametrize('surroundings', [
     dict(env={'PYTHONIOENCODING': 'ascii'}), *(pytest.param(kwargs, marks=pytest.mark.slow) for kwargs in (
         dict(env={'HOME': None}), dict(env={'HOME': '/proc'}), dict(env={'LC_ALL': 'C', 'PYTHONUTF8': '0'}),
-        dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))))], ids=str)
+        dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))))],
+    ids=['ASCII', 'no HOME', 'read-only HOME', 'another locale', '64 files'])
 def test_surroundings_that_change_nothing(tiny, run, tmp_path, surroundings):
     """No letters but ASCII to print with, no home or one that is not writable, another locale, 64 open files."""
     results = tmp_path / 'Ergebnisse ü 結果'
