@@ -98,7 +98,6 @@ def main(argv=None):
     steps = check_sizes(parser, args, data)
     device, results = runtime.start(), Path(args.results_dir)
     saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
-
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     net, optimizer = build(args, device)
@@ -110,20 +109,14 @@ def main(argv=None):
         if state['epoch'] == args.epochs:
             return runtime.say(f'{results} holds this run, finished: {describe(state["log"][-1])}')
         runtime.say(f'Continuing {results} in epoch {state["epoch"] + 1} after step {state["step"]}')
-    batches = place(args, data, device)
-    labels = data.train_labels.to(device) if args.oracle else None
+    batches, labels = place(args, data, device), (data.train_labels.to(device) if args.oracle else None)
     ddp, autocast = runtime.distributed(net, device), runtime.autocast(device, args.precision)
     saver, signals = runs.Saver(results, net, optimizer), runtime.Signals()
     bar = tqdm(total=args.epochs * steps, initial=state['epoch'] * steps + state['step'], unit='step',
                disable=None if RANK == 0 else True)
     try:
         if not state['log']:  # at the start, or stopped before the untrained encoder was measured
-            if device.type == 'cpu' and args.dataset_name != 'shapes':
-                runtime.say('No CUDA device: training on the CPU, which is slow. The README has a run of minutes')
-            state['log'].append({'epoch': 0, **monitor(net, data, args, autocast, device, signals)})
-            saver.save(state, keep=True)
-            saver.wait()  # from here on there is always a state to continue from
-            runtime.say(f'untrained: {describe(state["log"][0])}')
+            measure_untrained(net, data, args, autocast, device, signals, state, saver)
         for epoch in range(state['epoch'] + 1, args.epochs + 1):
             train_epoch(ddp, batches, labels, optimizer, args, autocast, state, signals, bar)
             runtime.average_buffers(net)
@@ -146,6 +139,16 @@ def main(argv=None):
         saver.wait()
     more = '' if data.classes else ' --dataset_name … --root …, of a set with labels'
     runtime.say(f'Finished. Next: python linear.py --model_path {results}/model_{args.epochs}.pth{more}')
+
+
+def measure_untrained(net, data, args, autocast, device, signals, state, saver):
+    """The log's row of epoch 0, and the first state from which the run can continue."""
+    if device.type == 'cpu' and args.dataset_name != 'shapes':
+        runtime.say('No CUDA device: training on the CPU, which is slow. The README has a run of minutes')
+    state['log'].append({'epoch': 0, **monitor(net, data, args, autocast, device, signals)})
+    saver.save(state, keep=True)
+    saver.wait()
+    runtime.say(f'untrained: {describe(state["log"][0])}')
 
 
 def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals, bar):

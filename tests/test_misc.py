@@ -122,6 +122,11 @@ def test_ranks_and_data_sets_are_kept_apart(logs):
         assert len(plot.curves(arguments(*sorted(logs.iterdir()))).axes[0].lines) == 3
 
 
+def test_readme_is_short_and_whole():
+    text = (HOME / 'README.md').read_text()
+    assert text.count('\n') <= 200 and len(text) <= 14_000 and not re.search('@[A-Z]+@', text)
+
+
 @pytest.mark.parametrize('name, seeds', [('cifar10', 1), ('cifar10_jpeg', 3), ('cifar10_jpeg_controls', 3)])
 def test_tables_kept_are_those_of_the_logs_kept(name, seeds):
     kept = HOME / 'results' / name
