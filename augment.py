@@ -84,6 +84,8 @@ def random_views(images, u, size, blur=True):
 
 def apply(images, p, size):
     """(n, 3, H, W) uint8 images and draw()'s parameters -> (n, 3, size, size) float32 views, normalised."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f'images must be uint8, in grey levels from 0 to 255, got {images.dtype}')
     x = resized_crop(images.float(), p, size)  # (n, 3, H, W) -> (n, 3, size, size)
     x = color_jitter(x, p)
     x = torch.where(p['gray'].view(-1, 1, 1, 1), luma(x), x)

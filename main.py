@@ -265,9 +265,9 @@ def check_sizes(parser, args, data):
     """The steps of an epoch, or an error if a flag does not fit the data."""
     labelled = int((data.train_labels >= 0).sum())
     if args.batch_size > len(data.train):
-        parser.error(f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} images')
+        parser.error(f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} images: lower it')
     if data.classes and args.k > labelled:
-        parser.error(f'--k {args.k} is larger than the kNN memory, {labelled} images')
+        parser.error(f'--k {args.k} is larger than the kNN memory, {labelled} images: lower it')
     return len(data.train) // args.batch_size
 
 

@@ -108,7 +108,8 @@ def read_checkpoint(path):
     except UserError:
         raise
     except FileNotFoundError:
-        there = ', '.join(sorted(p.name for p in Path(path).parent.glob('*.pth'))) or 'no other checkpoint'
+        there = sorted(p.name for p in Path(path).parent.glob('*.pth') if not re.search('last|linear|logistic', p.name))
+        there = ', '.join(there) or 'no checkpoint'
         raise UserError(f'{path}: no such file; in {Path(path).parent} there is {there}') from None
     except pickle.UnpicklingError as error:
         raise UserError(f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run') from error

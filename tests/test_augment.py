@@ -126,6 +126,11 @@ def test_each_operation_is_pils(case, name):
     assert (difference == 0).float().mean() > (0.995 if name == 'hue' else 0.999)
 
 
+def test_images_in_0_to_1_are_refused():
+    with pytest.raises(ValueError, match='images must be uint8'):
+        apply(torch.rand(2, 3, 8, 8), draw(2, 8, 8, seeded(0)), 4)
+
+
 def test_whole_chain_is_pils(case):
     images, p = case
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))

@@ -87,7 +87,8 @@ def test_an_encoder_without_head_loads_where_features_are_enough(tmp_path, small
 def test_readmes_line_writes_checkpoints_for_hcl_and_dcl(tmp_path, small):
     """Their scripts load into DataParallel, and expect `module.` before every name."""
     line, = [line for line in (HOME / 'README.md').read_text().splitlines() if "'module.' + name" in line]
-    torch.save(small.state_dict(), tmp_path / 'model_400.pth')
+    (tmp_path / 'hcl').mkdir()
+    torch.save(small.state_dict(), tmp_path / 'hcl' / 'model_400.pth')
     code = line.replace('results/', f'{tmp_path}/').partition('"')[2].rpartition('"')[0]
     exec(code, {})
     theirs = nn.DataParallel(Model(16, 'resnet18'))
