@@ -55,12 +55,15 @@ def exact_convolutions():
 
 @pytest.fixture(scope='module')
 def eager(tiny, tmp_path_factory):
+    """Losses of the eager network on compiled views, which round a few grey levels otherwise than eager ones."""
     results = tmp_path_factory.mktemp('eager')
-    main.main([*tiny, *SLOWLY, '--no-compile', '--precision', 'fp32', '--results_dir', str(results)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main.Model, 'compile', lambda net, **_: None)
+        main.main([*tiny, *SLOWLY, '--compile', '--precision', 'fp32', '--results_dir', str(results)])
     return pd.read_csv(results / 'log.csv')['train_loss'][1:]
 
 
-@pytest.mark.parametrize('precision, tolerance', [('fp32', 2e-3), ('bf16', 0.01)])  # some grey levels round otherwise
+@pytest.mark.parametrize('precision, tolerance', [('fp32', 1e-4), ('bf16', 0.01)])
 def test_compiled_training_resumes_and_is_close_to_eager(tiny, eager, tmp_path, precision, tolerance, monkeypatch):
     flags = [*tiny, *SLOWLY, '--compile', '--precision', precision, '--results_dir', str(tmp_path)]
     stops = iter([True])

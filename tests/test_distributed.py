@@ -213,12 +213,13 @@ def test_torchrun_trains_logs_and_saves_once_and_one_process_continues(tiny, tmp
 def test_compiled_ranks_train_as_eager_ones(tiny, tmp_path, run):
     losses = []
     for compile in ('--compile', '--no-compile'):
-        job = run('main.py', [*flags(tiny, tmp_path / compile, 2), '--lr', '1e-5', compile],
+        # PIL's views, as compiled ones round a few grey levels otherwise
+        job = run('main.py', [*flags(tiny, tmp_path / compile, 2), '--lr', '1e-5', '--augment', 'pil', '--workers', '0',
+                              compile],
                   torchrun=['--nproc_per_node=2'])
         assert job.code == 0, job.err
         losses.append(pd.read_csv(tmp_path / compile / 'log.csv')['train_loss'][1:].tolist())
-    # another order of sums, by which some grey levels of the views round to the next
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3) and losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != losses[1]  # another order of sums
 
 
 @pytest.mark.slow
