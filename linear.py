@@ -85,7 +85,7 @@ def main(argv=None):
     if untrained.exists() and untrained != path:
         knn = f'kNN {log[untrained.name]:.2f} %, ' if untrained.name in log else ''
         before, last = runtime.on_rank0(lambda: runs.read_probe(path.parent, 0, name))  # beside an earlier checkpoint
-        wanted = dict(vars(args), data=data_digest(data))
+        wanted = dict(vars(args), data=runs.fingerprint({}, data))
         if before and all(before.get(flag) == value for flag, value in wanted.items() if flag != 'model_path'):
             first = last['test_acc@1']
         else:
@@ -108,7 +108,8 @@ def probe_encoder(args, path, name, net, data, device):
         return encode(net, images, torch.arange(len(images)), args.test_size, autocast, device)
 
     out = path.with_name(f'{path.stem}_{name}')
-    about = dict(settings={**vars(args), 'model_path': str(path)}, data=data_digest(data), **runs.provenance(device),
+    about = dict(settings={**vars(args), 'model_path': str(path)}, **runs.provenance(device),
+                 data=runs.fingerprint({}, data),
                  encoder=hashlib.sha256(path.read_bytes()).hexdigest())
     rows, test_features = [], features(data.test)
     if args.augment == 'none':
@@ -144,10 +145,6 @@ def probe_encoder(args, path, name, net, data, device):
         Path(f'{out}.partial.csv').replace(f'{out}.csv')
         runs.write_json(f'{out}.json', about)
     return rows[-1][-2:]
-
-
-def data_digest(data):
-    return runs.digest([data.classes, data.train_labels, data.test_labels])
 
 
 def features_of_views(net, batches, labels, autocast, drift):

@@ -75,9 +75,10 @@ class Model(nn.Module):
 
     def forward(self, x):
         """(B, 3, H, W) -> features (B, F) and embeddings (B, feature_dim), rows of unit length, float32 or more."""
-        norms = [m for m in self.modules() if isinstance(m, (BatchNorm1d, BatchNorm2d))]  # SyncBatchNorm counts itself
-        if self.training and norms:
-            torch._foreach_add_([m.num_batches_tracked for m in norms], 1)
+        if self.training:
+            counts = [m.num_batches_tracked for m in self.modules() if isinstance(m, (BatchNorm1d, BatchNorm2d))]
+            if counts:  # SyncBatchNorm counts itself
+                torch._foreach_add_(counts, 1)
         feature = self.f(x).flatten(1)
         return unit(feature), unit(self.g(feature))
 

@@ -136,7 +136,7 @@ def check_same_run(results, config, settings, described):
 
 
 def fingerprint(settings, data):
-    """Identifies the run, by its settings and data, to which a state belongs."""
+    """Identifies, by its settings and data, the run to which a state or a probe belongs."""
     kept = {name: value for name, value in settings.items() if name not in FREE}
     return digest([kept, data.classes, data.train_labels, data.test_labels])
 
@@ -190,8 +190,8 @@ class Saver:
         if RANK != 0:
             return
 
-        def host(x):  # a copy that loads without a GPU; from one it is under way while training goes on
-            return x.detach().to('cpu', non_blocking=True, copy=True)
+        def host(x):  # loads without a GPU; from one the copy is under way while training goes on
+            return x.detach().to('cpu', non_blocking=True)
 
         weights, optimizer = {name: host(x) for name, x in self.net.state_dict().items()}, self.optimizer.state_dict()
         optimizer['state'] = {i: {name: host(x) for name, x in s.items()} for i, s in optimizer['state'].items()}

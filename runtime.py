@@ -24,7 +24,7 @@ class UserError(ValueError):
     """Something that the user can mend. Its text says in one line what is wrong and what to do."""
 
 
-def check_machine(precision=None):
+def check_machine(precision):
     """Warn about a GPU that cannot be used, or a precision that it only emulates; UserError if ranks outnumber GPUs."""
     if torch.cuda.is_available():
         if torch.cuda.device_count() < LOCAL_WORLD:

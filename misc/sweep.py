@@ -171,9 +171,9 @@ def make_table(results):
             settings, last = runs.read_probe(directory, epochs, probe)
             row |= {probe: None if last is None else last['test_acc@1'], f'{probe}_command': None, f'{probe}_how': None}
             if settings:
-                row[f'{probe}_command'], _ = settings.pop('command'), settings.pop('data')
+                row[f'{probe}_command'] = settings.pop('command')
                 row[f'{probe}_how'] = ', '.join(f'{name} {value}' for name, value in sorted(settings.items())
-                                                if name not in ('model_path', 'root'))
+                                                if name not in ('model_path', 'root', 'data'))
         rows.append(row)
     if not rows:
         raise UserError(f'{results} holds no finished run')
