@@ -13,8 +13,8 @@ from filelock import FileLock
 from torch.utils.data import ConcatDataset
 from torchvision.datasets.utils import check_integrity
 
-from folder import DataError, decoded, find_images, hidden
-from runtime import say
+from folder import decoded, find_images, hidden
+from runtime import UserError, say
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Joined(ConcatDataset):
 
 
 def load_data(name, root='data', store_size=0, unlabeled=True, cache_dir=None, skip_damaged=False):
-    """Load one of DATASETS from root, downloading it where torchvision can. Images that lie in files are mapped.
+    """Load one of flags.DATASETS from root, downloading it where torchvision can. Images that lie in files are mapped.
 
     Args:
         store_size: side in pixels at which a `folder`'s images are kept; 0: their own, if all are squares of one size
@@ -65,7 +65,7 @@ def load_data(name, root='data', store_size=0, unlabeled=True, cache_dir=None, s
         skip_damaged: leave out the damaged files of a folder, which are an error otherwise.
 
     Raises:
-        DataError: data missing, damaged or unusable; it says what, where, and what to do.
+        UserError: data missing, damaged or unusable; it says what, where, and what to do.
     """
     root = _in_any_form(Path(root))
     if name == 'shapes':
@@ -90,7 +90,7 @@ def load_data(name, root='data', store_size=0, unlabeled=True, cache_dir=None, s
     labels = [torch.as_tensor(y, dtype=torch.int64) for y in labels]
     classes = list(getattr(test, 'classes', ()))  # torchvision reads STL10's from a file that has no checksum
     if len(classes) != labels[1].max() + 1:
-        raise DataError(f'{Path(root, test.base_folder)}: {len(classes)} names of classes where the labels have '
+        raise UserError(f'{Path(root, test.base_folder)}: {len(classes)} names of classes where the labels have '
                         f'{labels[1].max() + 1}: restore class_names.txt from the archive')
     return Data(images[0], labels[0], images[1], labels[1], classes)
 
@@ -122,7 +122,7 @@ def _torchvision(name, root, **split):
         with FileLock(lock):  # of several processes one downloads, the others find the files
             for file, md5 in cls.train_list + cls.test_list:
                 if (folder / file).exists() and not check_integrity(folder / file, md5):
-                    raise DataError(f'{folder / file} is truncated or damaged (its MD5 is not {md5}): delete it, '
+                    raise UserError(f'{folder / file} is truncated or damaged (its MD5 is not {md5}): delete it, '
                                     f'and {name} is downloaded again')
             return cls(root, download=True, **split)
     except (OSError, RuntimeError) as error:
@@ -130,7 +130,7 @@ def _torchvision(name, root, **split):
             lock.unlink(missing_ok=True)
             if not existed:
                 lock.parent.rmdir()
-        raise DataError(f'{name} is not in {folder} and could not be downloaded ({error}). Unpack {cls.url} in '
+        raise UserError(f'{name} is not in {folder} and could not be downloaded ({error}). Unpack {cls.url} in '
                         f'{root}, point --root at it, or use --dataset_name shapes, which needs no files') from error
 
 
@@ -142,7 +142,7 @@ def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
     train, test = root / 'train', root / ('val' if (root / 'val').is_dir() and not (root / 'test').is_dir() else 'test')
     missing = [path for path in (root, *[train] * (root / 'test').is_dir()) if not path.is_dir()]
     if missing:
-        raise DataError(f'{missing[0]} is not a directory: a folder data set is {root}/train/<class>/*, {root}/test/'
+        raise UserError(f'{missing[0]} is not a directory: a folder data set is {root}/train/<class>/*, {root}/test/'
                         f'<class>/* and, if wanted, {root}/unlabeled/**, or images without labels anywhere below '
                         f'{root}. --dataset_name shapes needs no files')
     splits, left, problems = ({}, {}), {}, []  # class -> directories, whose names may differ in Unicode form
@@ -155,12 +155,12 @@ def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
     classes, tops = sorted(splits[0]), [root / 'unlabeled']
     if len(classes) < 2:
         if not unlabeled:
-            raise DataError(f'{root} has no labels: name a labelled data set by --dataset_name and --root')
+            raise UserError(f'{root} has no labels: name a labelled data set by --dataset_name and --root')
         classes, left, tops = [], {}, [train, *tops] if train.is_dir() else [root]
     elif not test.is_dir():
-        raise DataError(f'{train} has classes, and {test} is not a directory. To train without labels: --root {train}')
+        raise UserError(f'{train} has classes, and {test} is not a directory. To train without labels: --root {train}')
     elif classes != sorted(splits[1]):
-        raise DataError(f'classes differ: only in {train}: {sorted({*classes} - {*splits[1]}) or "none"}; '
+        raise UserError(f'classes differ: only in {train}: {sorted({*classes} - {*splits[1]}) or "none"}; '
                         f'only in {test}: {sorted({*splits[1]} - {*classes}) or "none"}')
     files, tags = [], []  # of a file its part (0: labelled training images, 1: those without label, 2: test) and label
     groups = [(part, label, splits[part // 2][name]) for part in (0, 2) for label, name in enumerate(classes)]
@@ -172,16 +172,19 @@ def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
     if left:
         say(f'{root}: left out ' + '; '.join(f'{len(paths)} {why}, such as {paths[0]}' for why, paths in left.items()))
     if problems or not files:
-        raise DataError('\n  '.join([f'{root}: {len(problems) or "no image, no"} problems:', *problems]))
+        raise UserError('\n  '.join([f'{root}: {len(problems) or "no image, no"} problems:', *problems]))
     images, damaged, dark = decoded(root, files, store_size, cache_dir)
     if damaged and not skip_damaged:
-        raise DataError('\n  '.join([f'{root}: {len(damaged)} damaged images. Mend them, or leave them out by '
+        raise UserError('\n  '.join([f'{root}: {len(damaged)} damaged images. Mend them, or leave them out by '
                                      '--skip_damaged:', *(f'{root / name}: {why}' for name, why in damaged.items())]))
     for names, what in ((damaged, 'damaged and left out'),
                         (dark, 'of 16 bits come out dark, as they use less than 14 of them: scale them first')):
         if names:
             say(f'{root}: {len(names)} images {what}, such as {next(iter(names))}')
     parts, labels = torch.tensor([tag for tag, (name, *_) in zip(tags, files) if name not in damaged]).view(-1, 2).T
+    empty = {*range(len(classes))} - {*labels[parts == 0].tolist()}
+    if empty:
+        raise UserError(f'{root}: every training image of {classes[min(empty)]} is damaged')
     n, first = int((parts <= unlabeled).sum()), int((parts < 2).sum())
     return Data(images[:n], labels[:n], images[first:], labels[first:], classes, tuple(damaged))
 

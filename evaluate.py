@@ -14,10 +14,10 @@ from runtime import RANK, WORLD, sum_ranks
 def encode(net, images, index, size, autocast, device, signals=None, batch_size=256, view=None):
     """f's features (n, width) in eval mode, float32, on every rank, of the uint8 images (N, 3, H, W) at index (n,).
 
-    Images are resized to size pixels, or keep their own if it is 0. With view, a number, the result is z (n, D) of
-    random views of size pixels instead, the same ones for one number. Batches do not
-    depend on the number of ranks. Each rank encodes every WORLD-th one, so each image counts once. A stop signal
-    is raised between two batches; several ranks, which would have to agree on it, finish first.
+    Images are resized to size pixels, or keep their own if it is 0. With view, an integer, the result is z (n, D) of
+    one random view of each image, of size pixels, with blur; the same integer gives the same views. Batches are the
+    same for any number of ranks: each rank encodes every WORLD-th. A stop signal is raised between batches of a single
+    process; several ranks would have to agree on it, so they finish first.
     """
     net.eval()
     width = net.features if view is None else net.g[3].out_features

@@ -1,6 +1,7 @@
 """Flags: a parser whose errors are one line, the types of values, and the data's flags, which both scripts have."""
 
 import argparse
+import os
 import sys
 
 from runtime import RANK, say
@@ -47,9 +48,11 @@ def positive(high):
 
 
 SWITCH = argparse.BooleanOptionalAction
-epochs = integer(1, 1_000_000)
-images = integer(1, 1_000_000)
+count = integer(1, 1_000_000)
+fraction = number(float, 'in [0, 1)', lambda x: 0 <= x < 1)
 seed = integer(0, 2**32 - 1)
+path = number(str, 'the name of a file or directory', lambda x: x.strip() and '\0' not in x and all(
+    len(part) < 256 for part in os.fsencode(x).split(b'/')))
 store_size = number(int, '0 or an integer from 8 to 1024', lambda x: x == 0 or 8 <= x <= 1024)
 
 
@@ -58,13 +61,6 @@ def boolean(value):
     if value.lower() not in ('true', 'yes', '1', 'false', 'no', '0'):
         raise argparse.ArgumentTypeError(f'must be True/False, yes/no or 1/0, got {value!r}')
     return value.lower() in ('true', 'yes', '1')
-
-
-def path(value):
-    """An argparse type: the name of a file or directory."""
-    if not value.strip() or '\0' in value:
-        raise argparse.ArgumentTypeError(f'must name a file or directory, got {value!r}')
-    return value
 
 
 def add(parser, title, *rows):

@@ -28,10 +28,6 @@ SYSTEM = ('@eadir', '#recycle', '__macosx', 'thumbs.db', 'desktop.ini', '$recycl
 CACHE = '.decoded'  # where the images of a folder are kept once they are decoded, if it can be written
 
 
-class DataError(UserError):
-    """The data cannot be used, for a reason that its one line tells the user."""
-
-
 def hidden(name):
     return name[0] == '.' or name.lower() in SYSTEM
 
@@ -95,7 +91,7 @@ def decoded(root, files, store_size, cache_dir):
                 with FileLock(place / '.lock'):  # the others wait, and find the file
                     cached = ready() or _write_cache(path, root, files, keys, store_size or _own_size(root, files))
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-            raise DataError(f'cannot write {path} ({error}): choose another --cache_dir') from error
+            raise UserError(f'cannot write {path} ({error}): choose another --cache_dir') from error
     say(f'{root}: {len(cached[0])} images, kept at {cached[0].shape[2]} px in {path}')
     return torch.from_dlpack(cached[0]), *cached[1:3]
 
@@ -123,7 +119,7 @@ def _write_cache(path, root, files, keys, size):
     """Decode the files in parallel into path, and return what _cached() then does."""
     needed, free = len(files) * 3 * size**2, shutil.disk_usage(path.parent).free
     if needed > free:
-        raise DataError(f'{root} takes {needed / 1e9:.1f} GB at {size} px, and {free / 1e9:.1f} GB are free in '
+        raise UserError(f'{root} takes {needed / 1e9:.1f} GB at {size} px, and {free / 1e9:.1f} GB are free in '
                         f'{path.parent}: choose another --cache_dir, or lower --store_size')
     images, _, was_dark, were, good = _cached(path) or ((), {}, (), (), ())
     rows = dict(zip(itertools.compress(were, good), images)) if len(images) and images.shape[2] == size else {}

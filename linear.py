@@ -43,8 +43,8 @@ def arguments(argv=None):
               ('--probe', 'linear', ('linear', 'logistic'), 'by Adam, or logistic regression without the flags below'),
               ('--augment', 'views', ('views', 'none'), 'train on random views, or on features computed once'),
               ('--bn', 'eval', ('eval', 'train'), 'freeze BatchNorm\'s statistics, or let them drift, as published'),
-              ('--batch_size', 512, flags.images, 'images in a batch, over all ranks'),
-              ('--epochs', 100, flags.epochs, 'passes over the labelled images'),
+              ('--batch_size', 512, flags.count, 'images in a batch, over all ranks'),
+              ('--epochs', 100, flags.count, 'passes over the labelled images'),
               ('--lr', 1e-3, flags.positive(1000), 'learning rate of Adam'),
               ('--weight_decay', 1e-6, flags.real(0, 100), 'weight decay of Adam'),
               ('--precision', None, ('bf16', 'fp32'), 'of the encoder (default: bf16 on CUDA)'),
@@ -64,13 +64,13 @@ def main(argv=None):
     args = arguments(argv)
     runtime.check_machine(args.precision)
     path = Path(args.model_path)
-    untrained = path.with_name('model_0.pth')
     net, log = load_model(path, head=False), runs.accuracies(path)
-    config = path.with_name('config.json')
+    untrained, config = path.with_name('model_0.pth'), path.with_name('config.json')
     settings = runs.read_json(config)['settings'] if config.exists() else {}
     if args.dataset_name is None and not settings:
         runtime.say(f'No {config.name} beside {path}: taking stl10, as published')
     flags.fill_data_flags(args, settings)
+    args.blur = settings.get('blur', 'published')
     here = runs.data_name(vars(args))
     other = here != (runs.data_name(settings) if settings else 'stl10')
     parts = [(args.probe, True), ('bn_train', args.bn == 'train'), (here, other),
@@ -116,24 +116,25 @@ def probe_encoder(args, path, name, net, data, device):
         train_features = features(data.train)
     else:
         batches = DeviceViews(data.train, args.batch_size, args.image_size, views=1, seed=args.seed, device=device,
-                              rank=RANK, world=WORLD, drop_last=False, resident=resident)
+                              rank=RANK, world=WORLD, drop_last=False, resident=resident,
+                              blur=args.blur == 'published')
     for epoch in tqdm(range(1, args.epochs + 1), out.name, disable=None if RANK == 0 else True, leave=False):
         if args.probe == 'logistic':
             fit_logistic(probe, train_features, labels)
-            train = tested(probe, train_features, labels)
+            train = one_epoch(probe, [(train_features, labels)], len(labels))
         elif args.augment == 'none':
             order = epoch_batches(len(labels), args.batch_size, args.seed, epoch, drop_last=False)
             pairs = ((train_features[batch[0]], labels[batch[0]]) for batch in order)
-            train = train_epoch(probe, optimizer, pairs, len(labels))
+            train = one_epoch(probe, pairs, len(labels), optimizer)
         else:
             pairs = features_of_views(net, batches.epoch(epoch), labels, autocast, args.bn == 'train')
-            train = train_epoch(probe, optimizer, pairs, len(labels))
+            train = one_epoch(probe, pairs, len(labels), optimizer)
         if args.bn == 'train':  # frozen entirely, the encoder gives the same features every time
             runtime.average_buffers(net)
             test_features = features(data.test)
         if not math.isfinite(train[0]):
             raise UserError(f'the loss is {train[0]} in epoch {epoch}: --lr {args.lr} is too high')
-        rows.append((epoch, *train, *tested(probe, test_features, test_labels)))
+        rows.append((epoch, *train, *one_epoch(probe, [(test_features, test_labels)], len(test_labels))))
         if RANK == 0:
             runs.write_table(f'{out}.partial.csv', rows, runs.PROBE)
 
@@ -156,21 +157,26 @@ def features_of_views(net, batches, labels, autocast, drift):
         yield runtime.gather(feature), runtime.gather(labels[index])
 
 
-def train_epoch(probe, optimizer, pairs, n):
-    """Train the probe on n images in batches: mean loss, and accuracies @1 and @5 in percent, as it went."""
+def one_epoch(probe, pairs, n, optimizer=None):
+    """Mean loss, and accuracies @1 and @5 in percent, over n images in pairs of features (B, F) and labels (B,).
+
+    With an optimizer the probe is trained, and the numbers are those of each batch before its step.
+    """
     sums = torch.zeros(3, dtype=torch.float64, device=probe.weight.device)  # losses, hits @1 and @5
     for feature, target in pairs:
         output = probe(feature)
         loss = F.cross_entropy(output, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        sums += sums_of(output.detach(), target, loss.detach())
-    return means(sums, n)
+        if optimizer:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        sums += torch.cat([(len(target) * loss.detach())[None], hits(output.detach(), target)])
+    loss, first, five = (sums / n).tolist()
+    return loss, 100 * first, 100 * five
 
 
 def fit_logistic(probe, features, labels):
-    """Give the probe the weights of scikit-learn's logistic regression on standardised features."""
+    """Give the probe the weights of scikit-learn's logistic regression on standardised features (n, F), labels (n,)."""
     scaler = StandardScaler().fit(features.cpu())
     found = LogisticRegression(max_iter=2000).fit(scaler.transform(features.cpu()), labels.cpu())
     weight, bias = found.coef_ / scaler.scale_, found.intercept_ - found.coef_ @ (scaler.mean_ / scaler.scale_)
@@ -179,22 +185,6 @@ def fit_logistic(probe, features, labels):
     with torch.no_grad():
         for own, values in (probe.weight, weight), (probe.bias, bias):
             own[torch.as_tensor(found.classes_)] = torch.as_tensor(np.array(values), dtype=own.dtype, device=own.device)
-
-
-@torch.no_grad()
-def tested(probe, features, labels):
-    """What train_epoch() returns, of the probe on features (n, F)."""
-    output = probe(features)
-    return means(sums_of(output, labels, F.cross_entropy(output, labels)), len(labels))
-
-
-def sums_of(output, target, loss):
-    return torch.cat([(len(target) * loss)[None], hits(output, target)]).double()
-
-
-def means(sums, n):
-    loss, first, five = (sums / n).tolist()
-    return loss, 100 * first, 100 * five
 
 
 if __name__ == '__main__':

@@ -48,14 +48,14 @@ def arguments(argv=None):
                'easy = standard (default: hard; standard with --oracle)'),
               ('--debiased', None, flags.boolean, 'DCL\'s: True is debiased (with --beta hard), False is standard'),
               ('--temperature', 0.5, flags.positive(100), 't, of the similarities'),
-              ('--tau_plus', None, flags.number(float, 'in [0, 1)', lambda x: 0 <= x < 1),
+              ('--tau_plus', None, flags.fraction,
                'prior probability of a false negative (default: 0.1 where the estimator has it)'),
               ('--beta', None, flags.real(0, 1000), 'concentration on hard negatives (default: 1.0 for hard)'),
               ('--anneal', 'none', ('none', 'down'), 'lower beta to 0, in 9 values'),
               ('--oracle', False, bool, 'leave out false negatives by their labels: an upper bound'))
     flags.add(parser, 'training',
               ('--batch_size', 256, flags.integer(2, 1_000_000), 'images, over all ranks'),
-              ('--epochs', 400, flags.epochs, 'passes over the training images'),
+              ('--epochs', 400, flags.count, 'passes over the training images'),
               ('--optimizer', 'adam', ('adam', 'sgd'), 'SGD has momentum 0.9'),
               ('--lr', 1e-3, flags.positive(1000), 'learning rate'),
               ('--schedule', 'constant', ('constant', 'cosine'), 'of the learning rate'),
@@ -67,10 +67,10 @@ def arguments(argv=None):
               ('--precision', None, ('bf16', 'fp32'), 'of the network; the loss is float32 (default: bf16 on CUDA)'),
               ('--compile', None, flags.SWITCH, 'the views, and the network unless --sync_bn (default: on CUDA)'))
     flags.add(parser, 'monitor and results',
-              ('--k', 200, flags.images, 'neighbours of the kNN monitor'),
+              ('--k', 200, flags.count, 'neighbours of the kNN monitor'),
               ('--knn_temperature', None, flags.positive(100), 'of its weights (default: --temperature)'),
-              ('--knn_every', 10, flags.epochs, 'epochs between its evaluations'),
-              ('--save_every', 25, flags.epochs, 'epochs between kept encoders'),
+              ('--knn_every', 10, flags.count, 'epochs between its evaluations'),
+              ('--save_every', 25, flags.count, 'epochs between kept encoders'),
               ('--results_dir', 'results', flags.path, 'directory of all that the run writes'))
     args = parser.parse_args(argv)
     flags.resolve_objective(parser, args)
@@ -107,6 +107,7 @@ def main(argv=None):
     if saved:
         runs.restore(results, saved, state, net, optimizer)
         if state['epoch'] == args.epochs:
+            runtime.on_rank0(lambda: runs.write_table(results / 'log.csv', state['log'], runs.LOG))  # it may be lost
             return runtime.say(f'{results} holds this run, finished: {describe(state["log"][-1])}')
         runtime.say(f'Continuing {results} in epoch {state["epoch"] + 1} after step {state["step"]}')
     batches, labels = place(args, data, device), (data.train_labels.to(device) if args.oracle else None)
@@ -156,7 +157,8 @@ def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals,
     net.train()
     began, steps = time.monotonic() - state['seconds'], len(state['losses'])
     look_every = 20 if state['losses'].is_cuda else 1  # a look waits for the device
-    loss_of = objective(args, state['epoch'] + 1)
+    beta = annealed(args.beta, state['epoch'] + 1, args.epochs) if args.anneal == 'down' else args.beta
+    loss_of = partial(contrastive_loss, temperature=args.temperature, tau_plus=args.tau_plus, beta=beta)
     for views, index in batches.epoch(state['epoch'] + 1, state['step']):
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(args, state['epoch'] + state['step'] / steps)
@@ -189,7 +191,8 @@ def check_finite(losses, epoch):
     if not losses.isfinite().all():
         step = int(losses.isfinite().logical_not().nonzero()[0])
         raise UserError(f'the loss is {losses[step]} at epoch {epoch}, step {step + 1}; the last good state is '
-                        'untouched. Common causes: --lr too high, --temperature too low, --precision bf16')
+                        'untouched. Common causes: --lr too high, --temperature too low, --precision bf16. Other '
+                        'values need another --results_dir')
 
 
 def monitor(net, data, args, autocast, device, signals):
@@ -211,12 +214,6 @@ def learning_rate(args, epochs):
         return args.lr * epochs / args.warmup
     done = (epochs - args.warmup) / (args.epochs - args.warmup)
     return args.lr * (0.5 + 0.5 * math.cos(math.pi * done) if args.schedule == 'cosine' else 1)
-
-
-def objective(args, epoch):
-    """The epoch's loss as a function of views and labels."""
-    beta = annealed(args.beta, epoch, args.epochs) if args.anneal == 'down' else args.beta
-    return partial(contrastive_loss, temperature=args.temperature, tau_plus=args.tau_plus, beta=beta)
 
 
 def annealed(beta, epoch, epochs, steps=9):

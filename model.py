@@ -108,10 +108,11 @@ def read_checkpoint(path):
         return content
     except UserError:
         raise
-    except FileNotFoundError:
-        there = sorted(p.name for p in Path(path).parent.glob('*.pth') if not re.search('last|linear|logistic', p.name))
-        there = ', '.join(there) or 'no checkpoint'
-        raise UserError(f'{path}: no such file; in {Path(path).parent} there is {there}') from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = 'no such file' if isinstance(error, FileNotFoundError) else 'a directory'
+        folder = Path(path) if what == 'a directory' else Path(path).parent
+        there = sorted(p.name for p in folder.glob('*.pth') if not re.search('last|linear|logistic', p.name))
+        raise UserError(f'{path}: {what}; in {folder} there is {", ".join(there) or "no checkpoint"}') from None
     except pickle.UnpicklingError as error:
         raise UserError(f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run') from error
     except Exception as error:  # torch.load and zipfile raise many kinds for a damaged file

@@ -25,11 +25,10 @@ from model import read_checkpoint
 from runtime import RANK, WORLD, UserError
 
 LOG = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'alignment', 'uniformity', 'rankme', 'lr', 'images/s',
-       'seconds', 'encoder')  # its CRC, if kept
+       'seconds', 'encoder')  # encoder: CRC-32 of model_{epoch}.pth, if one was kept
 PROBE = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5')
-FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # of a resumed run
+FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # may change in a run
 OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
-NEW = ('alignment', 'uniformity', 'rankme', 'encoder')  # columns that logs of earlier versions lack
 locks = []  # held until the process ends
 
 
@@ -236,8 +235,7 @@ def read_json(path):
 def read_table(path, columns):
     """The numbers of a CSV file with these columns, of which epoch counts up; UserError that names the file."""
     try:
-        table = pd.read_csv(path, encoding='utf-8-sig')
-        table = table.assign(**{name: np.nan for name in NEW if name not in table})[list(columns)].astype(float)
+        table = pd.read_csv(path, encoding='utf-8-sig')[list(columns)].astype(float)
     except (OSError, ValueError, KeyError, pd.errors.ParserError) as error:
         raise UserError(f'{path} is damaged or not of a run ({type(error).__name__}: {error!s:.60})') from None
     if (table['epoch'].diff()[1:] != 1).any() or not table['epoch'][:1].isin([0, 1]).all():
@@ -246,7 +244,8 @@ def read_table(path, columns):
 
 
 def read_run(directory):
-    """The config.json of a run, its log (a DataFrame), and the objective's and the data set's names for people.
+    """The config.json of a run, its log (a DataFrame), names for people, and its identity: what no run may differ in
+    that is counted as another seed of it.
 
     Raises:
         UserError: naming what is missing or not of a run.
@@ -256,11 +255,10 @@ def read_run(directory):
             raise UserError(f'{directory} is not the directory of a run: {name} is missing')
     run, log = read_json(directory / 'config.json'), read_table(directory / 'log.csv', LOG)
     settings = run['settings']
-    data = data_name(settings)
-    run.update(log=log, objective=objective_name(settings), data=data)
-    run['identity'] = {name: value for name, value in settings.items() if name not in FREE}
-    run['identity'] |= dict(objective=run['objective'], data=data, ranks=run['ranks'],
-                            images='{train} + {test}'.format(**run['images']))
+    run.update(log=log, objective=objective_name(settings), data=data_name(settings))
+    run['identity'] = {name: value for name, value in settings.items() if name not in FREE} | dict(
+        objective=run['objective'], data=run['data'], ranks=run['ranks'],
+        images='{train} + {test}'.format(**run['images']))
     return run
 
 
@@ -273,7 +271,7 @@ def objective_name(settings):
     """An objective as people write it: 'hard, τ⁺ = 0.1, β = 1'."""
     parts = [(True, settings['estimator']), (settings['tau_plus'], f'τ⁺ = {settings["tau_plus"]:g}'),
              (settings['beta'], f'β = {settings["beta"]:g}'), (settings['anneal'] == 'down', 'annealed'),
-             (settings['oracle'], 'oracle'), (settings.get('positives') == 'label', 'positives by label')]
+             (settings['oracle'], 'oracle'), (settings['positives'] == 'label', 'positives by label')]
     return ', '.join(text for there, text in parts if there)
 
 
@@ -289,7 +287,7 @@ def read_probe(directory, epochs, name):
     if checkpoint.exists() and about['encoder'] != hashlib.sha256(checkpoint.read_bytes()).hexdigest():
         return None, None
     settings = about['settings'] | {'command': about['command'], 'data': about.get('data')}
-    return (settings, rows.iloc[-1]) if rows['epoch'].iloc[-1] == settings['epochs'] else (None, None)
+    return (settings, rows.iloc[-1]) if rows['epoch'].max() == settings['epochs'] else (None, None)
 
 
 def accuracies(checkpoint):

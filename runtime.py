@@ -68,8 +68,8 @@ def start():
 
 
 def autocast(device, precision):
-    """The autocast of --precision: bf16, fp32 (none), or None for bf16 on CUDA and fp32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=(precision or default_precision()) == 'bf16')
+    """The autocast of --precision, bf16 or fp32 (none)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
 
 
 def default_precision():
@@ -84,20 +84,18 @@ def fits(device, *tensors):
 
 
 def on_rank0(function):
-    """The result of function(), run by rank 0 alone, on every rank; so is the UserError that it raises."""
-    result = error = None
+    """The result of function(), run by rank 0 alone, on every rank; a UserError in it is raised on every rank."""
+    both = [None, None]  # result and error
     if RANK == 0:
         try:
-            result = function()
-        except UserError as e:
-            error = e
+            both[0] = function()
+        except UserError as error:
+            both[1] = error
     if WORLD > 1:
-        both = [result, error]
         dist.broadcast_object_list(both)
-        result, error = both
-    if error is not None:
-        raise error
-    return result
+    if both[1]:
+        raise both[1]
+    return both[0]
 
 
 def sum_ranks(x):
@@ -188,11 +186,11 @@ def run(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()  # only here: after an error the other ranks would not join in
-    except UserError as error:
+    except (UserError, PermissionError) as error:  # the latter names its file
         raise SystemExit(f'error: {error}' if LOCAL_RANK == 0 else 1) from None
     except torch.OutOfMemoryError as error:
         raise SystemExit(f'error: the GPU\'s memory is full ({str(error).partition(". ")[0]}): start more ranks, which '
-                         'share the batch, or lower --batch_size or --image_size') from None
+                         'share the batch, or lower --batch_size or --image_size, in another --results_dir') from None
     except KeyboardInterrupt:
         print('Interrupted', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -75,7 +75,7 @@ def main(argv=None):
               ('--arch', None, ARCHS, 'backbone (default: resnet50; timed on a CPU resnet18)'),
               ('--image_size', None, flags.integer(8, 512), 'pixels of views (default: 32; timed on a CPU 16)'),
               ('--batch_size', None, flags.integer(2, 65536), 'images (default: 256; timed on a CPU 32)'),
-              ('--repeat', 9, flags.images, 'timings of which the median is taken'),
+              ('--repeat', 9, flags.count, 'timings of which the median is taken'),
               ('--csv', None, flags.path, 'file for the rows'))
     flags.add(parser, 'gpu',
               ('--results_dir', 'results/gpu', flags.path, 'of the report; parts whose CSV is there are kept'),

@@ -134,8 +134,8 @@ def main(argv=None):
     form('--objective', default='infograph', choices=['infograph', 'graphcl'], help='what to train with')
     form('--published', dest='objective', action='store_const', const='published', help='as in HCL\'s released code')
     flag('--betas', default=[0, 1, 2, 10], nargs='+', type=flags.real(-1000, 1000), help='on hard negatives')
-    flag('--tau_plus', type=flags.number(float, 'in [0, 1)', lambda x: 0 <= x < 1), help='0.1 or, published, 0.5')
-    flag('--repeats', default=10, type=flags.images, help='runs of each: seeds 0, 1, ...')
+    flag('--tau_plus', type=flags.fraction, help='0.1 or, published, 0.5')
+    flag('--repeats', default=10, type=flags.count, help='runs of each: seeds 0, 1, ...')
     flag('--results_dir', default='results/graphs', help='directory of the CSV files and of table.md')
     args = parser.parse_args(argv)
     if min(args.betas) < 0 and args.objective == 'graphcl':

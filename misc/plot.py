@@ -34,7 +34,7 @@ from data import load_data
 from evaluate import encode
 from losses import contrastive_loss
 from model import load_model, unit
-from runs import OBJECTIVE, accuracies, read_run, write
+from runs import OBJECTIVE, accuracies, data_name, read_run, write
 from runtime import UserError
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
@@ -47,7 +47,7 @@ MARKERS = 'os^Dv'
 GRAPHS = dict(infograph='InfoGraph, the paper\'s form', published='InfoGraph, the released code\'s', graphcl='GraphCL')
 BATCH = 256  # images of the batch whose negatives are drawn
 CURVES = [('train_loss', 'training loss (nats)'), ('test_acc@1', 'kNN accuracy on test images (%)'),
-          ('alignment', 'alignment of z (less is better)'), ('uniformity', 'uniformity of z (less is better)'),
+          ('alignment', 'alignment of z (0: views are equal)'), ('uniformity', 'uniformity of z (less: more even)'),
           ('rankme', 'RankMe of f (more is better)')]
 plt.rcParams.update({'figure.dpi': 160, 'savefig.facecolor': 'white', 'font.size': 9, 'axes.grid': True,
                      'grid.color': '#dddddd', 'axes.axisbelow': True, 'axes.spines.top': False,
@@ -119,6 +119,7 @@ def graphs(args):
     try:
         found = pd.concat(pd.read_csv(path).assign(data=path.stem.removesuffix('_published').removesuffix('_graphcl'))
                           for path in sorted(args.paths[0].glob('*.csv')))
+        found = found.drop_duplicates(['data', 'objective', 'beta', 'tau_plus', 'repeat'])  # the untrained
         betas = sorted(found['beta'].dropna().unique())
         groups = found.groupby('data')
     except (ValueError, KeyError):
@@ -155,8 +156,7 @@ def open_checkpoint(path, args, unlabeled=False):
     accuracies(path)  # which checks that the run wrote this encoder
     named = copy.copy(args)
     flags.fill_data_flags(named, run['settings'])
-    if named.dataset_name != run['settings']['dataset_name'] or args.root:
-        run['data'] = Path(named.root).absolute().name if named.dataset_name == 'folder' else named.dataset_name
+    run['data'] = data_name(vars(named))
     run['settings'] |= {name: getattr(named, name) for name in (flag[2:] for flag, *_ in flags.DATA)}
     data = load_data(named.dataset_name, named.root, named.store_size, unlabeled, named.cache_dir, named.skip_damaged)
     return net, run, data

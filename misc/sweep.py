@@ -40,8 +40,8 @@ TITLES = dict(alignment='alignment', uniformity='uniformity', rankme='RankMe', k
               linear='linear probe, %', linear_bn_train='probe, BatchNorm drifting, %',
               linear_cached='linear probe on cached features, %', logistic='logistic regression, %',
               **{f'{name}_gain': 'against standard' for name in METRICS})
-SHOWN = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'epochs', 'precision', 'linear_how',
-         'device', 'versions']
+SHOWN = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'epochs', 'precision',
+         *(f'{probe}_how' for probe in METRICS[1:]), 'device', 'versions']
 
 
 def main(argv=None):
@@ -122,8 +122,8 @@ def run_all(planned, probe, jobs):
         return lines[-1]
 
     def train_and_probe(run):
-        directory, flags = run
-        call('main.py', *flags, '--results_dir', str(directory))
+        directory, wanted = run
+        call('main.py', *wanted, '--results_dir', str(directory))
         epochs = runs.read_json(directory / 'config.json')['settings']['epochs']
         wanted = ['--model_path', str(directory / f'model_{epochs}.pth'), *probe]
         for name in METRICS[1:]:
@@ -185,8 +185,8 @@ def make_table(results):
     if twice.any():
         raise UserError(f'{results} holds the same run twice: {found.loc[twice, "command"].iloc[0]}')
     pair = ['seed', *(name for name in same if name not in ('objective', *runs.OBJECTIVE))]
-    standard = found.loc[found['objective'] == 'standard', [*pair, *METRICS]]
-    base = found[pair].merge(standard, 'left', pair, validate='m:1')[METRICS].where(found['objective'] != 'standard')
+    standard = found.loc[found['estimator'] == 'standard', [*pair, *METRICS]]
+    base = found[pair].merge(standard, 'left', pair, validate='m:1')[METRICS].where(found['estimator'] != 'standard')
     found[[f'{name}_gain' for name in METRICS]] = found[METRICS] - base
     columns = dict(seeds=('seed', 'size'), minutes=('minutes', 'mean'))
     for name in METRICS + [f'{name}_gain' for name in METRICS] + LABEL_FREE:
@@ -213,7 +213,7 @@ def markdown(table):
     shown = [name for metric in METRICS if table[metric].notna().any() for name in (metric, f'{metric}_gain')]
     shown += [name for name in LABEL_FREE if table[name].notna().any()]
     differ = [name for name in settings if table[name].nunique(dropna=False) > 1]
-    shared = [name for name in SHOWN if name not in differ]
+    shared = [name for name in SHOWN if name not in differ and table[name].iloc[0] != '']
     minutes = ' to '.join(dict.fromkeys(f'{x:.0f}' for x in (table['minutes'].min(), table['minutes'].max())))
     heads = ['objective', *differ, 'seeds', *(TITLES[name] for name in shown)]
     lines = [heads, ['---'] * len(heads)]

@@ -12,7 +12,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, STL10
 
 import data as sets
-from data import DataError, load_data
+from data import load_data
+from runtime import UserError
 
 RNG = np.random.default_rng(0)
 
@@ -74,7 +75,7 @@ def test_class_names_that_do_not_fit_the_labels_are_an_error(stl10, names):
     file.unlink()
     if names:
         file.write_text(names)
-    with pytest.raises(DataError, match=r'[02] names of classes where the labels have 10: restore class_names.txt'):
+    with pytest.raises(UserError, match=r'[02] names of classes where the labels have 10: restore class_names.txt'):
         load_data('stl10', stl10[0])
 
 
@@ -83,14 +84,14 @@ def test_damaged_files_are_named_and_kept(stl10, damage):
     file = stl10[0] / 'stl10_binary' / 'test_X.bin'
     damaged = damage(file.read_bytes())
     file.write_bytes(damaged)
-    with pytest.raises(DataError, match=r'test_X\.bin is truncated or damaged .*delete it, and STL10 is downloaded'):
+    with pytest.raises(UserError, match=r'test_X\.bin is truncated or damaged .*delete it, and STL10 is downloaded'):
         load_data('stl10', stl10[0])
     assert file.read_bytes() == damaged
 
 
 @pytest.mark.parametrize('name', ['stl10', 'cifar10', 'cifar100'])
 def test_missing_data_without_network(tmp_path, name):
-    with pytest.raises(DataError, match=f'{name.upper()} is not in {tmp_path}.*no network.*--dataset_name shapes'):
+    with pytest.raises(UserError, match=f'{name.upper()} is not in {tmp_path}.*no network.*--dataset_name shapes'):
         load_data(name, tmp_path / 'data')
     assert not (tmp_path / 'data').exists()
 
@@ -187,7 +188,7 @@ def test_all_unreadable_images_are_listed_in_one_error(folder, monkeypatch):
     (place / 'self.png').symlink_to(place / 'self.png')
     Image.new('1', (3000, 3000)).save(folder / 'test' / 'ペンギン' / 'bomb.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 8_000_000)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         load_data('folder', folder, store_size=24)
     assert '6 damaged images' in str(error.value)
     for name in (*bad, 'self.png', 'bomb.png'):
@@ -195,18 +196,18 @@ def test_all_unreadable_images_are_listed_in_one_error(folder, monkeypatch):
 
 
 def test_wrong_trees_are_explained(folder):
-    with pytest.raises(DataError, match=r'nowhere is not a directory.*shapes needs no files'):
+    with pytest.raises(UserError, match=r'nowhere is not a directory.*shapes needs no files'):
         load_data('folder', folder / 'nowhere')
     (folder / 'test' / 'extra').mkdir()
-    with pytest.raises(DataError, match=r"classes differ: only in .*train: none; only in .*test: \['extra'\]"):
+    with pytest.raises(UserError, match=r"classes differ: only in .*train: none; only in .*test: \['extra'\]"):
         load_data('folder', folder)
     (folder / 'train' / 'extra').mkdir()
-    with pytest.raises(DataError, match='2 problems:\n.*train/extra: no image in it\n.*test/extra: no image in it'):
+    with pytest.raises(UserError, match='2 problems:\n.*train/extra: no image in it\n.*test/extra: no image in it'):
         load_data('folder', folder, store_size=24)
     for split in ('train', 'test'):
         (folder / split / 'extra').rmdir()
-    with pytest.raises(DataError, match='lower --store_size'):
+    with pytest.raises(UserError, match='lower --store_size'):
         load_data('folder', folder, store_size=10**6)
     (folder / 'test').rename(folder / 'other')
-    with pytest.raises(DataError, match=r'train has classes, and .*test is not a directory.*: --root .*train'):
+    with pytest.raises(UserError, match=r'train has classes, and .*test is not a directory.*: --root .*train'):
         load_data('folder', folder)

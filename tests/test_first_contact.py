@@ -79,6 +79,14 @@ def test_compile_without_what_it_builds_with(cuda, missing, monkeypatch, tmp_pat
     assert not compiled('--no-compile') and capsys.readouterr().out == ''
 
 
+def test_what_may_not_be_read_ends_in_one_line():
+    def main():
+        raise PermissionError(13, 'Permission denied', 'secret/train')
+
+    with pytest.raises(SystemExit, match="error: .*Permission denied: 'secret/train'"):
+        runtime.run(main)
+
+
 def test_memory_of_the_gpu_runs_out():
     def main():
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...')

@@ -9,9 +9,9 @@ import flags
 import linear
 import main
 
-VALUES = ['0', '1', '-1', '2', '0.1', '0.5', '1.5', '256', '99999999999', 'nan', 'inf', '1e-3', 'abc', '', 'True', 'no',
-          'maybe', 'hard', 'easy', 'debiased', 'standard', 'down', 'none', 'eval', 'train', 'shapes', 'stl10', 'folder',
-          'resnet18', 'vgg', 'bf16', 'pil', 'device', 'ü', '1_0', '0x10', '１']
+VALUES = ['0', '1', 'a' * 300, '-1', '2', '0.1', '0.5', '1.5', '256', '99999999999', 'nan', 'inf', '1e-3', 'abc', '',
+          'True', 'no', 'maybe', 'hard', 'easy', 'debiased', 'standard', 'down', 'none', 'eval', 'train', 'shapes',
+          'stl10', 'folder', 'resnet18', 'vgg', 'bf16', 'pil', 'device', 'ü', '1_0', '0x10', '１']
 
 
 def all_flags(script, monkeypatch):
@@ -88,6 +88,7 @@ def test_random_command_lines(script, capsys, monkeypatch):
     ('--width 3', 'invalid choice'),
     ('--temp 1', 'unrecognized arguments: --temp 1'),
     ('--sync_bn', 'needs CUDA'),
+    (f'--root {"a" * 256}', 'must be the name of a file or directory'),
 ])
 def test_wrong_flags_of_main(line, message, capsys, monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)

@@ -22,9 +22,10 @@ import linear
 import main
 import plot
 from augment import apply, draw, normalize, seeded
-from data import DataError, Joined, load_data
+from data import Joined, load_data
 from evaluate import label_free
 from model import Model
+from runtime import UserError
 
 RNG = np.random.default_rng(0)
 RGB = np.kron(RNG.integers(256, size=(8, 10, 3)), np.ones((4, 4, 1))).astype(np.uint8)  # 32 x 40, in squares
@@ -204,7 +205,7 @@ def test_damaged_images_are_listed_in_one_go_and_skipped_on_request(root, capsys
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 8_000_000)
     names = make_damaged(root)
     for _ in range(2):
-        with pytest.raises(DataError, match=r'10 damaged images.*--skip_damaged') as error:
+        with pytest.raises(UserError, match=r'10 damaged images.*--skip_damaged') as error:
             load_data('folder', root, store_size=24)
         assert sorted(line.split(': ')[0].strip() for line in str(error.value).splitlines()[1:]) == sorted(
             str(root / name) for name in names)
@@ -214,6 +215,14 @@ def test_damaged_images_are_listed_in_one_go_and_skipped_on_request(root, capsys
     assert decoded.count('a.png') == 1  # what is damaged is tried again, the others are not
     (root / 'nowhere.png').write_bytes((root / 'a.png').read_bytes())  # mends a link, whose own time stays
     assert len(load_data('folder', root, store_size=24, skip_damaged=True).train) == 3
+
+
+def test_a_class_of_damaged_images_alone_is_named(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / 'tree')
+    for image in (tmp_path / 'tree' / 'train' / 'b').glob('*.png'):
+        image.write_bytes(PNG)
+    with pytest.raises(UserError, match='every training image of b is damaged'):
+        load_data('folder', tmp_path / 'tree', skip_damaged=True)
 
 
 def test_a_file_that_becomes_readable_is_taken_though_its_time_stays(root, monkeypatch):
@@ -226,7 +235,7 @@ def test_a_file_that_becomes_readable_is_taken_though_its_time_stays(root, monke
 
     shutil.copy(root / 'a.png', root / 'secret.png')
     monkeypatch.setattr(Image, 'open', refuse)
-    with pytest.raises(DataError, match=r'secret.png: Permission denied'):
+    with pytest.raises(UserError, match=r'secret.png: Permission denied'):
         load_data('folder', root, store_size=24)
     monkeypatch.undo()
     assert len(load_data('folder', root, store_size=24).train) == 2
@@ -242,7 +251,7 @@ def test_unreadable_directories_are_named_with_the_reason(root, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, 'scandir', refuse)
-    with pytest.raises(DataError, match=r"1 problems:\n.*Permission denied: '.*closed'"):
+    with pytest.raises(UserError, match=r"1 problems:\n.*Permission denied: '.*closed'"):
         load_data('folder', root, store_size=24)
 
 
@@ -271,7 +280,7 @@ def test_without_two_classes_all_images_train_without_labels(tmp_path, directori
     assert set(data.train_labels.tolist()) == {-1} and data.classes == [] and data.test.shape == (0, 3, 8, 8)
     training = [i + 1 for i, name in enumerate(directories) if 'test' not in name]
     assert sorted(data.train[:, 0, 0, 0].tolist()) == training
-    with pytest.raises(DataError, match=r'has no labels: name a labelled data set by --dataset_name and --root'):
+    with pytest.raises(UserError, match=r'has no labels: name a labelled data set by --dataset_name and --root'):
         load_data('folder', tmp_path, unlabeled=False)
 
 
@@ -333,21 +342,21 @@ def test_where_the_cache_lies(root, tmp_path_factory, monkeypatch):
     load_data('folder', root, store_size=24)
     assert not (root / '.decoded').exists() and len(list(user.glob(f'contrastive/{root.name}-*/24.npy'))) == 1
     (other / 'file').write_text('')
-    with pytest.raises(DataError, match=r'cannot write .*24.npy .*choose another --cache_dir'):
+    with pytest.raises(UserError, match=r'cannot write .*24.npy .*choose another --cache_dir'):
         load_data('folder', root, store_size=24, cache_dir=other / 'file')
 
 
 def test_disk_space_is_checked_first_and_a_full_disk_leaves_nothing(root, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(0, 0, 1000))
-        with pytest.raises(DataError, match=r'takes 0.0 GB at 24 px, and 0.0 GB are free in .*--cache_dir, or lower'):
+        with pytest.raises(UserError, match=r'takes 0.0 GB at 24 px, and 0.0 GB are free in .*--cache_dir, or lower'):
             load_data('folder', root, store_size=24)
 
     def full(*args):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(DataError, match=r'cannot write .*No space left on device.*--cache_dir'):
+    with pytest.raises(UserError, match=r'cannot write .*No space left on device.*--cache_dir'):
         load_data('folder', root, store_size=24)
     assert [path.name for path in (root / '.decoded').iterdir()] in ([], ['.lock'])
 
@@ -403,7 +412,7 @@ def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp
     (mine / '7.png').write_bytes(PNG)
     words = ['--dataset_name', 'folder', '--root', str(mine), '--image_size', '8', '--batch_size', '8', '--arch',
              'resnet18', '--width', '0.125', '--epochs', '2', '--knn_every', '1', '--results_dir', str(results)]
-    with pytest.raises(DataError, match='--skip_damaged'):
+    with pytest.raises(UserError, match='--skip_damaged'):
         main.main(words)
     main.main([*words, '--skip_damaged'])
     assert 'RankMe' in capsys.readouterr().out
@@ -421,12 +430,12 @@ def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp
     query, *found = (axes.images[0].get_array() for axes in grid[:10])
     assert len(found) == 9 and not any((query == image).all() for image in found)
     path = ['--model_path', str(results / 'model_2.pth'), '--epochs', '1', '--batch_size', '8']
-    with pytest.raises(DataError, match='has no labels: name a labelled data set by --dataset_name and --root'):
+    with pytest.raises(UserError, match='has no labels: name a labelled data set by --dataset_name and --root'):
         linear.main(path)
     linear.main([*path, '--dataset_name', 'folder', '--root', str(tree)])
     assert 'linear probe' in capsys.readouterr().out
     plot.main(['neighbours', str(results / 'model_2.pth'), '--root', str(tree), '--out', str(tmp_path / 'n.png')])
-    with pytest.raises(DataError, match='has no labels'):
+    with pytest.raises(UserError, match='has no labels'):
         main.main([*words, '--skip_damaged', '--oracle'])
 
 

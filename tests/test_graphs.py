@@ -276,6 +276,7 @@ def test_table_tells_means_deviations_and_gains_repeat_by_repeat(tiny, tmp_path,
     head = 'objective,beta,tau_plus,repeat,accuracy,seconds\n'
     (tmp_path / 'A_B_graphcl.csv').write_text(head + 'untrained,,,0,80,1\ngraphcl,0,0.1,0,81,1\ngraphcl,2,0.1,0,85,1\n'
                                               'untrained,,,1,70,1\ngraphcl,0,0.1,1,73,1\ngraphcl,2,0.1,1,79,1\n')
+    (tmp_path / 'A_B.csv').write_text(head + 'untrained,,,0,80,2\nuntrained,,,1,70,2\n')
     tiny('--repeats', '1', '--betas', '0')
     table = capsys.readouterr().out
     assert '| A_B | untrained |  |  | 2 | 75.0 ± 7.1 |  |  |' in table
@@ -283,6 +284,7 @@ def test_table_tells_means_deviations_and_gains_repeat_by_repeat(tiny, tmp_path,
     panel = next(axes for axes in plot.graphs(Namespace(paths=[tmp_path])).axes if axes.get_title() == 'A_B')
     (x, y), line = panel.containers[-1].lines[0].get_data(), panel.lines[0]
     assert list(line.get_ydata()) == [75, 75]
+    assert panel.patches[0].get_height() == pytest.approx(2 * 50**0.5)  # twice the deviation of the untrained
     assert [panel.get_xticklabels()[round(place)].get_text() for place in x] == ['0', '2'] and list(y) == [77, 82]
 
 

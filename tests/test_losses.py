@@ -423,7 +423,7 @@ def test_losses_imports_torch_alone():
     assert {module.split('.')[0] for module in modules} == {'math', 'torch'}
 
 
-SNIPPETS = {  # the README's, word for word
+SNIPPETS = {  # training steps of other projects
     'plain': '''
 for x1, x2 in loader:
     loss = contrastive_loss(net(x1), net(x2), temperature=0.5, tau_plus=0.1, beta=1.0)

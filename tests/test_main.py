@@ -198,6 +198,8 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny, c
     main.main([*flags, '--workers', '1'])
     assert 'holds this run, finished: loss' in capsys.readouterr().out
     refuses([*flags, '--beta', '2', '--lr', '0.01'], r'other settings \(--beta 1.0 there, 2.0 here; --lr 0.001 there')
+    (finished / 'log.csv').unlink()
+    main.main(flags)
     assert snapshot(finished) == before
 
 
@@ -483,7 +485,8 @@ def test_probe_of_a_checkpoint_alone_takes_stl10(finished, tmp_path, capsys):
 
 
 def test_probe_says_what_is_wrong(tmp_path, finished):
-    for path, message in ((tmp_path / 'none.pth', 'no such file'), (finished / 'log.csv', 'log.csv: ')):
+    for path, message in ((tmp_path / 'none.pth', 'no such file'), (finished / 'log.csv', 'log.csv: '),
+                          (finished, 'a directory; in .* there is model_0.pth, '), ('.', 'a directory')):
         with pytest.raises(UserError, match=message):
             linear.main(['--model_path', str(path)])
 
@@ -591,6 +594,17 @@ def test_test_features_are_computed_again_only_if_statistics_drift(finished, tmp
     linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--epochs', '3', '--bn', bn, '--batch_size', '29'])
     assert len(found) == encoded  # once, and after every epoch; the last batch has one image of 8 pixels
     assert (bn == 'eval') or not torch.equal(found[0], found[-1])
+
+
+@pytest.mark.parametrize('blur', ['published', 'none'])
+def test_the_probes_views_are_blurred_as_the_encoders(finished, tmp_path, monkeypatch, blur):
+    shutil.copy(finished / 'model_3.pth', tmp_path)
+    config = runs.read_json(finished / 'config.json')
+    runs.write_json(tmp_path / 'config.json', {**config, 'settings': {**config['settings'], 'blur': blur}})
+    seen, views = [], linear.DeviceViews
+    monkeypatch.setattr(linear, 'DeviceViews', lambda *args, **how: seen.append(how['blur']) or views(*args, **how))
+    linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--epochs', '1'])
+    assert seen == [blur == 'published']
 
 
 def test_probes_flags_reach_its_optimizer(finished, tmp_path, monkeypatch):

@@ -114,6 +114,20 @@ def test_probe_of_another_encoder_does_not_count(logs):
     assert sweep.make_table(logs)['linear_seeds'].tolist() == [2, 1]
 
 
+def test_a_probe_that_left_no_row_does_not_count(logs):
+    (logs / 'hard_0' / 'model_2_linear.csv').write_text(','.join(runs.PROBE) + '\n')
+    assert sweep.make_table(logs)['linear_seeds'].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize('change', [dict(positives='label'), dict(oracle=True)], ids=str)
+def test_gains_with_labels_are_over_standard_with_labels(logs, change):
+    for file in logs.glob('*/config.json'):
+        config = runs.read_json(file)
+        runs.write_json(file, {**config, 'settings': {**config['settings'], **change}})
+    table = sweep.make_table(logs)
+    assert table['knn_gain'].isna().tolist() == [True, False] and table['knn_gain'][1] == 3
+
+
 def test_ranks_and_data_sets_are_kept_apart(logs):
     for change in (dict(ranks=8), dict(images=dict(train=31, test=9))):
         config = runs.read_json(logs / 'hard_1' / 'config.json')
