@@ -74,7 +74,10 @@ def parameters(u, height, width, blur=True):
 
 
 def random_views(images, u, size, blur=True):
-    """apply() by the parameters that u (n, 35) gives, in one function, so that all but drawing u compiles."""
+    """(n, 3, H, W) uint8 images and uniforms() u (n, 35) -> the views that apply() gives (n, 3, size, size).
+
+    One function, so that all but drawing u compiles.
+    """
     p, n = parameters(u, *images.shape[2:], blur), max(1, len(images))
     # eager on a CPU some images at a time, few enough for a core's cache
     some = 48 if images.device.type == 'cpu' and not torch.compiler.is_compiling() else n

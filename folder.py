@@ -65,7 +65,8 @@ def find_images(top, root, left, problems):
 
 
 def decoded(root, files, store_size, cache_dir):
-    """Images (n, 3, S, S) of the files that are not damaged, mapped; reasons by name of the damaged; names of the dark.
+    """Images (n, 3, S, S) of the files that are not damaged, mapped; reasons by name of the damaged; names of the
+    dark, of 16 bits of which they use fewer than 14.
 
     The first process that needs them decodes them to a file, which serves until a file of the folder changes; then
     the rows of all others are copied. It is an .npy, behind which an .npz has keys and checksums of the rows.
@@ -97,7 +98,9 @@ def decoded(root, files, store_size, cache_dir):
 
 
 def _cached(path):
-    """What _write_cache() wrote: images (n, 3, S, S), mapped, damaged, dark, keys, good; () where it is not intact.
+    """What _write_cache() wrote: images (n, 3, S, S), mapped, damaged, dark, keys, good.
+
+    good tells of each key whether it was decoded. () stands for a file that is missing or damaged.
 
     Checksums are of rows. All are checked in a file of less than 1 GB, 4,096 at random in a larger one.
     """

@@ -37,7 +37,7 @@ class Scaled(ResNet):
     """torchvision's ResNet with all numbers of channels multiplied."""
 
     def __init__(self, block, blocks, factor):
-        self.factor = factor  # the constructor builds the stages
+        self.factor = factor  # set first: the constructor calls _make_layer
         super().__init__(block, blocks, norm_layer=BatchNorm2d)
 
     def _make_layer(self, block, planes, *args, **kwargs):
@@ -67,7 +67,7 @@ class Model(nn.Module):
         self.features = int(512 * width) * block.expansion
         kernel, stride = (3, 1) if stem == 'cifar' else (7, 2)
         conv = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
-        relu = resnet.relu if stem == 'cifar' else nn.Sequential(resnet.relu, resnet.maxpool)  # keeps the names below
+        relu = resnet.relu if stem == 'cifar' else nn.Sequential(resnet.relu, resnet.maxpool)  # keeps f.3 to f.6
         stages = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
         self.f = nn.Sequential(conv, BatchNorm2d(channels), relu, *stages, resnet.avgpool)
         self.g = nn.Sequential(nn.Linear(self.features, hidden_dim, bias=False), BatchNorm1d(hidden_dim),
@@ -84,6 +84,7 @@ class Model(nn.Module):
 
 
 def unit(x):
+    """(n, D) -> rows of unit length, float32 or more."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 

@@ -44,7 +44,7 @@ def reference_transform(size, blur=True):
 
 
 class RandomViews(Dataset):
-    """A random view of each of some images, for a key (epoch, place in the epoch's shuffle, their V indices)."""
+    """Item (epoch, place in its shuffle, i_1 ... i_V): a random view (3, size, size) of each of V images, and i_1."""
 
     def __init__(self, images, size, seed, blur):
         self.images, self.transform, self.seed = images, reference_transform(size, blur), seed

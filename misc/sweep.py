@@ -5,8 +5,7 @@
 
 The runs are directories of --results_dir, and the same command continues a sweep that was stopped. It ends with
 table.csv, which holds every row's settings and command, and table.md. Any finished run found below --results_dir is
-counted, so add your own. On two CPU cores 15 runs of 80,000 views of 16 px (ResNet-18, bf16) and their probes take
-about two hours.
+counted, so add your own. On two CPU cores the 15 runs of results/README.md and their probes take about an hour.
 """
 
 import os
