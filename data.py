@@ -182,6 +182,8 @@ def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
         if names:
             say(f'{root}: {len(names)} images {what}, such as {next(iter(names))}')
     parts, labels = torch.tensor([tag for tag, (name, *_) in zip(tags, files) if name not in damaged]).view(-1, 2).T
+    if not len(images):
+        raise UserError(f'{root}: every image is damaged')
     empty = {*range(len(classes))} - {*labels[parts == 0].tolist()}
     if empty:
         raise UserError(f'{root}: every training image of {classes[min(empty)]} is damaged')

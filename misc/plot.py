@@ -123,7 +123,7 @@ def graphs(args):
         betas = sorted(found['beta'].dropna().unique())
         groups = found.groupby('data')
     except (ValueError, KeyError):
-        raise UserError(f'{args.paths[0]} does not hold the CSV files of misc/graphs.py alone') from None
+        raise UserError(f'{args.paths[0]} holds no CSV files of misc/graphs.py, or others beside them') from None
     figure, panels = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.4), squeeze=False)
     for axes, (data, rows) in zip(panels[0], groups):
         untrained = rows.loc[rows['objective'] == 'untrained', 'accuracy']

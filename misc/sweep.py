@@ -116,8 +116,8 @@ def run_all(planned, probe, jobs):
         if stopped:
             raise runtime.Stopped(stopped[0])
         if process.returncode:
-            raise UserError(f'{shlex.join(command)} ended with {process.returncode}: {lines[-1]}. '
-                            'The same command continues the sweep')
+            advice = '' if process.returncode == 2 else '. The same command continues the sweep'
+            raise UserError(f'{shlex.join(command)} ended with {process.returncode}: {lines[-1]}{advice}')
         return lines[-1]
 
     def train_and_probe(run):

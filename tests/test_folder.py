@@ -217,6 +217,12 @@ def test_damaged_images_are_listed_in_one_go_and_skipped_on_request(root, capsys
     assert len(load_data('folder', root, store_size=24, skip_damaged=True).train) == 3
 
 
+def test_damaged_images_alone_are_no_data_set(tmp_path):
+    (tmp_path / 'a.png').write_bytes(PNG)
+    with pytest.raises(UserError, match='every image is damaged'):
+        load_data('folder', tmp_path, skip_damaged=True)
+
+
 def test_a_class_of_damaged_images_alone_is_named(tree, tmp_path):
     shutil.copytree(tree, tmp_path / 'tree')
     for image in (tmp_path / 'tree' / 'train' / 'b').glob('*.png'):
