@@ -65,8 +65,9 @@ def find_images(top, root, left, problems):
 
 
 def decoded(root, files, store_size, cache_dir):
-    """Images (n, 3, S, S) of the files that are not damaged, mapped; reasons by name of the damaged; names of the
-    dark, of 16 bits of which they use fewer than 14.
+    """Images (n, 3, S, S) of the intact files, mapped; reasons by name of the damaged; names of the dark ones.
+
+    A dark image has 16 bits and uses fewer than 14 of them.
 
     The first process that needs them decodes them to a file, which serves until a file of the folder changes; then
     the rows of all others are copied. It is an .npy, behind which an .npz has keys and checksums of the rows.

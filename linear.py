@@ -164,8 +164,9 @@ def one_epoch(probe, pairs, n, optimizer=None):
     """
     sums = torch.zeros(3, dtype=torch.float64, device=probe.weight.device)  # losses, hits @1 and @5
     for feature, target in pairs:
-        output = probe(feature)
-        loss = F.cross_entropy(output, target)
+        with torch.set_grad_enabled(optimizer is not None):
+            output = probe(feature)
+            loss = F.cross_entropy(output, target)
         if optimizer:
             optimizer.zero_grad()
             loss.backward()

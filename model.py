@@ -109,9 +109,8 @@ def read_checkpoint(path):
         return content
     except UserError:
         raise
-    except (FileNotFoundError, IsADirectoryError) as error:
-        what = 'no such file' if isinstance(error, FileNotFoundError) else 'a directory'
-        folder = Path(path) if what == 'a directory' else Path(path).parent
+    except (FileNotFoundError, IsADirectoryError):
+        what, folder = ('a directory', Path(path)) if Path(path).is_dir() else ('no such file', Path(path).parent)
         there = sorted(p.name for p in folder.glob('*.pth') if not re.search('last|linear|logistic', p.name))
         raise UserError(f'{path}: {what}; in {folder} there is {", ".join(there) or "no checkpoint"}') from None
     except pickle.UnpicklingError as error:

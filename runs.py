@@ -244,8 +244,9 @@ def read_table(path, columns):
 
 
 def read_run(directory):
-    """The config.json of a run, its log (a DataFrame), names for people, and its identity: what no run may differ in
-    that is counted as another seed of it.
+    """The config.json of a run, its log (a DataFrame), its objective and data set as people name them, its identity.
+
+    The identity holds the settings that decide results: runs that differ in the seed alone form a row of a table.
 
     Raises:
         UserError: naming what is missing or not of a run.

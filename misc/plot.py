@@ -59,8 +59,8 @@ def main(argv=None):
     commands = parser.add_subparsers(dest='what', required=True, metavar='PICTURE', prog='plot.py')
     for name, (function, what, plural) in PICTURES.items():
         command = commands.add_parser(name, help=function.__doc__.partition('\n')[0])
-        command.add_argument('paths', nargs='+' if plural else 1, type=Path, help=what)
-        command.add_argument('--out', type=Path, help=f'file to write (default: {name}.png in the first run)')
+        command.add_argument('paths', nargs='+' if plural else 1, type=flags.path, help=what)
+        command.add_argument('--out', type=flags.path, help=f'file to write (default: {name}.png in the first run)')
         if name not in ('curves', 'graphs'):
             flags.add(command, 'data (default: as in config.json)',
                       *((name, None, kind, text) for name, _, kind, text in flags.DATA))
@@ -73,7 +73,8 @@ def main(argv=None):
                                  help='test images, at most, drawn at random (default: %(default)s)')
     args = parser.parse_args(argv)
     whole = args.what in ('curves', 'graphs')  # a picture of a directory
-    args.out = args.out or (args.paths[0] if whole else args.paths[0].parent) / f'{args.what}.png'
+    args.paths = [*map(Path, args.paths)]
+    args.out = Path(args.out or (args.paths[0] if whole else args.paths[0].parent) / f'{args.what}.png')
     if args.out.suffix != '.png':
         parser.error(f'--out {args.out}: pictures are PNG files, their names end in .png')
     figure, png = PICTURES[args.what][0](args), io.BytesIO()
@@ -119,7 +120,7 @@ def graphs(args):
     try:
         found = pd.concat(pd.read_csv(path).assign(data=path.stem.removesuffix('_published').removesuffix('_graphcl'))
                           for path in sorted(args.paths[0].glob('*.csv')))
-        found = found.drop_duplicates(['data', 'objective', 'beta', 'tau_plus', 'repeat'])  # the untrained
+        found = found.drop_duplicates(['data', 'objective', 'beta', 'tau_plus', 'repeat'])  # untrained: in each file
         betas = sorted(found['beta'].dropna().unique())
         groups = found.groupby('data')
     except (ValueError, KeyError):

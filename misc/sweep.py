@@ -121,8 +121,8 @@ def run_all(planned, probe, jobs):
         return lines[-1]
 
     def train_and_probe(run):
-        directory, wanted = run
-        call('main.py', *wanted, '--results_dir', str(directory))
+        directory, words = run
+        call('main.py', *words, '--results_dir', str(directory))
         epochs = runs.read_json(directory / 'config.json')['settings']['epochs']
         wanted = ['--model_path', str(directory / f'model_{epochs}.pth'), *probe]
         for name in METRICS[1:]:

@@ -644,6 +644,15 @@ def test_probe_on_cached_features_classifies_again_from_its_file(finished, tree,
     assert row['train_acc@1'] > 90
 
 
+def test_testing_a_probe_builds_no_graph(monkeypatch):
+    losses, real, probe = [], F.cross_entropy, torch.nn.Linear(5, 3)
+    monkeypatch.setattr(F, 'cross_entropy', lambda *args: losses.append(real(*args)) or losses[-1])
+    pairs, optimizer = [(torch.randn(4, 5), torch.tensor([0, 1, 2, 0]))], torch.optim.Adam(probe.parameters())
+    linear.one_epoch(probe, pairs, 4, optimizer)
+    linear.one_epoch(probe, pairs, 4)
+    assert [loss.requires_grad for loss in losses] == [True, False]
+
+
 def test_logistic_probe_is_scikit_learns(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     for classes in (2, 3):

@@ -323,6 +323,14 @@ def test_pictures_of_nothing_are_refused(run_of_one_epoch, tmp_path, flags, mess
         plot.main([flag.format(**places) for flag in flags])
 
 
+@pytest.mark.parametrize('flags', [['curves', 'a' * 300], ['graphs', 'a' * 300], ['curves', 'r', '--out', 'a' * 300]],
+                         ids=['run', 'graphs', 'out'])
+def test_names_that_no_file_can_have_are_usage_errors(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plot.main(flags)
+    assert stop.value.code == 2 and capsys.readouterr().err.count('\n') == 1
+
+
 def test_picture_that_cannot_be_written_leaves_the_old_one(run_of_one_epoch, tmp_path, monkeypatch, capsys):
     out = tmp_path / 'a.png'
     out.write_text('old')
