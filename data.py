@@ -1,7 +1,8 @@
 """The data sets, as uint8 arrays with labels: stl10, cifar10 and cifar100 by torchvision, folders, and drawn shapes."""
 
 import contextlib
-import unicodedata
+import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from filelock import FileLock
 from torch.utils.data import ConcatDataset
 from torchvision.datasets.utils import check_integrity
 
-from folder import decoded, find_images, hidden
+from decoding import decoded
+from folder import find_folder, in_any_form
 from runtime import UserError, say
 
 
@@ -21,7 +23,8 @@ from runtime import UserError, say
 class Data:
     """Images (N, 3, H, W) uint8, labels (N,) int64 with -1 where there is none, and the names of the classes.
 
-    Without labels there are no test images and no classes. damaged names the files that were left out as such.
+    Without labels there are no test images and no classes. digest identifies the content of the whole data set,
+    wherever it lies; damaged names the files that were left out as such.
     """
 
     train: torch.Tensor
@@ -29,7 +32,22 @@ class Data:
     test: torch.Tensor
     test_labels: torch.Tensor
     classes: list
+    digest: str
     damaged: tuple = ()
+
+
+def digest_of(*parts):
+    """A digest of arrays, tensors and values."""
+    parts = [np.asarray(part).tobytes() if isinstance(part, (np.ndarray, torch.Tensor)) else repr(part).encode()
+             for part in parts]
+    return hashlib.sha256(b'/'.join(parts)).hexdigest()
+
+
+def mapped(array):
+    """A tensor of memory that may be read-only, as that of a mapped file: torch warns of what nobody does, to write."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return torch.from_numpy(array)
 
 
 class Joined(ConcatDataset):
@@ -54,7 +72,8 @@ class Joined(ConcatDataset):
         return self if torch.device(device).type == 'cpu' else torch.cat([part.to(device) for part in self.datasets])
 
 
-def load_data(name, root='data', store_size=0, unlabeled=True, cache_dir=None, skip_damaged=False):
+def load_data(name, root='data', store_size=0, unlabeled=True, cache_dir=None, skip_damaged=False, fit='crop',
+              holdout=0.0, found=None):
     """Load one of flags.DATASETS from root, downloading it where torchvision can. Images that lie in files are mapped.
 
     Args:
@@ -63,21 +82,25 @@ def load_data(name, root='data', store_size=0, unlabeled=True, cache_dir=None, s
         unlabeled: whether the training images include those without labels (stl10, folder).
         cache_dir: where a folder's decoded images are kept; None: in it, or else in the user's cache directory.
         skip_damaged: leave out the damaged files of a folder, which are an error otherwise.
+        fit: how a folder's images become squares, one of decoding.FITS.
+        holdout: the part of a folder's images, class by class, that are tested with, if it has no test images.
+        found: what find_folder() returned for this root and holdout, if it was called before.
 
     Raises:
         UserError: data missing, damaged or unusable; it says what, where, and what to do.
     """
-    root = _in_any_form(Path(root))
     if name == 'shapes':
         return _shapes()
     if name == 'folder':
-        return _folder(root.absolute(), store_size, unlabeled, cache_dir, skip_damaged)
+        found = found or find_folder(root, unlabeled, holdout)
+        return _folder(found, store_size, unlabeled, cache_dir, skip_damaged, fit)
+    root = in_any_form(Path(root))
     if name == 'stl10':
         test = _torchvision('STL10', root, split='test')  # checks all files
         parts = ['train', 'unlabeled', 'test'] if unlabeled else ['train', 'test']
         # Each channel lies in the file column by column: (N, 3, W, H) -> (N, 3, H, W)
-        images = [torch.from_dlpack(np.memmap(root / test.base_folder / f'{part}_X.bin', mode='r')
-                                    .reshape(-1, 3, 96, 96)).mT for part in parts]
+        images = [mapped(np.memmap(root / test.base_folder / f'{part}_X.bin', mode='r').reshape(-1, 3, 96, 96)).mT
+                  for part in parts]
         train_labels = torch.full((sum(map(len, images[:-1])),), -1)
         train_labels[:len(images[0])] = torch.from_numpy(
             np.fromfile(root / test.base_folder / 'train_y.bin', np.uint8)).long() - 1
@@ -92,19 +115,8 @@ def load_data(name, root='data', store_size=0, unlabeled=True, cache_dir=None, s
     if len(classes) != labels[1].max() + 1:
         raise UserError(f'{Path(root, test.base_folder)}: {len(classes)} names of classes where the labels have '
                         f'{labels[1].max() + 1}: restore class_names.txt from the archive')
-    return Data(images[0], labels[0], images[1], labels[1], classes)
-
-
-def _in_any_form(path):
-    """The path, or, where nothing is there, the one whose names differ from it in Unicode form alone (NFC, NFD)."""
-    if path.exists() or path == path.parent:
-        return path
-    parent = _in_any_form(path.parent)
-    return next((p for p in parent.glob('*') if _nfc(p.name) == _nfc(path.name)), parent / path.name)
-
-
-def _nfc(name):
-    return unicodedata.normalize('NFC', name)
+    digest = digest_of(test.train_list, test.test_list, classes)  # the lists hold the MD5s that were checked
+    return Data(images[0], labels[0], images[1], labels[1], classes, digest)
 
 
 def _torchvision(name, root, **split):
@@ -134,61 +146,26 @@ def _torchvision(name, root, **split):
                         f'{root}, point --root at it, or use --dataset_name shapes, which needs no files') from error
 
 
-def _folder(root, store_size, unlabeled, cache_dir, skip_damaged):
-    """root/train/<class>/**, root/test/<class>/** (or root/val), and images anywhere below root/unlabeled.
-
-    Without train and test, or with less than two classes in train, all images below root, or train, have no label.
-    """
-    train, test = root / 'train', root / ('val' if (root / 'val').is_dir() and not (root / 'test').is_dir() else 'test')
-    missing = [path for path in (root, *[train] * (root / 'test').is_dir()) if not path.is_dir()]
-    if missing:
-        raise UserError(f'{missing[0]} is not a directory: a folder data set is {root}/train/<class>/*, {root}/test/'
-                        f'<class>/* and, if wanted, {root}/unlabeled/**, or images without labels anywhere below '
-                        f'{root}. --dataset_name shapes needs no files')
-    splits, left, problems = ({}, {}), {}, []  # class -> directories, whose names may differ in Unicode form
-    for split, names in zip((train, test), splits):
-        for entry in sorted(split.glob('*')):
-            if entry.is_dir() and not hidden(entry.name):
-                names.setdefault(_nfc(entry.name), []).append(entry)
-            else:
-                left.setdefault('outside the classes', []).append(entry)
-    classes, tops = sorted(splits[0]), [root / 'unlabeled']
-    if len(classes) < 2:
-        if not unlabeled:
-            raise UserError(f'{root} has no labels: name a labelled data set by --dataset_name and --root')
-        classes, left, tops = [], {}, [train, *tops] if train.is_dir() else [root]
-    elif not test.is_dir():
-        raise UserError(f'{train} has classes, and {test} is not a directory. To train without labels: --root {train}')
-    elif classes != sorted(splits[1]):
-        raise UserError(f'classes differ: only in {train}: {sorted({*classes} - {*splits[1]}) or "none"}; '
-                        f'only in {test}: {sorted({*splits[1]} - {*classes}) or "none"}')
-    files, tags = [], []  # of a file its part (0: labelled training images, 1: those without label, 2: test) and label
-    groups = [(part, label, splits[part // 2][name]) for part in (0, 2) for label, name in enumerate(classes)]
-    for part, label, directories in sorted([*groups, (1, -1, tops)]):
-        found = [file for top in directories if top.is_dir() for file in find_images(top, root, left, problems)]
-        problems += [] if found or part == 1 else [f'{directories[0]}: no image in it']
-        files += found
-        tags += [(part, label)] * len(found)
-    if left:
-        say(f'{root}: left out ' + '; '.join(f'{len(paths)} {why}, such as {paths[0]}' for why, paths in left.items()))
-    if problems or not files:
-        raise UserError('\n  '.join([f'{root}: {len(problems) or "no image, no"} problems:', *problems]))
-    images, damaged, dark = decoded(root, files, store_size, cache_dir)
+def _folder(found, store_size, unlabeled, cache_dir, skip_damaged, fit):
+    """The Data of what find_folder() found."""
+    root, classes = found.root, found.classes
+    content = decoded(root, found.files, store_size, fit, cache_dir)
+    damaged, intact = content.damaged, content.digests != 0
     if damaged and not skip_damaged:
-        raise UserError('\n  '.join([f'{root}: {len(damaged)} damaged images. Mend them, or leave them out by '
+        raise UserError('\n  '.join([f'{root}: {len(damaged)} damaged images. Repair them, or leave them out by '
                                      '--skip_damaged:', *(f'{root / name}: {why}' for name, why in damaged.items())]))
-    for names, what in ((damaged, 'damaged and left out'),
-                        (dark, 'of 16 bits come out dark, as they use less than 14 of them: scale them first')):
-        if names:
-            say(f'{root}: {len(names)} images {what}, such as {next(iter(names))}')
-    parts, labels = torch.tensor([tag for tag, (name, *_) in zip(tags, files) if name not in damaged]).view(-1, 2).T
-    if not len(images):
+    if damaged:
+        say(f'{root}: {len(damaged)} images damaged and left out, such as {next(iter(damaged))}')
+    if not intact.any():
         raise UserError(f'{root}: every image is damaged')
-    empty = {*range(len(classes))} - {*labels[parts == 0].tolist()}
-    if empty:
-        raise UserError(f'{root}: every training image of {classes[min(empty)]} is damaged')
+    parts, labels, images = found.parts[intact], found.labels[intact], mapped(content.images)
+    for part, kind in ((0, 'training'), (2, 'test')):
+        empty = {*range(len(classes))} - {*labels[parts == part].tolist()}
+        if empty:
+            raise UserError(f'{root}: every {kind} image of {classes[min(empty)]} is damaged')
     n, first = int((parts <= unlabeled).sum()), int((parts < 2).sum())
-    return Data(images[:n], labels[:n], images[first:], labels[first:], classes, tuple(damaged))
+    return Data(images[:n], labels[:n], images[first:], labels[first:], classes,
+                digest_of(parts, labels, content.digests[intact], classes), tuple(damaged))
 
 
 def _outlines():
@@ -222,7 +199,8 @@ def _shapes(train=3000, test=1000, size=32, seed=0):
     labels = rng.integers(len(outlines), size=train + test)
     images = np.stack([_draw(list(outlines.values())[label], size, rng) for label in labels])
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
-    return Data(images[:train], labels[:train], images[train:], labels[train:], list(outlines))
+    return Data(images[:train], labels[:train], images[train:], labels[train:], list(outlines),
+                digest_of(images, labels))
 
 
 def _draw(rings, size, rng):

@@ -4,41 +4,55 @@ import math
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from augment import apply, draw, normalize, seeded
+from augment import draw, standardize, transform
+from batches import seeded
 from model import unit
-from runtime import RANK, WORLD, sum_ranks
+from runtime import ranks, sum_ranks
+
+PIXELS = 2**19  # that go through the network at once: 512 images of 32 px, 56 of 96 px
 
 
 @torch.no_grad()
-def encode(net, images, index, size, autocast, device, signals=None, batch_size=256, view=None):
+def encode(net, images, index, size, autocast, device, signals=None, block=256, view=None, recipe=None):
     """f's features (n, width) in eval mode, float32, on every rank, of the uint8 images (N, 3, H, W) at index (n,).
 
     Images are resized to size pixels, or keep their own if it is 0. With view, an integer, the result is z (n, D) of
-    one random view of each image, of size pixels, with blur; the same integer gives the same views. Batches are the
-    same for any number of ranks: each rank encodes every WORLD-th. A stop signal is raised between batches of a single
-    process; several ranks would have to agree on it, so they finish first.
+    one random view of each image, of size pixels, as recipe describes them to augment.parameters(); the same integer
+    gives the same views. Blocks of images are the same for any number of ranks: each rank encodes every world-th. A
+    stop signal is raised between blocks of a single process; several ranks would have to agree on it, so they finish.
     """
     net.eval()
+    rank, world, _, _ = ranks()
     width = net.features if view is None else net.g[3].out_features
     features = torch.zeros(len(index), width, device=device)
-    for i in range(RANK * batch_size, len(index), WORLD * batch_size):
-        x = images.index_select(0, index[i:i + batch_size].to(images.device)).to(device)
+    some = max(1, PIXELS // (size or images.shape[2])**2)
+    for i in tqdm(range(rank * block, len(index), world * block), 'encoding', unit='block', leave=False, delay=3,
+                  disable=None if rank == 0 else True):
+        x = images.index_select(0, index[i:i + block].to(images.device)).to(device)
         if view is not None:
-            x = apply(x, draw(len(x), *x.shape[2:], seeded(view, i, device=device)), size)
-        else:
-            x = x.float()
-            x = normalize(F.interpolate(x, (size, size), mode='bilinear', antialias=True) if size else x)
+            x = transform(x, draw(len(x), *x.shape[2:], seeded(view, i, device=device), **recipe or {}), size)
         with autocast:
-            feature = net.f(x).flatten(1)
-            features[i:i + batch_size] = feature if view is None else unit(net.g(feature))
-        if signals and WORLD == 1:
+            feature = torch.cat([net.f(resized(part, size)).flatten(1) for part in x.split(some)])
+            features[i:i + block] = feature if view is None else unit(net.g(feature))
+        if signals and world == 1:
             signals.check()
     return sum_ranks(features)
 
 
-def label_free(net, images, view_size, size, autocast, device, signals=None, n=1024):
+def resized(images, size):
+    """(n, 3, H, W) uint8 -> (n, 3, size, size), normalised: resized with antialiasing, or as large as they are if 0."""
+    x = images.float()
+    if size not in (0, x.shape[2]):
+        x = F.interpolate(x, (size, size), mode='bilinear', antialias=True)
+    return standardize(x)
+
+
+def label_free(see, images, view_size, size, recipe, n=1024):
     """Measures of an encoder that need no labels, as a dict, on at most n images, for z half of them: always the same.
+
+    see(images, index, size, view=None, recipe=None) is encode() with the encoder, device, … that it needs.
 
     alignment: mean squared distance of the embeddings z of two random views of an image, in [0, 4]; uniformity: log of
     the mean of exp(-2 d^2) over the distances d of the z of different images, in [-8, 0]: of both, less is better
@@ -46,8 +60,9 @@ def label_free(net, images, view_size, size, autocast, device, signals=None, n=1
     features, from 1 to the smaller of their width and n: more is better (Garrido et al. 2023, arXiv 2210.02885).
     """
     chosen = torch.randperm(len(images), generator=seeded(0))[:n].sort().values
-    z1, z2 = (encode(net, images, chosen[::2], view_size, autocast, device, signals, view=view) for view in range(2))
-    features = encode(net, images, chosen, size, autocast, device, signals)
+    half = chosen[::2] if len(chosen) > 3 else chosen  # uniformity needs pairs
+    z1, z2 = (see(images, half, view_size, view=view, recipe=recipe) for view in range(2))
+    features = see(images, chosen, size)
     alignment = (z1 - z2).square().sum(1).mean()
     uniformity = sum(F.pdist(z).square().mul(-2).exp().mean().log() for z in (z1, z2)) / 2
     # of an encoder that diverges, features may be infinite: they have no singular values

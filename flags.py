@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 
-from runtime import RANK, say
+from decoding import FITS
+from runtime import ranks, say
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(kept, namespace)
 
     def error(self, message):
-        self.exit(2, f'{self.prog}: error: {message}\n' if RANK == 0 else None)
+        self.exit(2, f'{self.prog}: error: {message}\n' if ranks().rank == 0 else None)
 
 
 def number(kind, text, valid):
@@ -84,11 +85,26 @@ DATA = (
     ('--root', 'data', path, 'directory of the data set; stl10 and cifar are downloaded to it'),
     ('--dataset_name', 'stl10', DATASETS, 'what to train on'),
     ('--store_size', 0, store_size, 'of a folder\'s images; 0: their own if squares of at most 256 px, else 96'),
-    ('--cache_dir', None, path, 'where they are kept, decoded (default: in the folder, or else in ~/.cache)'),
+    ('--fit', 'crop', FITS, 'how a folder\'s images become squares: the central one, all squeezed, all on white'),
+    ('--holdout', 0.0, real(0, 0.9), 'take a folder\'s directories as classes; test with this part of the images'),
+    ('--cache_dir', None, path, 'where decoded images are kept (default: in the folder, or else in ~/.cache)'),
     ('--skip_damaged', False, bool, 'leave out damaged files of a folder'),
     ('--image_size', 32, integer(8, 512), 'pixels of the training views'),
     ('--test_size', 0, integer(0, 1024), 'pixels of the images that the monitor and the probe test; 0: their own'),
 )
+VIEWS = (
+    ('--blur', 'published', ('published', 'none'), 'a tenth of the view, or none as leftthomas has it'),
+    ('--crop_min', 0.08, number(float, 'in (0, 1]', lambda x: 0 < x <= 1), 'smallest part of the area in a view'),
+    ('--jitter', 1.0, real(0, 2.5), 'strength of the changes in brightness, contrast, saturation and hue; 0: none'),
+    ('--grayscale', 0.2, real(0, 1), 'part of the views that lose their colours'),
+    ('--vertical_flip', False, bool, 'flip half of the views upside down, as satellite and microscope images allow'),
+)
+
+
+def recipe(settings):
+    """What augment.parameters() takes, from the settings of a run, older ones too, which lack the later flags."""
+    values = {flag[2:]: settings.get(flag[2:], default) for flag, default, *_ in VIEWS}
+    return values | {'blur': values['blur'] == 'published'}
 
 
 def fill_data_flags(args, settings):

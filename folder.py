@@ -1,26 +1,20 @@
-"""Image files below a directory: found as people keep them, decoded once to one array in a file, and mapped."""
+"""Image files below a directory, found as people keep them: which there are, with which labels, how large."""
 
 import contextlib
 import hashlib
-import itertools
-import json
 import os
 import random
-import shutil
 import stat
-import warnings
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
+import statistics
+import unicodedata
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from runtime import CORES, LOCAL_WORLD, UserError, say
+from runtime import UserError, ranks, say
 
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()  # of those that Pillow reads
             if kind in set(Image.OPEN) - {'BUFR', 'GRIB', 'HDF5', 'MPEG', 'WMF'}}  # and not just recognises
@@ -32,136 +26,168 @@ def hidden(name):
     return name[0] == '.' or name.lower() in SYSTEM
 
 
-def find_images(top, root, left, problems):
-    """(path below root, bytes, time of change) of the images below the directory top, sorted. Links are followed.
+class Listing:
+    """The image files below root: what was left out, by its reason, and which directories could not be read."""
 
-    Adds to left, by its reason, what is left out, and to problems the directories that cannot be read. No directory is
-    read twice, nor one between root and top, so that loops of links end.
+    def __init__(self, root):
+        self.root, self.left, self.problems = root, {}, []
+
+    def images(self, top, bar):
+        """(path below root, bytes, times of change) of the images below the directory top, sorted. Links are followed.
+
+        No directory is read twice, nor one between root and top, so that loops of links end.
+        """
+        found, root = [], self.root
+        seen = {os.stat(path)[1:3] for path in (top, *top.parents) if path.is_relative_to(root)}
+        for place, directories, names in os.walk(top, onerror=lambda error: self.problems.append(str(error)),
+                                                 followlinks=True):
+            kept = []
+            for name in sorted(directories + names):
+                path, why = f'{place}/{name}', None
+                try:
+                    about = os.stat(path)
+                except OSError:  # of a broken link decoding tells
+                    about = os.lstat(path)
+                if hidden(name):
+                    why = 'hidden or a system\'s'
+                elif stat.S_ISDIR(about.st_mode):
+                    why = 'read before by another link' if about[1:3] in seen else kept.append(name)
+                    seen.add(about[1:3])  # inode and device
+                elif os.path.splitext(name)[1].lower() not in SUFFIXES:
+                    why = 'not named as an image'
+                elif not (stat.S_ISREG(about.st_mode) or stat.S_ISLNK(about.st_mode)):
+                    why = 'FIFO, socket or device'
+                else:
+                    found.append((path[len(str(root)) + 1:], about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+                if why and name != CACHE:
+                    self.left.setdefault(why, []).append(path)
+            directories[:] = kept
+            bar.update(len(names))
+        return sorted(found)
+
+
+@dataclass
+class Folder:
+    """The files of a folder data set, as Listing gives them; of each, its part (0: labelled training images, 1: those
+    without label, 2: test images) and label; the names of the classes."""
+
+    root: Path
+    files: list
+    parts: torch.Tensor
+    labels: torch.Tensor
+    classes: list
+
+
+def find_folder(root, unlabeled=True, holdout=0.0):
+    """The Folder of root/train/<class>/**, root/test/<class>/** (or root/val), and images anywhere in root/unlabeled.
+
+    Without train and test, or with less than two classes in train, all images below root, or train, have no label. With
+    holdout, root/<class>/** (or root/train/<class>/**) are both training and test images.
+
+    Raises:
+        UserError: naming all that is missing or cannot be read.
     """
-    found, seen = [], {os.stat(path)[1:3] for path in (top, *top.parents) if path.is_relative_to(root)}
-    for place, directories, names in os.walk(top, onerror=lambda error: problems.append(str(error)), followlinks=True):
-        kept = []
-        for name in sorted(directories + names):
-            path, why = f'{place}/{name}', None
-            try:
-                about = os.stat(path)
-            except OSError:  # of a broken link decoding tells
-                about = os.lstat(path)
-            if hidden(name):
-                why = 'hidden or a system\'s'
-            elif stat.S_ISDIR(about.st_mode):
-                why = 'read before by another link' if about[1:3] in seen else kept.append(name)
-                seen.add(about[1:3])  # inode and device
-            elif os.path.splitext(name)[1].lower() not in SUFFIXES:
-                why = 'not named as an image'
-            elif not (stat.S_ISREG(about.st_mode) or stat.S_ISLNK(about.st_mode)):
-                why = 'FIFO, socket or device'
-            else:
-                found.append((path[len(str(root)) + 1:], about.st_size, about.st_mtime_ns))
-            if why and name != CACHE:
-                left.setdefault(why, []).append(path)
-        directories[:] = kept
-    return sorted(found)
+    root = in_any_form(Path(root)).absolute()
+    listing = Listing(root)
+    classes, groups = _groups(listing, unlabeled, holdout)
+    files, parts, labels = [], [], []
+    with tqdm(desc=f'Listing {root}', unit=' files', delay=3, leave=False,
+              disable=None if ranks().rank == 0 else True) as bar:
+        for part, label, directories in groups:
+            found = [file for top in directories if top.is_dir() for file in listing.images(top, bar)]
+            if part != 1 and len(found) < 1 + bool(holdout):
+                listing.problems.append(f'{directories[0]}: {len(found) or "no"} image in it')
+            files += found
+            parts += held_out(found, holdout) if holdout and part == 0 else [part] * len(found)
+            labels += [label] * len(found)
+    if listing.left:
+        say(f'{root}: left out ' + '; '.join(f'{len(paths)} {why}, such as {paths[0]}'
+                                             for why, paths in listing.left.items()))
+    if listing.problems:
+        raise UserError('\n  '.join([f'{root}: {len(listing.problems)} problems:', *listing.problems]))
+    if not files:
+        raise UserError(f'{root}: no image in it or below it (looked for .jpg, .png and others): '
+                        'give the directory of the images by --root')
+    parts, labels = torch.tensor(parts), torch.tensor(labels)
+    order = parts.argsort(stable=True)
+    return Folder(root, [files[i] for i in order.tolist()], parts[order], labels[order], classes)
 
 
-def decoded(root, files, store_size, cache_dir):
-    """Images (n, 3, S, S) of the intact files, mapped; reasons by name of the damaged; names of the dark ones.
-
-    A dark image has 16 bits and uses fewer than 14 of them.
-
-    The first process that needs them decodes them to a file, which serves until a file of the folder changes; then
-    the rows of all others are copied. It is an .npy, behind which an .npz has keys and checksums of the rows.
-    """
-    place = root / CACHE
-    if cache_dir or not (place.exists() or os.access(root, os.W_OK)):
-        user = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'contrastive')
-        place = Path(cache_dir or user, f'{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}')
-    path = place / f'{store_size or "own"}.npy'
-    keys = [int(hashlib.blake2b(repr(file).encode(), digest_size=8).hexdigest(), 16) for file in files]
-
-    def ready():
-        cached = _cached(path)  # damaged files may have become readable since
-        if cached and cached[3] == keys and all(_decode(root / name, 8)[0] is None for name in cached[1]):
-            return cached
-
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
-        try:
-            cached = ready()
-            if not cached:
-                place.mkdir(parents=True, exist_ok=True)
-                with FileLock(place / '.lock'):  # the others wait, and find the file
-                    cached = ready() or _write_cache(path, root, files, keys, store_size or _own_size(root, files))
-        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-            raise UserError(f'cannot write {path} ({error}): choose another --cache_dir') from error
-    say(f'{root}: {len(cached[0])} images, kept at {cached[0].shape[2]} px in {path}')
-    return torch.from_dlpack(cached[0]), *cached[1:3]
+def held_out(files, holdout):
+    """The part of each of a class's files: 2 (test) for the lowest hashes of names, one at least, 0 for the rest."""
+    hashes = [int(hashlib.sha256(os.fsencode(nfc(name))).hexdigest()[:16], 16) / 2**64 for name, *_ in files]
+    return [2 if x < holdout or x == min(hashes) else 0 for x in hashes]
 
 
-def _cached(path):
-    """What _write_cache() wrote: images (n, 3, S, S), mapped, damaged, dark, keys, good.
-
-    good tells of each key whether it was decoded. () stands for a file that is missing or damaged.
-
-    Checksums are of rows. All are checked in a file of less than 1 GB, 4,096 at random in a larger one.
-    """
-    try:
-        images = np.load(path, mmap_mode='r')
-        with open(path, 'rb') as file:
-            file.seek(images.offset + images.nbytes)
-            about = dict(np.load(file))
-        images, n = np.asarray(images), len(images)
-        rows = range(n) if images.nbytes < 1e9 else sorted(random.sample(range(n), min(n, 4096)))
-        if all(zlib.crc32(images[i]) == about['checksums'][i] for i in rows):
-            return images, *json.loads(str(about['notes'])), about['keys'].tolist(), about['good']
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass
-    return ()
-
-
-def _write_cache(path, root, files, keys, size):
-    """Decode the files in parallel into path, and return what _cached() then does."""
-    needed, free = len(files) * 3 * size**2, shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise UserError(f'{root} takes {needed / 1e9:.1f} GB at {size} px, and {free / 1e9:.1f} GB are free in '
-                        f'{path.parent}: choose another --cache_dir, or lower --store_size')
-    images, _, was_dark, were, good = _cached(path) or ((), {}, (), (), ())
-    rows = dict(zip(itertools.compress(were, good), images)) if len(images) and images.shape[2] == size else {}
-    threads, part, damaged, dark, checksums = CORES * LOCAL_WORLD, path.with_suffix('.part'), {}, [], []
-
-    def read(key, file):
-        return (rows[key], file[0] in was_dark) if key in rows else _decode(root / file[0], size)
-
-    def header(n):
-        np.lib.format.write_array_header_1_0(out, dict(descr='|u1', fortran_order=False, shape=(n, 3, size, size)))
-
-    try:
-        with ThreadPoolExecutor(threads) as pool, open(part, 'wb') as out, \
-                tqdm(total=len(files), desc=f'Decoding {root}', unit='image', disable=None) as bar:
-            header(len(files))
-            for i in range(0, len(files), 64 * threads):  # few at a time, as they wait in memory to be written
-                some = slice(i, i + 64 * threads)
-                for (name, *_), (pixels, note) in zip(files[some], pool.map(read, keys[some], files[some])):
-                    if pixels is None:
-                        damaged[name] = note
-                    else:
-                        out.write(pixels)
-                        checksums.append(zlib.crc32(pixels))
-                        dark += [name] * note
-                    bar.update()
-            np.savez(out, keys=np.array(keys, np.uint64), checksums=checksums, notes=json.dumps([damaged, dark]),
-                     good=[name not in damaged for name, *_ in files])
-            out.seek(0)
-            header(len(checksums))  # as long as before: numpy leaves room for more digits
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return _cached(path)
+def _groups(listing, unlabeled, holdout):
+    """The names of the classes, and of every group of files its part, its label and its directories."""
+    root = listing.root
+    train, test = root / 'train', root / ('val' if (root / 'val').is_dir() and not (root / 'test').is_dir() else 'test')
+    missing = [path for path in (root, *[train] * (root / 'test').is_dir()) if not path.is_dir()]
+    if missing:
+        raise UserError(f'{missing[0]} is not a directory: a folder data set is {root}/train/<class>/*, {root}/test/'
+                        f'<class>/* and, if wanted, {root}/unlabeled/**, or images without labels anywhere below '
+                        f'{root}. --dataset_name shapes needs no files')
+    if holdout and test.is_dir():
+        raise UserError(f'{test} has test images: --holdout is for a folder without')
+    top = train if train.is_dir() else root
+    splits = ({}, {})  # class -> directories, whose names may differ in Unicode form
+    for split, names in zip((top, test), splits):
+        for entry in sorted(split.glob('*')):
+            if entry.is_dir() and not hidden(entry.name) and entry != root / 'unlabeled':
+                names.setdefault(nfc(entry.name), []).append(entry)
+            elif entry != root / 'unlabeled' and (top == train or holdout):
+                listing.left.setdefault('outside the classes', []).append(entry)
+    classes = sorted(splits[0])
+    if top == train:
+        others = [str(path) for path in sorted(root.glob('*')) if path.is_dir() and not hidden(path.name)
+                  and path not in (train, test, root / 'unlabeled')]
+        if others:
+            say(f'{root}: not read beside {train.name}: {", ".join(others)} (known: train, test or val, unlabeled)')
+    if holdout and len(classes) < 2:
+        raise UserError(f'{top}: --holdout needs two directories of images or more, one for each class')
+    if len(classes) < 2 or top == root and not holdout:
+        if not unlabeled:
+            raise UserError(f'{root} has no labels: name a labelled data set by --dataset_name and --root, or, where '
+                            'directories are classes, give --holdout 0.1')
+        if len(classes) > 1:
+            say(f'{root}: its directories ({classes[0]}, {classes[1]}, …) are not taken as classes. --holdout 0.1 '
+                'takes them, and tests with a tenth of their images')
+        listing.left.clear()
+        return [], [(1, -1, [train, root / 'unlabeled'] if top == train else [root])]
+    if not holdout and not test.is_dir():
+        raise UserError(f'{train} has classes, and {test} is not a directory. Give --holdout 0.1 to test with a tenth '
+                        f'of the images, or, to train without labels, --root {train}')
+    if not holdout and classes != sorted(splits[1]):
+        raise UserError(f'classes differ: only in {train}: {sorted({*classes} - {*splits[1]}) or "none"}; '
+                        f'only in {test}: {sorted({*splits[1]} - {*classes}) or "none"}')
+    groups = [(part, label, names[name]) for part, names in ((0, splits[0]), (2, splits[1]))
+              for label, name in enumerate(classes) if name in names]
+    return classes, sorted([*groups, (1, -1, [root / 'unlabeled'])])
 
 
-def _own_size(root, files):
+def in_any_form(path):
+    """The path, or, where nothing is there, the one whose names differ from it in Unicode form alone (NFC, NFD)."""
+    if path.exists() or path == path.parent:
+        return path
+    parent = in_any_form(path.parent)
+    return next((p for p in parent.glob('*') if nfc(p.name) == nfc(path.name)), parent / path.name)
+
+
+def nfc(name):
+    return unicodedata.normalize('NFC', name)
+
+
+def short_side(root, files, n=1000):
+    """The median of the shorter sides, in pixels, of up to n of the files; None if no header can be read."""
+    sides = []
+    for name, *_ in random.Random(0).sample(files, min(n, len(files))):
+        with contextlib.suppress(Exception), Image.open(root / name) as image:  # decoding tells what is wrong
+            sides.append(min(image.size))
+    return int(statistics.median(sides)) if sides else None
+
+
+def own_size(root, files):
     """The side of the images where all are squares of one size of at most 256 pixels, else 96, by their headers."""
     sizes = set()
     for name, *_ in files:
@@ -171,24 +197,3 @@ def _own_size(root, files):
             return 96
     width, height = sizes.pop() if sizes else (96, 96)
     return width if width == height <= 256 else 96
-
-
-def _decode(path, size):
-    """(3, size, size) uint8 of the image's first frame and whether it is dark; None and why, if it is damaged.
-
-    Its largest central square, turned as EXIF says, is resized by PIL's antialiased bilinear filter.
-    """
-    try:
-        with Image.open(path) as image:
-            wide = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')  # 16 bits
-            if image.mode in ('I', 'F') and not wide:
-                raise ValueError('32 bits a pixel, of unknown range')
-            image = ImageOps.exif_transpose(image)
-            if wide:  # convert('RGB') would clip these to white
-                pixels = np.asarray(image)
-                image = Image.fromarray((pixels >> 8).astype(np.uint8))
-            image = ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.BILINEAR)
-        # (H, W, 3) -> (3, H, W)
-        return np.array(image).transpose(2, 0, 1).copy(), bool(wide and pixels.max() < 2**14)
-    except Exception as error:  # whatever a decoder makes of a damaged file
-        return None, str(error or type(error).__name__)

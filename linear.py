@@ -13,8 +13,8 @@ not the best on the test set. If the untrained encoder, model_0.pth, lies beside
 once for all probes with the same flags and data.
 """
 
-import hashlib
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,13 @@ from tqdm import tqdm
 import flags
 import runs
 import runtime
-from augment import DeviceViews, epoch_batches
+from augment import normalize
+from batches import Batches, DeviceViews
 from data import load_data
 from evaluate import encode, hits
+from files import lock, read_json, write_json, write_table, write_tensors
 from model import load_model
-from runtime import RANK, WORLD, UserError
+from runtime import UserError, ranks
 
 
 def arguments(argv=None):
@@ -47,10 +49,10 @@ def arguments(argv=None):
               ('--epochs', 100, flags.count, 'passes over the labelled images'),
               ('--lr', 1e-3, flags.positive(1000), 'learning rate of Adam'),
               ('--weight_decay', 1e-6, flags.real(0, 100), 'weight decay of Adam'),
-              ('--precision', None, ('bf16', 'fp32'), 'of the encoder (default: bf16 on CUDA)'),
+              ('--precision', None, ('bf16', 'fp16', 'fp32'), 'of the encoder (default: bf16 on GPUs that have it)'),
               ('--seed', 0, flags.seed, 'of the probe\'s weights, shuffles and views'))
     args = parser.parse_args(argv)
-    if args.batch_size < (1 + (args.bn == 'train')) * WORLD:
+    if args.batch_size < (1 + (args.bn == 'train')) * ranks().world:
         parser.error(f'--batch_size {args.batch_size} leaves a rank less than it needs: 1 image, 2 with --bn train')
     if args.probe == 'logistic':
         args.augment, args.epochs = 'none', 1
@@ -64,87 +66,91 @@ def main(argv=None):
     args = arguments(argv)
     runtime.check_machine(args.precision)
     path = Path(args.model_path)
-    net, log = load_model(path, head=False), runs.accuracies(path)
-    untrained, config = path.with_name('model_0.pth'), path.with_name('config.json')
-    settings = runs.read_json(config)['settings'] if config.exists() else {}
+    net, knn = load_model(path, head=False), runs.accuracies(path)
+    config = read_json(path.with_name('config.json')) if path.with_name('config.json').exists() else {}
+    settings = config.get('settings', {})
     if args.dataset_name is None and not settings:
-        runtime.say(f'No {config.name} beside {path}: taking stl10, as published')
+        runtime.say(f'No config.json beside {path}: taking stl10, as published')
     flags.fill_data_flags(args, settings)
-    args.blur = settings.get('blur', 'published')
-    here = runs.data_name(vars(args))
-    other = here != (runs.data_name(settings) if settings else 'stl10')
-    parts = [(args.probe, True), ('bn_train', args.bn == 'train'), (here, other),
-             ('cached', args.augment == 'none' and args.probe == 'linear')]
-    name = '_'.join(part for part, there in parts if there)
-    log = {} if other else log  # its accuracies are on the run's own data
-    data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged)
-    device = runtime.start()
-    knn = f'kNN {log[path.name]:.2f} %, ' if path.name in log else ''
-    first, five = probe_encoder(args, path, name, net, data, device)
-    text = f'{knn}{args.probe} probe {first:.2f} % (@5 {five:.2f} %)'
+    data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged, args.fit,
+                     args.holdout)
+    own = runs.is_data_of(config, data) if config else args.dataset_name == 'stl10'
+    device, name = runtime.start(), probe_name(args, data, own)
+    runtime.on_rank0(lambda: lock(path.parent, f'.{name}.lock', wait=True))  # probes of one kind share model_0's
+    probe = partial(probe_encoder, args, name=name, data=data, recipe=flags.recipe(settings), device=device)
+
+    def said(checkpoint, accuracy):
+        known = f'kNN {knn[checkpoint.name]:.2f} %, ' if own and checkpoint.name in knn else ''
+        return f'{known}{args.probe} probe {accuracy:.2f} %'
+
+    first, five = probe(path, net)
+    text, untrained = f'{said(path, first)} (@5 {five:.2f} %)', path.with_name('model_0.pth')
     if untrained.exists() and untrained != path:
-        knn = f'kNN {log[untrained.name]:.2f} %, ' if untrained.name in log else ''
         before, last = runtime.on_rank0(lambda: runs.read_probe(path.parent, 0, name))  # beside an earlier checkpoint
-        wanted = dict(vars(args), data=runs.fingerprint({}, data))
-        if before and all(before.get(flag) == value for flag, value in wanted.items() if flag != 'model_path'):
+        before = before and {**runs.LATER, **before}
+        same = before and all(before.get(flag) == value for flag, value in vars(args).items() if flag != 'model_path')
+        if same and runs.is_data_of(before, data):
             first = last['test_acc@1']
         else:
-            first, _ = probe_encoder(args, untrained, name, load_model(untrained, head=False), data, device)
-        text += f'; untrained: {knn}{args.probe} probe {first:.2f} %'
+            first, _ = probe(untrained, load_model(untrained, head=False))
+        text += f'; untrained: {said(untrained, first)}'
     runtime.say(f'{text}; files in {path.parent}')
 
 
-def probe_encoder(args, path, name, net, data, device):
+def probe_name(args, data, own):
+    """What the files of a probe are called, after their checkpoint: its kind, and data that are not the run's own."""
+    other = '' if own else runs.data_name(vars(args)) + f'_{data.digest[:8]}' * (args.dataset_name == 'folder')
+    parts = args.probe, 'bn_train' * (args.bn == 'train'), other, 'cached' * (args.augment == 'none')
+    return '_'.join(part for part in parts if part).replace('logistic_cached', 'logistic')
+
+
+def probe_encoder(args, path, net, name, data, recipe, device):
     """Train and test the probe of one encoder, write its files, and return its test accuracies @1 and @5 in percent."""
     torch.manual_seed(args.seed)
+    rank, world, _, _ = ranks()
+    out = path.with_name(f'{path.stem}_{name}')
     net.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    frozen = runs.digest(dict(net.named_parameters() if args.bn == 'train' else net.state_dict()))
     probe = torch.nn.Linear(net.features, len(data.classes), device=device)
     optimizer = torch.optim.Adam(probe.parameters(), args.lr, weight_decay=args.weight_decay)
     autocast, resident = runtime.autocast(device, args.precision), runtime.fits(device, data.train, data.test)
     labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
+    batches = Batches(len(labels), args.batch_size, 1, args.seed, drop_last=False, rank=rank, world=world)
+    about = dict(settings={**vars(args), 'model_path': str(path)}, **runs.provenance(device), data_digest=data.digest,
+                 encoder=runs.crc(path))
 
     def features(images):
         return encode(net, images, torch.arange(len(images)), args.test_size, autocast, device)
 
-    out = path.with_name(f'{path.stem}_{name}')
-    about = dict(settings={**vars(args), 'model_path': str(path)}, **runs.provenance(device),
-                 data=runs.fingerprint({}, data),
-                 encoder=hashlib.sha256(path.read_bytes()).hexdigest())
     rows, test_features = [], features(data.test)
     if args.augment == 'none':
         train_features = features(data.train)
     else:
-        batches = DeviceViews(data.train, args.batch_size, args.image_size, views=1, seed=args.seed, device=device,
-                              rank=RANK, world=WORLD, drop_last=False, resident=resident,
-                              blur=args.blur == 'published')
-    for epoch in tqdm(range(1, args.epochs + 1), out.name, disable=None if RANK == 0 else True, leave=False):
+        views = DeviceViews(data.train, batches, args.image_size, device, resident, **recipe)
+    for epoch in tqdm(range(1, args.epochs + 1), out.name, disable=None if rank == 0 else True, leave=False):
         if args.probe == 'logistic':
             fit_logistic(probe, train_features, labels)
             train = one_epoch(probe, [(train_features, labels)], len(labels))
-        elif args.augment == 'none':
-            order = epoch_batches(len(labels), args.batch_size, args.seed, epoch, drop_last=False)
-            pairs = ((train_features[batch[0]], labels[batch[0]]) for batch in order)
-            train = one_epoch(probe, pairs, len(labels), optimizer)
         else:
-            pairs = features_of_views(net, batches.epoch(epoch), labels, autocast, args.bn == 'train')
+            if args.augment == 'none':
+                pairs = ((train_features[batch[0]], labels[batch[0]]) for batch in batches.epoch(epoch))
+            else:
+                pairs = features_of_views(net, views.epoch(epoch), labels, autocast, args.bn == 'train')
             train = one_epoch(probe, pairs, len(labels), optimizer)
-        if args.bn == 'train':  # frozen entirely, the encoder gives the same features every time
-            runtime.average_buffers(net)
-            test_features = features(data.test)
         if not math.isfinite(train[0]):
             raise UserError(f'the loss is {train[0]} in epoch {epoch}: --lr {args.lr} is too high')
-        rows.append((epoch, *train, *one_epoch(probe, [(test_features, test_labels)], len(test_labels))))
-        if RANK == 0:
-            runs.write_table(f'{out}.partial.csv', rows, runs.PROBE)
-
-    after = runs.digest(dict(net.named_parameters() if args.bn == 'train' else net.state_dict()))
-    assert after == frozen, 'the probe moved the encoder'
-    if RANK == 0:
+        tested = args.bn == 'eval' or epoch % 10 == 0 or epoch == args.epochs
+        if tested and args.bn == 'train':  # frozen entirely, the encoder gives the same features every time
+            net.load_state_dict(runtime.averaged_buffers(net), strict=False)
+            test_features = features(data.test)
+        test = one_epoch(probe, [(test_features, test_labels)], len(test_labels)) if tested else (math.nan,) * 3
+        rows.append((epoch, *train, *test))
+        if rank == 0:
+            write_table(f'{out}.partial.csv', rows, runs.PROBE)
+    if rank == 0:
         Path(f'{out}.json').unlink(missing_ok=True)  # never the settings of one with the rows of another
-        runs.write_tensors(f'{out}.pth', dict(probe.cpu().state_dict(), classes=data.classes))
+        write_tensors(f'{out}.pth', dict(probe.cpu().state_dict(), classes=data.classes))
         Path(f'{out}.partial.csv').replace(f'{out}.csv')
-        runs.write_json(f'{out}.json', about)
+        write_json(f'{out}.json', about)
     return rows[-1][-2:]
 
 
@@ -153,7 +159,7 @@ def features_of_views(net, batches, labels, autocast, drift):
     for (x,), index in batches:
         net.train(drift and len(x) > 1)  # BatchNorm needs more than one image
         with torch.no_grad(), autocast:
-            feature = net.f(x).flatten(1).float()  # (b, 3, h, w) -> (b, F)
+            feature = net.f(normalize(x)).flatten(1).float()  # (b, 3, h, w) -> (b, F)
         yield runtime.gather(feature), runtime.gather(labels[index])
 
 
@@ -189,4 +195,4 @@ def fit_logistic(probe, features, labels):
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    runtime.run(main, 'lower --batch_size, choose --augment none, or start more ranks')

@@ -20,13 +20,14 @@ from tqdm import tqdm
 import flags
 import runs
 import runtime
-from augment import DeviceViews
+from batches import Batches, DeviceViews, ReferenceViews
 from data import load_data
 from evaluate import encode, knn, label_free
+from files import write_table
 from losses import contrastive_loss
-from model import ARCHS, Model
-from runtime import RANK, WORLD, UserError
-from utils import ReferenceViews
+from model import ARCHS
+from runtime import UserError, ranks
+from step import build, check_memory, compiled, train_step
 
 
 def arguments(argv=None):
@@ -34,9 +35,9 @@ def arguments(argv=None):
     flags.add(parser, 'data and views', *flags.DATA,
               ('--views', 2, flags.integer(2, 16), 'random views of each image'),
               ('--positives', 'view', ('view', 'label'), 'views of one image, or of random ones of its class'),
-              ('--blur', 'published', ('published', 'none'), 'a tenth of the view, or none as leftthomas has it'),
+              *flags.VIEWS,
               ('--augment', 'device', ('device', 'pil'), 'views in batches on the device, or by PIL in workers'),
-              ('--workers', min(16, runtime.CORES), flags.integer(0, 256), 'processes of each rank for --augment pil'))
+              ('--workers', min(16, runtime.cores()), flags.integer(0, 256), 'processes of a rank for --augment pil'))
     flags.add(parser, 'model',
               ('--arch', 'resnet50', ARCHS, 'backbone f'),
               ('--width', 1.0, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0), 'factor on the channels of f'),
@@ -61,23 +62,29 @@ def arguments(argv=None):
               ('--schedule', 'constant', ('constant', 'cosine'), 'of the learning rate'),
               ('--warmup', 0, flags.integer(0, 1_000_000), 'epochs in which the learning rate rises from 0'),
               ('--weight_decay', 1e-6, flags.real(0, 100), 'the optimizer\'s'),
+              ('--micro_batch', None, flags.integer(2, 1_000_000),
+               'images of a rank that go through the network at once (default: all); the loss is the whole batch\'s'),
               ('--joint_views', False, bool, 'one BatchNorm batch of all views (as published: one after the other)'),
               ('--sync_bn', False, bool, 'BatchNorm over the whole batch, not each rank\'s part'),
               ('--seed', 0, flags.seed, 'of weights, shuffles and views'),
-              ('--precision', None, ('bf16', 'fp32'), 'of the network; the loss is float32 (default: bf16 on CUDA)'),
+              ('--precision', None, ('bf16', 'fp16', 'fp32'),
+               'of the network; the loss is float32 (default: bf16 on a GPU that has it, else fp32)'),
               ('--compile', None, flags.SWITCH, 'the views, and the network unless --sync_bn (default: on CUDA)'))
     flags.add(parser, 'monitor and results',
               ('--k', 200, flags.count, 'neighbours of the kNN monitor'),
               ('--knn_temperature', None, flags.positive(100), 'of its weights (default: --temperature)'),
-              ('--knn_every', 10, flags.count, 'epochs between its evaluations'),
+              ('--knn_every', 10, flags.integer(0, 1_000_000), 'epochs between its evaluations; 0: none'),
               ('--save_every', 25, flags.count, 'epochs between kept encoders'),
               ('--results_dir', 'results', flags.path, 'directory of all that the run writes'))
     args = parser.parse_args(argv)
     flags.resolve_objective(parser, args)
-    if args.batch_size % WORLD:
-        parser.error(f'--batch_size {args.batch_size} does not divide evenly over {WORLD} ranks')
-    if args.batch_size < 2 * WORLD:
+    world = ranks().world
+    if args.batch_size % world:
+        parser.error(f'--batch_size {args.batch_size} does not divide evenly over {world} ranks')
+    if args.batch_size < 2 * world:
         parser.error(f'--batch_size {args.batch_size} leaves a rank less than the 2 images that BatchNorm needs')
+    if args.micro_batch and args.batch_size // world % args.micro_batch:
+        parser.error(f'--micro_batch {args.micro_batch} does not divide a rank\'s {args.batch_size // world} images')
     if args.sync_bn and not torch.cuda.is_available():
         parser.error('--sync_bn needs CUDA: PyTorch has no SyncBatchNorm for CPUs')
     if args.warmup >= args.epochs:
@@ -85,7 +92,7 @@ def arguments(argv=None):
     args.hidden_dim = args.hidden_dim or int(512 * args.width)
     args.knn_temperature = args.knn_temperature or args.temperature
     args.precision = args.precision or runtime.default_precision()
-    args.compile = (torch.cuda.is_available() if args.compile is None else args.compile) and runtime.can_compile()
+    args.compile = torch.cuda.is_available() if args.compile is None else args.compile
     return args, parser
 
 
@@ -94,43 +101,48 @@ def main(argv=None):
     runtime.check_machine(args.precision)
     # Before runtime.start(): a download may take longer than the ranks wait for each other.
     labelled = args.oracle or args.positives == 'label'  # other images are of no use then
-    data = load_data(args.dataset_name, args.root, args.store_size, not labelled, args.cache_dir, args.skip_damaged)
+    data = load_data(args.dataset_name, args.root, args.store_size, not labelled, args.cache_dir, args.skip_damaged,
+                     args.fit, args.holdout)
     steps = check_sizes(parser, args, data)
     device, results = runtime.start(), Path(args.results_dir)
-    saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
+    run, saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    net, optimizer = build(args, device)
+    net, optimizer, scaler = build(args, device)
     # All that resuming needs: shuffles and views are functions of (seed, epoch, step), so no generator has a state.
-    state = dict(run=runs.fingerprint(vars(args), data), epoch=0, step=0, seconds=0.0, log=[],
-                 losses=torch.zeros(steps, device=device))
+    state = dict(run=run, epoch=0, step=0, seconds=0.0, log=[], losses=torch.zeros(steps, device=device),
+                 skipped=torch.zeros((), device=device))
     if saved:
-        runs.restore(results, saved, state, net, optimizer)
+        runs.restore(saved, state, net, optimizer, scaler)
         if state['epoch'] == args.epochs:
-            runtime.on_rank0(lambda: runs.write_table(results / 'log.csv', state['log'], runs.LOG))  # it may be lost
+            runtime.on_rank0(lambda: write_table(results / 'log.csv', state['log'], runs.LOG))  # it may be lost
             return runtime.say(f'{results} holds this run, finished: {describe(state["log"][-1])}')
         runtime.say(f'Continuing {results} in epoch {state["epoch"] + 1} after step {state["step"]}')
     batches, labels = place(args, data, device), (data.train_labels.to(device) if args.oracle else None)
-    ddp, autocast = runtime.distributed(net, device), runtime.autocast(device, args.precision)
-    saver, signals = runs.Saver(results, net, optimizer), runtime.Signals()
+    autocast = runtime.autocast(device, args.precision)
+    check_memory(args, device)
+    train_net = compiled(net, batches, autocast, args) if args.compile and not args.sync_bn else net
+    ddp, saver = runtime.distributed(train_net, device), runs.Saver(results, net, optimizer, scaler)
     bar = tqdm(total=args.epochs * steps, initial=state['epoch'] * steps + state['step'], unit='step',
-               disable=None if RANK == 0 else True)
+               disable=None if ranks().rank == 0 else True)
     try:
-        if not state['log']:  # at the start, or stopped before the untrained encoder was measured
-            measure_untrained(net, data, args, autocast, device, signals, state, saver)
-        for epoch in range(state['epoch'] + 1, args.epochs + 1):
-            train_epoch(ddp, batches, labels, optimizer, args, autocast, state, signals, bar)
-            runtime.average_buffers(net)
-            row = {'epoch': epoch, 'train_loss': state['losses'].mean().item(), 'lr': learning_rate(args, epoch),
-                   'images/s': args.batch_size * steps / state['seconds'], 'seconds': state['seconds']}
-            if epoch % args.knn_every == 0 or epoch == args.epochs:
-                row |= monitor(net, data, args, autocast, device, signals)
-            state.update(epoch=epoch, step=0, seconds=0.0, log=[*state['log'], row])
-            saver.epoch_ended(state, keep=epoch % args.save_every == 0 or epoch == args.epochs)
-            runtime.say(f'epoch {epoch}/{args.epochs}: {describe(row)}')
+        with runtime.Signals() as signals:
+            see = partial(encode, net, autocast=autocast, device=device, signals=signals)
+            monitored = partial(monitor, see, data, args)
+            if not state['log']:  # at the start, or stopped before the untrained encoder was measured
+                measure_untrained(monitored, args, device, state, saver)
+            for epoch in range(state['epoch'] + 1, args.epochs + 1):
+                train_epoch(ddp, batches, labels, optimizer, scaler, args, autocast, state, signals, saver, bar)
+                net.load_state_dict(runtime.averaged_buffers(net), strict=False)
+                row = {'epoch': epoch, 'train_loss': state['losses'].mean().item(), 'lr': learning_rate(args, epoch),
+                       'images/s': args.batch_size * steps / state['seconds'], 'seconds': state['seconds']}
+                if args.knn_every and (epoch % args.knn_every == 0 or epoch == args.epochs):
+                    row |= monitored()
+                state.update(epoch=epoch, step=0, seconds=0.0, log=[*state['log'], row])
+                saver.epoch_ended(state, keep=epoch % args.save_every == 0 or epoch == args.epochs)
+                runtime.say(f'epoch {epoch}/{args.epochs}: {describe(row)}')
     except runtime.Stopped as stopped:
-        runtime.average_buffers(net)
-        saver.save(state)
+        saver.save(state, buffers=runtime.averaged_buffers(net))
         saver.wait()
         runtime.say(f'Stopped in epoch {state["epoch"] + 1} after step {state["step"]}, saved in {results}; '
                     'the same command continues')
@@ -139,21 +151,24 @@ def main(argv=None):
         bar.close()
         saver.wait()
     more = '' if data.classes else ' --dataset_name … --root …, of a set with labels'
-    runtime.say(f'Finished. Next: python linear.py --model_path {results}/model_{args.epochs}.pth{more}')
+    skipped = f' {state["skipped"]:.0f} steps were skipped, as fp16 overflowed.' if state['skipped'] else ''
+    runtime.say(f'Finished.{skipped} Next: python linear.py --model_path {results}/model_{args.epochs}.pth{more}')
 
 
-def measure_untrained(net, data, args, autocast, device, signals, state, saver):
+def measure_untrained(monitored, args, device, state, saver):
     """The log's row of epoch 0, and the first state from which the run can continue."""
     if device.type == 'cpu' and args.dataset_name != 'shapes':
         runtime.say('No CUDA device: training on the CPU, which is slow. The README has a run of minutes')
-    state['log'].append({'epoch': 0, **monitor(net, data, args, autocast, device, signals)})
+    state['log'].append({'epoch': 0, **(monitored() if args.knn_every else {})})
     saver.save(state, keep=True)
     saver.wait()
-    runtime.say(f'untrained: {describe(state["log"][0])}')
+    if args.knn_every:
+        runtime.say(f'untrained: {describe(state["log"][0])}')
 
 
-def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals, bar):
-    """The rest of an epoch, from state's step on. Now and then it waits for the device: loss, progress, signals."""
+def train_epoch(net, batches, labels, optimizer, scaler, args, autocast, state, signals, saver, bar):
+    """Train from state['step'] to the end of the epoch; every 20 steps on a GPU, every step on a CPU, synchronise to
+    check the loss, update the bar and handle signals."""
     net.train()
     began, steps = time.monotonic() - state['seconds'], len(state['losses'])
     look_every = 20 if state['losses'].is_cuda else 1  # a look waits for the device
@@ -163,47 +178,44 @@ def train_epoch(net, batches, labels, optimizer, args, autocast, state, signals,
         for group in optimizer.param_groups:
             group['lr'] = learning_rate(args, state['epoch'] + state['step'] / steps)
         batch_labels = None if labels is None else labels[index]
-        loss = train_step(net, views, batch_labels, optimizer, loss_of, autocast, args.joint_views)
+        loss, skipped = train_step(net, views, batch_labels, optimizer, loss_of, autocast, scaler, args.joint_views,
+                                   args.micro_batch)
         state['losses'][state['step']] = loss
+        state['skipped'] += skipped
         state['step'] += 1
         if state['step'] % look_every == 0 or state['step'] == steps:
             losses = state['losses'][:state['step']].cpu()
             state['seconds'] = time.monotonic() - began  # after the wait
-            check_finite(losses, state['epoch'] + 1)
+            check_finite(losses, scaler, state['epoch'] + 1)
             bar.update(state['epoch'] * steps + state['step'] - bar.n)
             bar.set_postfix_str(f'epoch {state["epoch"] + 1}, loss {losses.mean():.4f}')
-            signals.check()
+            if signals.check(due=saver.due()):
+                saver.save(state, buffers=runtime.averaged_buffers(saver.net))
 
 
-def train_step(net, views, labels, optimizer, loss_of, autocast, joint=False):
-    """One step on V views (b, 3, h, w) of this rank's images; returns the loss of the whole batch."""
-    with autocast:
-        z = net(torch.cat(views))[1].chunk(len(views)) if joint else [net(x)[1] for x in views]  # V x (b, D)
-    loss = loss_of(*z, labels=labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def check_finite(losses, epoch):
+def check_finite(losses, scaler, epoch):
     """End the run, on every rank, if one of the epoch's losses (steps,) so far is not a number or infinite."""
     if not losses.isfinite().all():
         step = int(losses.isfinite().logical_not().nonzero()[0])
         raise UserError(f'the loss is {losses[step]} at epoch {epoch}, step {step + 1}; the last good state is '
-                        'untouched. Common causes: --lr too high, --temperature too low, --precision bf16. Other '
-                        'values need another --results_dir')
+                        'untouched. Common causes: --lr too high, --temperature too low, --precision bf16 or fp16. '
+                        'Other values need another --results_dir')
+    if scaler.is_enabled() and scaler.get_scale() < 1e-6:
+        raise UserError(f'gradients overflow fp16 at any scale in epoch {epoch}: use --precision fp32 or bf16, or a '
+                        'lower --lr, in another --results_dir')
 
 
-def monitor(net, data, args, autocast, device, signals):
-    """Label-free measures, and kNN accuracy on the test images by the labelled training images: columns of the log."""
-    row = label_free(net, data.train, args.image_size, args.test_size, autocast, device, signals)
+def monitor(see, data, args):
+    """Label-free measures, and kNN accuracy on the test images by the labelled training images: columns of the log.
+
+    see(images, index, size) encodes, as evaluate.encode() with what it needs besides.
+    """
+    row = label_free(see, data.train, args.image_size, args.test_size, flags.recipe(vars(args)))
     if not data.classes:
         return row
     labelled, everything = (data.train_labels >= 0).nonzero()[:, 0], torch.arange(len(data.test))
-    memory = encode(net, data.train, labelled, args.test_size, autocast, device, signals)
-    queries = encode(net, data.test, everything, args.test_size, autocast, device, signals)
-    labels = data.train_labels[labelled].to(device), data.test_labels.to(device)
+    memory, queries = see(data.train, labelled, args.test_size), see(data.test, everything, args.test_size)
+    labels = data.train_labels[labelled].to(memory.device), data.test_labels.to(memory.device)
     first, five = knn(memory, queries, *labels, args.k, args.knn_temperature)
     return {'test_acc@1': first, 'test_acc@5': five, **row}
 
@@ -231,31 +243,19 @@ def annealed(beta, epoch, epochs, steps=9):
     return beta * (1 - part / (steps - 1))
 
 
-def build(args, device):
-    """The network on its device, ready to train, and its optimizer."""
-    net = Model(args.feature_dim, args.arch, args.hidden_dim, args.stem, args.width)
-    if args.sync_bn:
-        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net.to(device, memory_format=torch.channels_last)
-    if args.compile and not args.sync_bn:  # SyncBatchNorm breaks the graph at every layer
-        net.compile(dynamic=False)  # in place: the names of the weights stay as they are
-    if args.optimizer == 'sgd':
-        return net, torch.optim.SGD(net.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, fused=True)
-    return net, torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
-
-
 def place(args, data, device):
     """The training views: epoch(e) yields batches (views, index). The data move to the device if they fit."""
-    resident = runtime.fits(device, data.train, data.test)
-    common = dict(batch_size=args.batch_size, size=args.image_size, views=args.views, seed=args.seed, device=device,
-                  rank=RANK, world=WORLD, blur=args.blur == 'published',
-                  labels=data.train_labels if args.positives == 'label' else None)
+    rank, world, _, _ = ranks()
+    batches = Batches(len(data.train), args.batch_size, args.views, args.seed,
+                      data.train_labels if args.positives == 'label' else None, rank=rank, world=world)
+    resident, recipe = runtime.fits(device, data.train, data.test), flags.recipe(vars(args))
     if args.augment == 'pil':
-        batches = ReferenceViews(data.train, **common, workers=args.workers)
+        views = ReferenceViews(data.train, batches, args.image_size, device, args.workers, **recipe)
     else:
-        batches = DeviceViews(data.train, **common, resident=resident, compile=args.compile)
-    data.train, data.test = batches.images, data.test.to(device) if resident else data.test  # not on the host as well
-    return batches
+        views = DeviceViews(data.train, batches, args.image_size, device, resident, args.compile, args.micro_batch,
+                            **recipe)
+    data.train, data.test = views.images, data.test.to(device) if resident else data.test  # not on the host as well
+    return views
 
 
 def check_sizes(parser, args, data):
@@ -275,4 +275,4 @@ def describe(row):
 
 
 if __name__ == '__main__':
-    runtime.run(main)
+    runtime.run(main, 'choose a --micro_batch, as the loss stays that of the whole batch, or start more ranks')

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from augment import normalize
 from runtime import UserError
 
 ARCHS = {  # blocks, and how many of them in each stage: a checkpoint is recognised by that
@@ -74,7 +75,11 @@ class Model(nn.Module):
                                nn.ReLU(inplace=True), nn.Linear(hidden_dim, feature_dim))
 
     def forward(self, x):
-        """(B, 3, H, W) -> features (B, F) and embeddings (B, feature_dim), rows of unit length, float32 or more."""
+        """Features (B, F) and embeddings (B, feature_dim) of images (B, 3, H, W): rows of unit length, float32 or more.
+
+        Images are uint8, or normalised as augment.normalize() does it.
+        """
+        x = normalize(x) if x.dtype == torch.uint8 else x
         if self.training:
             counts = [m.num_batches_tracked for m in self.modules() if isinstance(m, (BatchNorm1d, BatchNorm2d))]
             if counts:  # SyncBatchNorm counts itself

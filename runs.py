@@ -1,9 +1,6 @@
 """What a run leaves in its directory, and how it is read back: config.json, log.csv, checkpoints and probes."""
 
 import hashlib
-import io
-import json
-import os
 import platform
 import re
 import shlex
@@ -14,187 +11,164 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
-import filelock
 import numpy as np
 import pandas as pd
 import PIL
 import torch
 import torchvision
 
+from files import digest, lock, read_json, read_table, verified, write_json, write_table, write_tensors
 from model import read_checkpoint
-from runtime import RANK, WORLD, UserError
+from runtime import UserError, ranks, say
 
 LOG = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'alignment', 'uniformity', 'rankme', 'lr', 'images/s',
        'seconds', 'encoder')  # encoder: CRC-32 of model_{epoch}.pth, if one was kept
 PROBE = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5')
+LATER = dict(micro_batch=None, fit='crop', holdout=0.0, crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False)
+# settings that came after the first runs, at the values that the code had before them
 FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # may change in a run
 OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
-locks = []  # held until the process ends
-
-
-def write(path, data):
-    """Write the bytes so that path holds either what it held before or all of them, whatever happens meanwhile."""
-    path, beside = Path(path), Path(f'{path}.part')
-    try:
-        with open(beside, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        if beside.is_file():
-            beside.unlink()
-        raise UserError(f'cannot write {path} ({error.strerror}); what was saved before is untouched') from error
-
-
-def write_table(path, rows, columns):
-    write(path, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
-
-
-def write_json(path, content):
-    write(path, json.dumps({**content, 'digest': digest(content)}, indent=2).encode())
-
-
-def write_tensors(path, content):
-    """torch.save() to the path; returns the CRC of what was written."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write(path, buffer.getbuffer())
-    return zlib.crc32(buffer.getbuffer())
-
-
-def digest(content):
-    """A checksum of nested dicts, lists, tensors and values, by which a file is known to hold what was written."""
-    if isinstance(content, torch.Tensor):
-        content = str(content.dtype), tuple(content.shape), zlib.crc32(content.cpu().contiguous().numpy().tobytes())
-    elif isinstance(content, dict):
-        content = sorted((str(key), digest(value)) for key, value in content.items())
-    elif isinstance(content, (list, tuple)):
-        content = [digest(item) for item in content]
-    return hashlib.sha256(repr(content).encode()).hexdigest()
-
-
-def verified(content, path):
-    """The content without its digest; UserError, naming the file, if it is not what a run wrote."""
-    content = dict(content) if isinstance(content, dict) else {}
-    written = content.pop('digest', None)
-    if written is None or written != digest(content):
-        raise UserError(f'{path} is damaged, changed, or not of a run: restore it, or move it elsewhere')
-    return content
-
-
-def lock(directory):
-    """Make this process the only one that writes in the directory, until it ends; UserError if it cannot be."""
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(Path(directory, '.lock').absolute(), blocking=False, is_singleton=True)
-        held.acquire()
-    except filelock.Timeout:
-        raise UserError(f'another run is writing in {directory}: wait for it, or choose another directory') from None
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        raise UserError(f'cannot write in {directory} ({error}): choose another --results_dir') from error
-    locks.append(held)
 
 
 def open_run(results, settings, data, device):
-    """Lock the directory, refuse to mix runs in it, and return what its last.pth holds, or None at the start."""
+    """Lock the directory and refuse to mix runs in it.
+
+    Returns the identity of the run, and what its last.pth holds, or None at the start.
+
+    Raises:
+        UserError: the directory holds another run, or one that cannot be continued. Nothing has been changed then.
+    """
     lock(results)
     state_file, config_file = results / 'last.pth', results / 'config.json'
-    described = dict(classes=data.classes, images=dict(train=len(data.train), test=len(data.test)))
+    described = dict(classes=data.classes, images=dict(train=len(data.train), test=len(data.test)),
+                     data_digest=data.digest)
     if data.damaged:
         described['images'] |= dict(damaged=len(data.damaged), damaged_files=list(data.damaged))
-    if config_file.exists():
-        check_same_run(results, read_json(config_file), settings, described)
+    config = read_json(config_file) if config_file.exists() else None
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
     trained = [path.name for path in sorted(results.glob('*'))  # model_0.pth alone: killed before the first state
                if re.fullmatch(r'model_[1-9]\d*\.pth|last\.pth|log\.csv', path.name)]
+    saved = read_state(state_file, trained) if state_file.exists() else None
+    differ = config and difference(results, config, settings, described)
+    if differ and (trained and missing or saved and (saved['epoch'], saved['step']) != (0, 0)):
+        raise UserError(differ)
     if trained and missing:
         raise UserError(f'{results} holds {", ".join(trained)} but no {" and no ".join(missing)}, so '
                         'the run there cannot be continued: choose another --results_dir')
-    if state_file.exists():
-        try:
-            return verified(read_checkpoint(state_file), state_file)
-        except UserError as error:
-            raise UserError(f'{error}. The run cannot be continued; beside it is {", ".join(trained)}. Choose another '
-                            '--results_dir, or restore the file from a copy') from None
-    write_json(config_file, dict(settings=settings, **described, **provenance(device)))
-    return None
+    if differ:  # no step was taken, perhaps as memory was full: this run replaces it
+        for path in state_file, results / 'log.csv':
+            path.unlink(missing_ok=True)
+        saved = None
+    run = fingerprint(settings, data, by_content=not saved or 'data_digest' in config)
+    if saved:
+        if saved['run'] != run:
+            raise UserError(f'{state_file} is the state of another run: restore the one of this run, or choose another '
+                            '--results_dir')
+        check_log(results / 'log.csv', saved['log'])
+        if 'data_digest' not in config:
+            say(f'{results} was begun by an earlier version: its images are compared by number and label alone')
+    else:
+        write_json(config_file, dict(settings=settings, **described, **provenance(device)))
+    return run, saved
 
 
-def check_same_run(results, config, settings, described):
-    """UserError if the config.json of results is that of a run with other settings or on other data."""
-    before = config['settings']
-    differ = [f'--{name} {before.get(name)} there, {settings.get(name)} here'
-              for name in {**before, **settings} if name not in FREE and before.get(name) != settings.get(name)]
+def read_state(file, trained):
+    """What a last.pth holds; UserError, naming what else there is, if it is damaged."""
+    try:
+        return verified(read_checkpoint(file), file)
+    except UserError as error:
+        raise UserError(f'{error}. The run cannot be continued; beside it is {", ".join(trained)}. Choose another '
+                        '--results_dir, or restore the file from a copy') from None
+
+
+def difference(results, config, settings, described):
+    """How the run of a config.json differs in settings or data from the one described, in a line; '' if it does not."""
+    before, now = {**LATER, **config['settings']}, {**LATER, **settings}
+    differ = [f'--{name} {before.get(name)} there, {now.get(name)} here'
+              for name in {**before, **now} if name not in FREE and before.get(name) != now.get(name)]
     if differ:
-        raise UserError(f'{results} holds a run with other settings ({"; ".join(differ)}): choose another '
-                        '--results_dir, or repeat its settings to continue it')
-    if any(config[name] != value for name, value in described.items()):
-        raise UserError(f'{results} holds a run on other data ({config["images"]} images there, '
-                        f'{described["images"]} here): choose another --results_dir')
+        return (f'{results} holds a run with other settings ({"; ".join(differ)}): choose another --results_dir, or '
+                'repeat its settings to continue it')
+    if any(config.get(name, value) != value for name, value in described.items()):
+        return (f'{results} holds a run on other data ({config["images"]} images there, {described["images"]} here): '
+                'choose another --results_dir')
+    return ''
 
 
-def fingerprint(settings, data):
-    """Identifies, by its settings and data, the run to which a state or a probe belongs."""
-    kept = {name: value for name, value in settings.items() if name not in FREE}
-    return digest([kept, data.classes, data.train_labels, data.test_labels])
+def fingerprint(settings, data, by_content=True):
+    """Identifies a run by its settings and data: by their content, or, as runs without its digest do, by labels."""
+    kept = {name: value for name, value in settings.items() if name not in FREE and (name, value) not in LATER.items()}
+    return digest([kept, *([data.digest] if by_content else labels_of(data))])
 
 
-def restore(results, saved, state, net, optimizer):
-    """Put what open_run() returned into the network, the optimizer and the state of a run at its start.
+def labels_of(data):
+    """By what an earlier version knew its data."""
+    return data.classes, data.train_labels, data.test_labels
 
-    Raises:
-        UserError: last.pth or log.csv is of another run. Nothing has been changed then.
-    """
-    if saved['run'] != state['run']:
-        raise UserError(f'{results / "last.pth"} is the state of another run: restore the one of this run, or choose '
-                        'another --results_dir')
-    if (results / 'log.csv').exists():
-        there, here = (pd.DataFrame(rows, columns=LOG)['train_loss'].astype(float)
-                       for rows in (read_table(results / 'log.csv', LOG), saved['log']))
+
+def check_log(file, rows):
+    """UserError if a log.csv is not that of the rows in last.pth."""
+    if file.exists():
+        there, here = (pd.DataFrame(log, columns=LOG)['train_loss'].astype(float)
+                       for log in (read_table(file, LOG), rows))
         n = min(len(there), len(here))  # a later epoch may have been logged, but not saved
         if not np.allclose(there[:n], here[:n], equal_nan=True):
-            raise UserError(f'{results / "log.csv"} is not the log of the run in last.pth: remove it, and it is '
-                            'written anew')
+            raise UserError(f'{file} is not the log of the run in last.pth: remove it, and it is written anew')
+
+
+def restore(saved, state, net, optimizer, scaler):
+    """Put what open_run() returned into the network, the optimizer, the scaler and the state of a run at its start."""
     net.load_state_dict(saved.pop('model'))
     optimizer.load_state_dict(saved.pop('optimizer'))
+    scaler.load_state_dict(saved.pop('scaler', {}))
     state['losses'][:saved['step']] = saved.pop('losses')
+    state['skipped'] += saved.pop('skipped', 0)
     state.update(saved)
 
 
 class Saver:
-    """Writes a run's state, its kept encoders and its log, beside a GPU in a thread; ranks other than 0 do nothing."""
+    """Writes a run's state, its kept encoders and its log, on a GPU in a background thread. Other ranks do nothing."""
 
-    def __init__(self, results, net, optimizer):
-        self.results, self.net, self.optimizer, self.last = results, net, optimizer, time.monotonic()
-        self.thread, self.writing = ThreadPoolExecutor(1), None
+    def __init__(self, results, net, optimizer, scaler):
+        self.results, self.net, self.optimizer, self.scaler = results, net, optimizer, scaler
+        self.thread, self.writing, self.last = ThreadPoolExecutor(1), None, time.monotonic()
 
     def wait(self):
         """Return when all is written; UserError if something cannot be."""
         if self.writing:
             self.writing.result()
 
+    def due(self):
+        """Whether the last state is ten minutes old."""
+        return time.monotonic() - self.last > 600
+
     def epoch_ended(self, state, keep):
         """Write the log; the encoder, if it is to be kept; and the state with it, or once a minute."""
         if keep or time.monotonic() - self.last > 60:
             self.save(state, keep)
-        elif RANK == 0:
+        elif ranks().rank == 0:
             self.wait()
             write_table(self.results / 'log.csv', state['log'], LOG)
 
-    def save(self, state, keep=False):
-        """Write last.pth, all that resuming needs, and the log; with keep, first the encoder as model_{epoch}.pth."""
+    def save(self, state, keep=False, buffers=None):
+        """Write last.pth, all that resuming needs, and the log; with keep, first the encoder as model_{epoch}.pth.
+
+        Args:
+            buffers: by name, values that replace the network's own.
+        """
         self.wait()
         self.last = time.monotonic()
-        if RANK != 0:
+        if ranks().rank != 0:
             return
 
         def host(x):  # loads without a GPU; from one the copy is under way while training goes on
             return x.detach().to('cpu', non_blocking=True)
 
-        weights, optimizer = {name: host(x) for name, x in self.net.state_dict().items()}, self.optimizer.state_dict()
+        weights = {name: host(x) for name, x in {**self.net.state_dict(), **(buffers or {})}.items()}
+        optimizer = self.optimizer.state_dict()
         optimizer['state'] = {i: {name: host(x) for name, x in s.items()} for i, s in optimizer['state'].items()}
-        whole = dict(state, model=weights, optimizer=optimizer, losses=host(state['losses'][:state['step']]))
+        whole = dict(state, model=weights, optimizer=optimizer, scaler=self.scaler.state_dict(),
+                     losses=host(state['losses'][:state['step']]), skipped=host(state['skipped']))
         if state['losses'].is_cuda:
             copied = torch.cuda.current_stream().record_event()
             self.writing = self.thread.submit(self.write, whole, keep, copied)
@@ -217,30 +191,11 @@ def provenance(device):
     """What made the files of a run, for its JSON."""
     versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
                     numpy=np.__version__, pillow=PIL.__version__, opencv=cv2.__version__)
-    return dict(command=shlex.join(sys.argv), ranks=WORLD, device=device_name(device), versions=versions)
+    return dict(command=shlex.join(sys.argv), ranks=ranks().world, device=device_name(device), versions=versions)
 
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-
-
-def read_json(path):
-    """What write_json() wrote; UserError that names the file if it holds anything else."""
-    try:
-        return verified(json.loads(Path(path).read_text('utf-8-sig')), path)
-    except (OSError, UnicodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f'{path} is damaged or not of a run ({type(error).__name__})') from None
-
-
-def read_table(path, columns):
-    """The numbers of a CSV file with these columns, of which epoch counts up; UserError that names the file."""
-    try:
-        table = pd.read_csv(path, encoding='utf-8-sig')[list(columns)].astype(float)
-    except (OSError, ValueError, KeyError, pd.errors.ParserError) as error:
-        raise UserError(f'{path} is damaged or not of a run ({type(error).__name__}: {error!s:.60})') from None
-    if (table['epoch'].diff()[1:] != 1).any() or not table['epoch'][:1].isin([0, 1]).all():
-        raise UserError(f'{path} is damaged or not of a run: its epochs do not count up')
-    return table
 
 
 def read_run(directory):
@@ -257,10 +212,19 @@ def read_run(directory):
     run, log = read_json(directory / 'config.json'), read_table(directory / 'log.csv', LOG)
     settings = run['settings']
     run.update(log=log, objective=objective_name(settings), data=data_name(settings))
-    run['identity'] = {name: value for name, value in settings.items() if name not in FREE} | dict(
-        objective=run['objective'], data=run['data'], ranks=run['ranks'],
-        images='{train} + {test}'.format(**run['images']))
+    kept = {name: value for name, value in settings.items() if name not in FREE and (name, value) not in LATER.items()}
+    run['identity'] = kept | dict(objective=run['objective'], data=run['data'], ranks=run['ranks'],
+                                  images='{train} + {test}'.format(**run['images']))
     return run
+
+
+def is_data_of(about, data):
+    """Whether a config.json, or the JSON of a probe, is of the data: by its digest; if older, by labels or counts."""
+    if about.get('data_digest'):
+        return about['data_digest'] == data.digest
+    if about.get('data'):  # an older probe's
+        return about['data'] == digest([{}, *labels_of(data)])
+    return about.get('classes') == data.classes and about['images']['test'] == len(data.test)
 
 
 def data_name(settings):
@@ -276,6 +240,11 @@ def objective_name(settings):
     return ', '.join(text for there, text in parts if there)
 
 
+def crc(path):
+    """The CRC-32 of a file, by which a checkpoint is known."""
+    return zlib.crc32(path.read_bytes())
+
+
 def read_probe(directory, epochs, name):
     """Settings and last row of a finished probe of the encoder after so many epochs, or None and None.
 
@@ -285,9 +254,10 @@ def read_probe(directory, epochs, name):
     if not file.exists() or not file.with_suffix('.json').exists():
         return None, None
     about, rows = read_json(file.with_suffix('.json')), read_table(file, PROBE)
-    if checkpoint.exists() and about['encoder'] != hashlib.sha256(checkpoint.read_bytes()).hexdigest():
+    known = (crc(checkpoint), hashlib.sha256(checkpoint.read_bytes()).hexdigest()) if checkpoint.exists() else ()
+    if known and about['encoder'] not in known:  # an earlier version wrote the SHA-256
         return None, None
-    settings = about['settings'] | {'command': about['command'], 'data': about.get('data')}
+    settings = about['settings'] | {name: about.get(name) for name in ('command', 'data', 'data_digest')}
     return (settings, rows.iloc[-1]) if rows['epoch'].max() == settings['epochs'] else (None, None)
 
 
@@ -302,6 +272,12 @@ def accuracies(checkpoint):
     log = read_table(checkpoint.with_name('log.csv'), LOG)
     names = [f'model_{epoch:.0f}.pth' for epoch in log['epoch']]
     written = dict(zip(names, log['encoder'])).get(checkpoint.name)
-    if not pd.isna(written) and written != zlib.crc32(checkpoint.read_bytes()):
+    if not pd.isna(written) and written != crc(checkpoint):
         raise UserError(f'{checkpoint} is not what the run in {checkpoint.parent} wrote: move it elsewhere to use it')
     return {name: accuracy for name, accuracy in zip(names, log['test_acc@1']) if not pd.isna(accuracy)}
+
+
+def markdown(rows):
+    """A table for people, from rows of cells, the first of which are heads."""
+    head, *rows = [list(map(str, row)) for row in rows]
+    return ''.join(f'| {" | ".join(row)} |\n' for row in [head, ['---'] * len(head), *rows])

@@ -1,12 +1,11 @@
 """One process among others: its rank, its device, the signals that stop it, and how it ends."""
 
 import os
-import shutil
 import signal
 import sys
-import sysconfig
 from datetime import timedelta
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,61 +14,77 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others before it ends with an error
-RANK, LOCAL_RANK = int(os.environ.get('RANK', 0)), int(os.environ.get('LOCAL_RANK', 0))
-WORLD, LOCAL_WORLD = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-CORES = max(1, cpu_count() // LOCAL_WORLD)  # this rank's share of what affinity and cgroup leave to this process
+FIRST_TIMEOUT = timedelta(hours=12)  # at the start: until all machines have downloaded or decoded their data
 
 
 class UserError(ValueError):
-    """Something that the user can mend. Its text says in one line what is wrong and what to do."""
+    """An error that the user can fix; its message says how, in one line."""
+
+
+class Ranks(NamedTuple):
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def ranks():
+    """This process among others: torch.distributed's, if it is initialised; else the launcher's; else one process."""
+    env = os.environ
+    if dist.is_available() and dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    elif all(env.get(name) for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')):
+        rank, world = int(env['RANK']), int(env['WORLD_SIZE'])
+    else:  # variables that a scheduler or a notebook left behind start nothing
+        return Ranks(0, 1, 0, 1)
+    return Ranks(rank, world, int(env.get('LOCAL_RANK') or 0), int(env.get('LOCAL_WORLD_SIZE') or 1))
+
+
+def cores():
+    """This rank's share of the cores that affinity and cgroup leave to this process."""
+    return max(1, cpu_count() // ranks().local_world)
 
 
 def check_machine(precision):
-    """Warn about a GPU that cannot be used, or a precision that it only emulates; UserError if ranks outnumber GPUs."""
+    """Warn about a GPU that cannot be used or a precision that does not suit it; UserError if ranks outnumber GPUs."""
     if torch.cuda.is_available():
-        if torch.cuda.device_count() < LOCAL_WORLD:
-            raise UserError(f'{torch.cuda.device_count()} GPUs here: start at most as many ranks, one for each')
+        gpus = torch.cuda.device_count()
+        if gpus < ranks().local_world and (gpus > 1 or dist.is_torchelastic_launched()):  # Slurm may show one to each
+            raise UserError(f'{gpus} GPUs here: start at most as many ranks, one for each')
         if precision == 'bf16' and default_precision() == 'fp32':
-            say('--precision bf16: this GPU emulates it, which is slower than fp32')
+            say('--precision bf16: this GPU emulates it, which is slower than fp32; --precision fp16 is faster')
+        if precision == 'fp32' and default_precision() == 'fp32':
+            say('This GPU has no bf16: --precision fp16 is faster than fp32 and takes half of the memory')
     elif os.environ.get('CUDA_VISIBLE_DEVICES') != '' and any(
             map(os.path.exists, ('/proc/driver/nvidia/version', '/dev/kfd'))):  # of NVIDIA's and of AMD's driver
         say(f'There is a GPU, but torch {torch.__version__} cannot use it: the driver is older than this torch needs, '
             'torch was built for CPUs, or the container was started without GPUs. The run goes on on the CPU')
 
 
-def can_compile():
-    """Whether all is here that torch.compile() builds with; if not, a line says what to install."""
-    cuda = torch.cuda.is_available()  # Triton builds with a C compiler, Inductor's CPU code with a C++ compiler
-    default = 'clang++' if sys.platform == 'darwin' else 'g++'
-    compilers = (os.environ.get('CC', 'gcc'), 'clang') if cuda else (os.environ.get('CXX', default),)
-    found = {'a C compiler' if cuda else 'a C++ compiler': any(map(shutil.which, compilers)),
-             'Python.h': os.path.exists(os.path.join(sysconfig.get_path('include', 'posix_prefix'), 'Python.h'))}
-    if not all(found.values()):
-        say(f'Not compiled: {" and ".join(name for name in found if not found[name])} not found. Install what is '
-            'missing to train faster (Debian: apt install build-essential python3-dev)')
-    return all(found.values())
-
-
 def start():
-    """Join torchrun's process group, if there is one, and return this rank's device."""
+    """Join the launcher's process group, if there is one, and return this rank's device."""
+    rank, world, local_rank, _ = ranks()
     cuda = torch.cuda.is_available()
-    device = torch.device('cuda', LOCAL_RANK) if cuda else torch.device('cpu')
+    device = torch.device('cuda', local_rank if torch.cuda.device_count() > 1 else 0) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
-    if 'RANK' in os.environ and not dist.is_initialized():
-        store, _, _ = next(dist.rendezvous('env://', timeout=TIMEOUT))
+    if world > 1 and not dist.is_initialized():
+        store, _, _ = next(dist.rendezvous('env://', timeout=FIRST_TIMEOUT))
         if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
             # torch numbers the keys of its process groups anew in each process. torchrun's store, however, outlives a
             # restart, and the addresses of dead ranks would stand under the same keys: each restart has its own.
             store = dist.PrefixStore(f'restart {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
-        dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=RANK, world_size=WORLD, timeout=TIMEOUT,
+        store.set(f'ready {rank}', '')
+        store.wait([f'ready {other}' for other in range(world)], FIRST_TIMEOUT)
+        dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=rank, world_size=world, timeout=TIMEOUT,
                                 device_id=device if cuda else None)
     return device
 
 
 def autocast(device, precision):
-    """The autocast of --precision, bf16 or fp32 (none)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
+    """The autocast of --precision: bf16, fp16 or fp32 (none)."""
+    dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != 'fp32')
 
 
 def default_precision():
@@ -86,12 +101,12 @@ def fits(device, *tensors):
 def on_rank0(function):
     """The result of function(), run by rank 0 alone, on every rank; a UserError in it is raised on every rank."""
     both = [None, None]  # result and error
-    if RANK == 0:
+    if ranks().rank == 0:
         try:
             both[0] = function()
         except UserError as error:
             both[1] = error
-    if WORLD > 1:
+    if ranks().world > 1:
         dist.broadcast_object_list(both)
     if both[1]:
         raise both[1]
@@ -100,26 +115,27 @@ def on_rank0(function):
 
 def sum_ranks(x):
     """The sum of x over all ranks, in place."""
-    if WORLD > 1:
+    if ranks().world > 1:
         dist.all_reduce(x)
     return x
 
 
 def gather(x):
     """Every rank's rows, in rank order: (n_rank, ...) -> (n, ...). Numbers of rows may differ."""
-    if WORLD == 1:
+    rank, world, _, _ = ranks()
+    if world == 1:
         return x
-    sizes = x.new_zeros(WORLD, dtype=torch.int64)
-    sizes[RANK] = len(x)
+    sizes = x.new_zeros(world, dtype=torch.int64)
+    sizes[rank] = len(x)
     ends = sum_ranks(sizes).cumsum(0).tolist()
     whole = x.new_zeros(ends[-1], *x.shape[1:])
-    whole[ends[RANK] - len(x):ends[RANK]] = x
+    whole[ends[rank] - len(x):ends[rank]] = x
     return sum_ranks(whole)
 
 
 def distributed(net, device):
     """The network under DDP, if there are several ranks; the views of a step go through it one after the other."""
-    if WORLD == 1:
+    if ranks().world == 1:
         return net
     # DDP must not overwrite BatchNorm's buffers between two forwards; torch 2.13 renamed the flag that says so.
     known = signature(DistributedDataParallel).parameters
@@ -127,18 +143,19 @@ def distributed(net, device):
     return DistributedDataParallel(net, [device] if device.type == 'cuda' else None, **{name: False})
 
 
-def average_buffers(net):
-    """BatchNorm's running statistics, kept by each rank of its own part, become their mean over ranks."""
-    for buffer in net.buffers():
-        if WORLD > 1 and buffer.is_floating_point():
-            sum_ranks(buffer).div_(WORLD)
+def averaged_buffers(net):
+    """By name, the means over ranks of BatchNorm's running statistics, which each rank keeps of its own part."""
+    world = ranks().world
+    return {name: sum_ranks(buffer.clone()).div_(world) for name, buffer in net.named_buffers()
+            if world > 1 and buffer.is_floating_point()}
 
 
-STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # Ctrl-C, a scheduler, a closed terminal
+STOP_SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+# Ctrl-C, a scheduler, a closed terminal, which Windows does not have
 
 
 def stop_signals():
-    """The signals that ask a process to end, without those it ignores, as nohup lets it."""
+    """The stop signals, minus any that this process ignores (SIGHUP under nohup)."""
     return [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
 
 
@@ -151,46 +168,60 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Keeps Ctrl-C, SIGTERM and SIGHUP until the loop asks; a second Ctrl-C ends at once, which loses no file."""
+    """Within `with`, keeps the stop signals until the loop asks. A second Ctrl-C ends at once and loses no file."""
 
-    def __init__(self):
-        self.caught = 0
-        for signum in stop_signals():
-            signal.signal(signum, self.catch)
+    def __enter__(self):
+        self.caught, self.before = 0, {signum: signal.signal(signum, self.catch) for signum in stop_signals()}
+        return self
+
+    def __exit__(self, *error):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
     def catch(self, signum, frame):
         self.caught = signum
         if signum == signal.SIGINT:  # SIGTERM may come twice, from a cluster's scheduler and from torchrun
             signal.signal(signum, signal.SIG_DFL)
 
-    def check(self):
-        """Raise Stopped, on every rank, if any rank was asked to stop. Every rank must call it at the same place."""
-        caught = torch.tensor([self.caught], device='cuda' if torch.cuda.is_available() and WORLD > 1 else 'cpu')
-        if WORLD > 1:
-            dist.all_reduce(caught, dist.ReduceOp.MAX)
-        if caught.item():
-            raise Stopped(caught.item())
+    def check(self, due=False):
+        """Whether anything is due on any rank. Every rank must call it at the same place.
+
+        Raises:
+            Stopped: on every rank, if any rank was asked to stop.
+        """
+        world = ranks().world
+        asked = torch.tensor([self.caught, due], device='cuda' if torch.cuda.is_available() and world > 1 else 'cpu')
+        if world > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        caught, due = asked.tolist()
+        if caught:
+            raise Stopped(caught)
+        return bool(due)
 
 
 def say(text):
     """Print once for all ranks, above a progress bar."""
-    if RANK == 0:
+    if ranks().rank == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
-def run(main):
-    """Run a script's main(). What a user can cause ends with one line, said once a machine, not with a traceback."""
-    sys.stdout.reconfigure(errors='backslashreplace')  # a directory's name may have letters that the locale has not
+def run(main, memory='free it, or use the CPU by CUDA_VISIBLE_DEVICES='):
+    """Run a script's main(). An error that the user can cause ends with one line, said once a machine, no traceback.
+
+    Args:
+        memory: what to do when the memory of the GPU is full.
+    """
+    if hasattr(sys.stdout, 'reconfigure'):  # a notebook's has not
+        sys.stdout.reconfigure(errors='backslashreplace')  # names may have letters that the locale has not
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()  # only here: after an error the other ranks would not join in
     except (UserError, PermissionError) as error:  # the latter names its file
-        raise SystemExit(f'error: {error}' if LOCAL_RANK == 0 else 1) from None
+        raise SystemExit(f'error: {error}' if ranks().local_rank == 0 else 1) from None
     except torch.OutOfMemoryError as error:
-        raise SystemExit(f'error: the GPU\'s memory is full ({str(error).partition(". ")[0]}): start more ranks, which '
-                         'share the batch, or lower --batch_size or --image_size, in another --results_dir') from None
+        raise SystemExit(f'error: the GPU\'s memory is full ({str(error).partition(". ")[0]}): {memory}') from None
     except KeyboardInterrupt:
         print('Interrupted', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

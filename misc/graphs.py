@@ -25,8 +25,8 @@ from sklearn.svm import SVC
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import files
 import flags
-import runs
 import runtime
 from losses import contrastive_loss
 
@@ -145,7 +145,7 @@ def main(argv=None):
     results, file = Path(args.results_dir), f'{args.dataset_name}_{args.objective}.csv'.replace('_infograph', '')
     tau_plus = args.tau_plus if args.tau_plus is not None else 0.5 if args.objective == 'published' else 0.1
     keys = [('untrained', '', ''), *((args.objective, f'{beta:g}', f'{tau_plus:g}') for beta in args.betas)]
-    runs.lock(results)
+    files.lock(results)
     try:
         tables = {p.name: pd.read_csv(p, usecols=COLUMNS, dtype=str, keep_default_na=False).assign(
             data=p.stem.removesuffix('_published').removesuffix('_graphcl')) for p in sorted(results.glob('*.csv'))}
@@ -158,7 +158,7 @@ def main(argv=None):
     for key in tqdm(todo, unit='run'):
         start, accuracy = time.perf_counter(), train(graphs, y, key[0], *(float(x or 0) for x in key[1:3]), int(key[3]))
         rows.loc[len(rows)] = [*key, f'{accuracy:.4f}', f'{time.perf_counter() - start:.1f}', args.dataset_name]
-        runs.write(results / file, rows.to_csv(columns=COLUMNS, index=False).encode())
+        files.write(results / file, rows.to_csv(columns=COLUMNS, index=False).encode())
     rows = pd.concat(tables.values()).astype({'accuracy': float})
     wide = rows.pivot_table('accuracy', 'repeat', ['data', *COLUMNS[:3]], sort=False)
     table = '| data | objective | β | τ⁺ | repeats | accuracy, % | to β = 0 | to untrained |\n' + 8 * '|---' + '|\n'
@@ -166,7 +166,7 @@ def main(argv=None):
         gains = (a - wide.get(base, a) for base in ((*key[:2], '0', key[3]), (key[0], 'untrained', '', '')))
         cells = (f'{gain.mean():+.1f} ± {gain.std():.1f}' if gain.any() else '' for gain in gains)
         table += f'| {" | ".join(key)} | {a.count()} | {a.mean():.1f} ± {a.std():.1f} | {" | ".join(cells)} |\n'
-    runs.write(results / 'table.md', table.encode())
+    files.write(results / 'table.md', table.encode())
     print(table)
 
 

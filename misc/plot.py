@@ -29,12 +29,14 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flags
 import runtime
-from augment import MEAN, STD, apply, draw, seeded
+from augment import draw, transform
+from batches import seeded
 from data import load_data
 from evaluate import encode
 from losses import contrastive_loss
 from model import load_model, unit
-from runs import OBJECTIVE, accuracies, data_name, read_run, write
+from files import write
+from runs import OBJECTIVE, accuracies, data_name, read_run
 from runtime import UserError
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
@@ -159,7 +161,8 @@ def open_checkpoint(path, args, unlabeled=False):
     flags.fill_data_flags(named, run['settings'])
     run['data'] = data_name(vars(named))
     run['settings'] |= {name: getattr(named, name) for name in (flag[2:] for flag, *_ in flags.DATA)}
-    data = load_data(named.dataset_name, named.root, named.store_size, unlabeled, named.cache_dir, named.skip_damaged)
+    data = load_data(named.dataset_name, named.root, named.store_size, unlabeled, named.cache_dir, named.skip_damaged,
+                     named.fit, named.holdout)
     return net, run, data
 
 
@@ -277,10 +280,9 @@ def negatives(args):
         raise UserError(f'{len(data.test)} test images: a batch of {BATCH} is drawn')
     chosen = some(len(data.test), BATCH, args.seed)
     images, labels, query = data.test[chosen], data.test_labels[chosen].repeat(2), args.query
-    drawn = [draw(BATCH, *images.shape[2:], seeded(args.seed, view)) for view in range(2)]
-    views = [net(apply(images, p, settings['image_size']))[1] for p in drawn]  # 2 x (B, D)
-    seen = torch.cat([apply(images, p, images.shape[2]) for p in drawn])  # the same views, as large as the images
-    seen = (seen * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+    drawn = [draw(BATCH, *images.shape[2:], seeded(args.seed, view), **flags.recipe(settings)) for view in range(2)]
+    views = [net(transform(images, p, settings['image_size']))[1] for p in drawn]  # 2 x (B, D)
+    seen = torch.cat([transform(images, p, images.shape[2]) for p in drawn])  # the same views, as large as the images
     cosine = torch.cat(views) @ views[0][query]  # (2B,), with the first view of the query
     negative = (torch.arange(2 * BATCH) % BATCH != query).nonzero()[:, 0]
     negative = negative[cosine[negative].argsort()]

@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import files
 import flags
 import runs
 import runtime
@@ -80,8 +81,8 @@ def main(argv=None):
             check('main.py', *wanted, '--dataset_name', 'folder', '--root', os.devnull)
         run_all(planned, probe, args.jobs)
     table = make_table(results)
-    runs.write_table(results / 'table.csv', table, list(table))
-    runs.write(results / 'table.md', markdown(table).encode())
+    files.write_table(results / 'table.csv', table, list(table))
+    files.write(results / 'table.md', markdown(table).encode())
     print(f'\n{markdown(table)}\nfiles in {results}: table.csv, table.md')
 
 
@@ -106,7 +107,7 @@ def run_all(planned, probe, jobs):
         command = [os.path.relpath(ROOT / script), *arguments]
         # In a session of its own a run does not get the terminal's Ctrl-C as well, which would be its second signal.
         with subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env={**os.environ, 'OMP_NUM_THREADS': str(max(1, runtime.CORES // jobs))},
+                              env={**os.environ, 'OMP_NUM_THREADS': str(max(1, runtime.cores() // jobs))},
                               start_new_session=True) as process:
             running.add(process)
             if stopped:
@@ -123,7 +124,7 @@ def run_all(planned, probe, jobs):
     def train_and_probe(run):
         directory, words = run
         call('main.py', *words, '--results_dir', str(directory))
-        epochs = runs.read_json(directory / 'config.json')['settings']['epochs']
+        epochs = files.read_json(directory / 'config.json')['settings']['epochs']
         wanted = ['--model_path', str(directory / f'model_{epochs}.pth'), *probe]
         for name in METRICS[1:]:
             settings, _ = runs.read_probe(directory, epochs, name)
@@ -172,7 +173,7 @@ def make_table(results):
             if settings:
                 row[f'{probe}_command'] = settings.pop('command')
                 row[f'{probe}_how'] = ', '.join(f'{name} {value}' for name, value in sorted(settings.items())
-                                                if name not in ('model_path', 'root', 'data'))
+                                                if name not in ('model_path', 'root', 'data', 'data_digest'))
         rows.append(row)
     if not rows:
         raise UserError(f'{results} holds no finished run')
@@ -215,11 +216,11 @@ def markdown(table):
     shared = [name for name in SHOWN if name not in differ and table[name].iloc[0] != '']
     minutes = ' to '.join(dict.fromkeys(f'{x:.0f}' for x in (table['minutes'].min(), table['minutes'].max())))
     heads = ['objective', *differ, 'seeds', *(TITLES[name] for name in shown)]
-    lines = [heads, ['---'] * len(heads)]
+    lines = [heads]
     for _, row in table.iterrows():
         lines.append([row['objective'], *(row[name] for name in differ), row['seeds'],
                       *(cell(row, name) for name in shown)])
-    return ''.join(f'| {" | ".join(map(str, line))} |\n' for line in lines) + (
+    return runs.markdown(lines) + (
         f'\n± is the standard deviation over seeds. Training took {minutes} minutes a run, on average. All rows: '
         + ', '.join(f'{name} {table[name].iloc[0]}' for name in shared) + '.\n')
 
