@@ -72,9 +72,10 @@ def main(argv=None):
     rows = []
     for what in BENCHES if args.what == 'all' else [args.what]:
         for row in BENCHES[what](args.repeat, device, settings, command):
-            rows.append({**row, 'ratio': row['reference_ms'] / row['ours_ms'], 'device': device_name(device)})
-            values = {name: f'{x:.3g}' if isinstance(x, float) else x for name, x in rows[-1].items()}
-            print(f'{values.pop("what")}:', ', '.join(f'{name} {x}' for name, x in values.items() if x != 'nan'))
+            row['ratio'] = row['reference_ms'] / row['ours_ms']
+            rows.append({**row, 'device': device_name(device)})
+            print(f'{row.pop("what")}, {row.pop("size")}:', ', '.join(
+                f'{name} {x:,.0f}' if x >= 1000 else f'{name} {x:.3g}' for name, x in row.items() if x == x))  # not NaN
             if args.csv:  # after every row: a later bench may fail
                 write_table(args.csv, rows, None)
 

@@ -86,7 +86,7 @@ def test_all_keeps_the_rows_of_every_bench(tiny, tmp_path, monkeypatch, capsys):
     assert (rows['ours_ms'] > 0).all() and rows['ratio'].isna().sum() == 1  # the loss that nothing else can compute
     assert rows['ratio'].dropna().tolist() == pytest.approx((rows['reference_ms'] / rows['ours_ms']).dropna().tolist())
     for what, ratio in zip(rows['what'][1:], rows['ratio'][1:]):
-        assert f'{what}: ' in printed and f'ratio {ratio:.3g}' in printed
+        assert f'{what}, ' in printed and f'ratio {ratio:.3g}' in printed
     views = rows.dropna(subset='mean')  # the same recipe by other hands: alike in mean, spread and sharpness
     for column, tolerance in (('mean', 0.5), ('spread', 0.3), ('neighbours', 0.05)):
         assert views[column].max() - views[column].min() < tolerance
