@@ -34,12 +34,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flags
 import runtime
-from augment import BLUR_SIGMA, CROP_RATIO, CROP_SCALE, JITTER, MEAN, STD, DeviceViews, blur_kernel_size, seeded
+from augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kernel_size, normalize
+from batches import Batches, DeviceViews, ReferenceViews, seeded
 from data import load_data
+from files import write_table
 from losses import contrastive_loss
-from main import arguments, build, place, train_step
-from runs import device_name, write_table
-from utils import ReferenceViews
+from main import arguments, place
+from runs import device_name
+from step import build, train_step
 
 HOME = Path(__file__).parents[1]
 LOSS_SIZES, LARGE_LOSS, AUGMENT_SIZE = (256, 1024, 2048), 16384, 256  # images
@@ -186,11 +188,12 @@ def bench_augment(repeat, device, *_):
     images = F.interpolate(load_data('shapes').train[:4 * batch].float(), 96, mode='bicubic', antialias=True)
     images += 16 * torch.randn(images.shape, generator=seeded(0))  # without it, aliasing would not show
     images = images.round_().clamp_(0, 255).byte()
-    pil = ReferenceViews(images, batch, size)
-    ours = DeviceViews(images, batch, size, device=device, compile=device.type == 'cuda')
-    makers = {'PIL, image by image': partial(next, map(torch.cat, endless(pil))),
-              **dict(peers(images[:batch].repeat(2, 1, 1, 1), size, device)),
-              'ours': partial(next, map(torch.cat, endless(ours)))}
+    batches = Batches(len(images), batch)
+    pil, ours = (map(normalize, map(torch.cat, endless(views))) for views in (
+        ReferenceViews(images, batches, size),
+        DeviceViews(images, batches, size, device, compile=device.type == 'cuda')))
+    makers = {'PIL, image by image': partial(next, pil), **dict(peers(images[:batch].repeat(2, 1, 1, 1), size, device)),
+              'ours': partial(next, ours)}
     *_, ours = times = alternate(repeat, device, *makers.values())
     for (name, make), elapsed in zip(makers.items(), times):
         x = torch.cat([make() for _ in range(4)])  # (8 * batch, 3, 32, 32)
@@ -204,7 +207,7 @@ def peers(images, size, device):
     """A view of each image by the same recipe in other libraries: names and functions () -> (n, 3, size, size)."""
     from torchvision.transforms import v2
     kernel = blur_kernel_size(size)
-    one = v2.Compose([v2.RandomResizedCrop(size, CROP_SCALE, CROP_RATIO), v2.RandomHorizontalFlip(),
+    one = v2.Compose([v2.RandomResizedCrop(size, (0.08, 1.0), CROP_RATIO), v2.RandomHorizontalFlip(),
                       v2.RandomApply([v2.ColorJitter(*JITTER)], 0.8), v2.RandomGrayscale(0.2),
                       v2.RandomApply([v2.GaussianBlur(kernel, BLUR_SIGMA)], 0.5),
                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
@@ -214,7 +217,7 @@ def peers(images, size, device):
     import kornia.augmentation as K
     there = images.to(device)
     for mode, name in (('slice', 'exact crop'), ('resample', 'resampled')):
-        batch = torch.nn.Sequential(K.RandomResizedCrop((size, size), CROP_SCALE, CROP_RATIO, cropping_mode=mode),
+        batch = torch.nn.Sequential(K.RandomResizedCrop((size, size), (0.08, 1.0), CROP_RATIO, cropping_mode=mode),
                                     K.RandomHorizontalFlip(), K.ColorJitter(*JITTER, p=0.8), K.RandomGrayscale(p=0.2),
                                     K.RandomGaussianBlur((kernel, kernel), BLUR_SIGMA),
                                     K.Normalize(torch.tensor(MEAN), torch.tensor(STD))).to(device)
@@ -224,7 +227,7 @@ def peers(images, size, device):
 def stepper(settings, device, published=False, **other):
     """main.py's step as a function of views, on a new network, with main.py's settings or as published."""
     torch.manual_seed(0)
-    net, optimizer = build(settings, device)
+    net, optimizer, scaler = build(settings, device)
     if published:
         net.to(memory_format=torch.contiguous_format)
         optimizer.param_groups[0]['fused'] = None  # torch's default
@@ -233,13 +236,14 @@ def stepper(settings, device, published=False, **other):
 
     def loss_of(*z, labels):
         return loss(*z, **objective)
-    return lambda views: train_step(net, views, None, optimizer, loss_of, autocast, settings.joint_views)
+    return lambda views: train_step(net, views, None, optimizer, loss_of, autocast, scaler, settings.joint_views,
+                                    settings.micro_batch)[0]
 
 
 def fixed_views(settings, device):
-    """Views V x (B, 3, h, w) in channels_last, as DeviceViews yields them."""
+    """Views V x (B, 3, h, w) uint8, as DeviceViews yields them."""
     shape = settings.views, settings.batch_size, 3, settings.image_size, settings.image_size
-    return [x.contiguous(memory_format=torch.channels_last) for x in torch.randn(shape, device=device)]
+    return [*torch.randint(256, shape, dtype=torch.uint8, device=device)]
 
 
 def step_row(what, settings, device, reference, ours):
@@ -259,7 +263,7 @@ def bench_step(repeat, device, settings, command):
     if settings.views == 2:  # the textbook form has no more
         eager, _ = arguments([*command, '--no-compile', '--precision', 'fp32'])
         references['published configuration'] = partial(stepper(eager, device, published=True),
-                                                        [x.contiguous() for x in views])
+                                                        [normalize(x).contiguous() for x in views])
     references['standard objective'] = partial(stepper(settings, device, tau_plus=0, beta=0), views)
     ours = partial(stepper(settings, device), views)
     for name, reference in references.items():

@@ -10,8 +10,7 @@ from conftest import HOME
 
 import bench
 import main
-import runtime
-from augment import seeded
+from batches import seeded
 from losses import contrastive_loss
 
 SIZES = ['--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--batch_size', '8']
@@ -111,14 +110,13 @@ def test_views_network_and_loss_are_one_graph_each(tiny, tmp_path, monkeypatch):
 
     def count_graphs(function, **options):
         def backend(graph, inputs):
-            graphs[function.__name__] += 1
+            graphs[getattr(function, '__name__', 'network')] += 1
             return graph
         return compile(function, **options, fullgraph=True, backend=backend)
 
     monkeypatch.setattr(torch, 'compile', count_graphs)
-    monkeypatch.setattr(runtime, 'can_compile', lambda: True)
     monkeypatch.setattr(main, 'contrastive_loss', count_graphs(contrastive_loss, dynamic=False))
     torch.compiler.reset()
     main.main([*tiny, '--compile', '--epochs', '2', '--knn_every', '1', '--results_dir', str(tmp_path)])
     torch.compiler.reset()
-    assert graphs == {'random_views': 1, '_call_impl': 1, 'contrastive_loss': 1}
+    assert graphs == {'random_views': 1, 'network': 1, 'contrastive_loss': 1}
