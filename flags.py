@@ -5,6 +5,7 @@ import os
 import sys
 
 from decoding import FITS
+from folder import own_size, short_side
 from runtime import ranks, say
 
 
@@ -84,12 +85,14 @@ DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
 DATA = (
     ('--root', 'data', path, 'directory of the data set; stl10 and cifar are downloaded to it'),
     ('--dataset_name', 'stl10', DATASETS, 'what to train on'),
-    ('--store_size', 0, store_size, 'of a folder\'s images; 0: their own if squares of at most 256 px, else 96'),
+    ('--store_size', 0, store_size, 'pixels at which a folder\'s images are kept (default for views above 64 px: a '
+     'seventh more than them; else 0: their own if squares of at most 256 px, else 96)'),
     ('--fit', 'crop', FITS, 'how a folder\'s images become squares: the central one, all squeezed, all on white'),
     ('--holdout', 0.0, real(0, 0.9), 'take a folder\'s directories as classes; test with this part of the images'),
     ('--cache_dir', None, path, 'where decoded images are kept (default: in the folder, or else in ~/.cache)'),
     ('--skip_damaged', False, bool, 'leave out damaged files of a folder'),
-    ('--image_size', 32, integer(8, 512), 'pixels of the training views'),
+    ('--image_size', 32, integer(8, 512), 'pixels of the training views (default: 32; of a folder whose images have '
+     'a median short side above 64 px, that side, at most 224)'),
     ('--test_size', 0, integer(0, 1024), 'pixels of the images that the monitor and the probe test; 0: their own'),
 )
 VIEWS = (
@@ -110,13 +113,32 @@ def recipe(settings):
 def fill_data_flags(args, settings):
     """Give the data flags that were not given the values of a run's settings, or their defaults.
 
-    Sizes of views and tests are the encoder's and always kept. The others describe the run's data set alone.
+    Sizes of views and tests, and what makes images square, are the encoder's and always kept. The others describe the
+    run's data set alone.
     """
     if args.dataset_name not in (None, settings.get('dataset_name')):
-        settings = {name: value for name, value in settings.items() if name in ('image_size', 'test_size')}
+        always = 'image_size', 'test_size', 'store_size', 'fit'
+        settings = {name: value for name, value in settings.items() if name in always}
     for flag, default, *_ in DATA:
         if getattr(args, flag[2:]) is None:
             setattr(args, flag[2:], settings.get(flag[2:], default))
+
+
+def choose_sizes(args, found, before):
+    """Give the sizes and the stem that were not given their values: those of the run that the directory holds, if its
+    settings are `before`; those that fit the images of the Folder `found`; or the published ones."""
+    side = short_side(found.root, found.files) if found and not before else None
+    views = args.image_size or before.get('image_size') or (min(224, side) if side and side > 64 else 32)
+    large = side is not None and views > 64
+    fitting = dict(store_size=round(views * 8 / 7), stem='imagenet') if large else dict(store_size=0, stem='cifar')
+    for name, value in dict(image_size=views, test_size=0, **fitting).items():
+        if getattr(args, name) is None:
+            setattr(args, name, before.get(name, value))
+    if side:
+        n, kept = len(found.files), args.store_size or own_size(found.root, found.files)
+        say(f'{found.root}: {n:,} images, the median of whose short sides is {side} px, are kept at {kept} px, which '
+            f'takes {n * 3 * kept**2 / 1e9:.2f} GB.\nViews have {views} px, the stem is {args.stem}\'s; an epoch is '
+            f'{args.views * int((found.parts < 2).sum()):,} views. Other values: --image_size, --store_size, --stem')
 
 
 def resolve_objective(parser, args):

@@ -23,7 +23,8 @@ import runtime
 from batches import Batches, DeviceViews, ReferenceViews
 from data import load_data
 from evaluate import encode, knn, label_free
-from files import write_table
+from files import read_json, write_table
+from folder import find_folder
 from losses import contrastive_loss
 from model import ARCHS
 from runtime import UserError, ranks
@@ -32,7 +33,9 @@ from step import build, check_memory, compiled, train_step
 
 def arguments(argv=None):
     parser = flags.Parser(prog='main.py', description=__doc__.partition('\n')[0])
-    flags.add(parser, 'data and views', *flags.DATA,
+    chosen = '--image_size', '--test_size', '--store_size'  # by choose_sizes()
+    flags.add(parser, 'data and views',
+              *((name, None if name in chosen else default, *rest) for name, default, *rest in flags.DATA),
               ('--views', 2, flags.integer(2, 16), 'random views of each image'),
               ('--positives', 'view', ('view', 'label'), 'views of one image, or of random ones of its class'),
               *flags.VIEWS,
@@ -41,7 +44,8 @@ def arguments(argv=None):
     flags.add(parser, 'model',
               ('--arch', 'resnet50', ARCHS, 'backbone f'),
               ('--width', 1.0, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0), 'factor on the channels of f'),
-              ('--stem', 'cifar', ('cifar', 'imagenet'), '3x3 of stride 1, or 7x7 of stride 2 and max-pool'),
+              ('--stem', None, ('cifar', 'imagenet'), '3x3 of stride 1, or 7x7 of stride 2 and max-pool (default: '
+               'cifar; for views of a folder above 64 px imagenet)'),
               ('--hidden_dim', None, flags.integer(1, 65536), 'of g (default: 512 times width)'),
               ('--feature_dim', 128, flags.integer(1, 65536), 'of the embedding z'))
     flags.add(parser, 'objective',
@@ -101,10 +105,15 @@ def main(argv=None):
     runtime.check_machine(args.precision)
     # Before runtime.start(): a download may take longer than the ranks wait for each other.
     labelled = args.oracle or args.positives == 'label'  # other images are of no use then
+    results = Path(args.results_dir)
+    found, before = None, {}
+    if args.dataset_name == 'folder':
+        found, config = find_folder(args.root, not labelled, args.holdout), results / 'config.json'
+        before = read_json(config)['settings'] if config.exists() else {}
+    flags.choose_sizes(args, found, before)
     data = load_data(args.dataset_name, args.root, args.store_size, not labelled, args.cache_dir, args.skip_damaged,
-                     args.fit, args.holdout)
-    steps = check_sizes(parser, args, data)
-    device, results = runtime.start(), Path(args.results_dir)
+                     args.fit, args.holdout, found)
+    steps, device = check_sizes(parser, args, data), runtime.start()
     run, saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
@@ -265,6 +274,10 @@ def check_sizes(parser, args, data):
         parser.error(f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} images: lower it')
     if data.classes and args.k > labelled:
         parser.error(f'--k {args.k} is larger than the kNN memory, {labelled} images: lower it')
+    kept = data.train.shape[2]
+    if args.dataset_name == 'folder' and args.image_size > kept:
+        runtime.say(f'Views of {args.image_size} px enlarge images that are kept at {kept} px: give --store_size '
+                    f'{round(args.image_size * 8 / 7)}, or a lower --image_size')
     return len(data.train) // args.batch_size
 
 

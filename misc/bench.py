@@ -13,6 +13,7 @@ reference. With the published network on a GPU, roof is the share that ours reac
 rate and copy bandwidth, measured in the same run, allow.
 """
 
+import copy
 import importlib.util
 import itertools
 import math
@@ -67,6 +68,7 @@ def main(argv=None):
     device = torch.device(args.device)
     command = ['--dataset_name', 'shapes', *(SMALL if args.device == 'cpu' else ()), *given]
     settings, _ = arguments(command)
+    flags.choose_sizes(settings, None, {})
     print(f'{device_name(device)}; torch {torch.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}')
     torch.backends.cudnn.benchmark = True
     if args.what == 'profile':
@@ -261,7 +263,8 @@ def bench_step(repeat, device, settings, command):
     """Steps on one fixed batch of views."""
     views, references = fixed_views(settings, device), {}
     if settings.views == 2:  # the textbook form has no more
-        eager, _ = arguments([*command, '--no-compile', '--precision', 'fp32'])
+        eager = copy.copy(settings)
+        eager.compile, eager.precision = False, 'fp32'
         references['published configuration'] = partial(stepper(eager, device, published=True),
                                                         [normalize(x).contiguous() for x in views])
     references['standard objective'] = partial(stepper(settings, device, tau_plus=0, beta=0), views)

@@ -9,6 +9,7 @@ import torch
 from conftest import HOME
 
 import bench
+import flags
 import main
 from batches import seeded
 from losses import contrastive_loss
@@ -39,7 +40,9 @@ def test_references_of_the_loss_compute_what_it_computes(reference, setting):
 
 def test_the_published_step_computes_what_main_py_computes():
     settings, _ = main.arguments(['--lr', '1e-5', *SIZES])
+    flags.choose_sizes(settings, None, {})
     device = torch.device('cpu')
+    torch.manual_seed(0)
     views = bench.fixed_views(settings, device)
     ours, published = (bench.stepper(settings, device, published=published) for published in (False, True))
     losses = [[step(views).item() for _ in range(3)] for step in (ours, published)]
