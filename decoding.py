@@ -62,7 +62,7 @@ def decoded(root, files, store_size, fit='crop', cache_dir=None):
     def ready():
         cached = _cached(path)
         if cached and np.array_equal(cached.keys, keys) and all(
-                isinstance(_decode_or_why(root / name, 8, fit), str) for name in cached.damaged):
+                isinstance(decode_or_why(root / name, 8, fit), str) for name in cached.damaged):
             return cached  # no damaged file has become readable since
 
     try:
@@ -123,7 +123,7 @@ def _write_cache(path, root, files, keys, size, fit):
             header(len(files))
             for i in range(0, len(files), 64 * threads):  # few at a time, as they wait in memory to be written
                 names, some = [name for name, *_ in files[i:i + 64 * threads]], keys[i:i + 64 * threads].tolist()
-                found = pool.map(lambda key, name: rows.get(key) or _decode_or_why(root / name, size, fit), some, names)
+                found = pool.map(lambda key, name: rows.get(key) or decode_or_why(root / name, size, fit), some, names)
                 for name, result in zip(names, found):
                     if isinstance(result, str):
                         damaged[name] = result
@@ -150,7 +150,7 @@ def _write_cache(path, root, files, keys, size, fit):
     return _cached(path)
 
 
-def _decode_or_why(path, size, fit):
+def decode_or_why(path, size, fit):
     """What decode() returns, or why the file is damaged."""
     try:
         return decode(path, size, fit)

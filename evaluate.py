@@ -27,18 +27,24 @@ def encode(net, images, index, size, autocast, device, signals=None, block=256, 
     rank, world, _, _ = ranks()
     width = net.features if view is None else net.g[3].out_features
     features = torch.zeros(len(index), width, device=device)
-    some = max(1, PIXELS // (size or images.shape[2])**2)
     for i in tqdm(range(rank * block, len(index), world * block), 'encoding', unit='block', leave=False, delay=3,
                   disable=None if rank == 0 else True):
         x = images.index_select(0, index[i:i + block].to(images.device)).to(device)
         if view is not None:
             x = transform(x, draw(len(x), *x.shape[2:], seeded(view, i, device=device), **recipe or {}), size)
+        feature = features_of(net, x, size, autocast)
         with autocast:
-            feature = torch.cat([net.f(resized(part, size)).flatten(1) for part in x.split(some)])
             features[i:i + block] = feature if view is None else unit(net.g(feature))
         if signals and world == 1:
             signals.check()
     return sum_ranks(features)
+
+
+def features_of(net, images, size, autocast):
+    """f's features (b, width) of (b, 3, H, W) uint8 images at size pixels (0: their own), some at a time."""
+    some = max(1, PIXELS // (size or images.shape[2])**2)
+    with autocast:
+        return torch.cat([net.f(resized(part, size)).flatten(1) for part in images.split(some)])
 
 
 def resized(images, size):
