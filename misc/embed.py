@@ -63,7 +63,7 @@ def main(argv=None):
         raise UserError(listing.problems[0] if listing.problems else f'{root}: no image in it or below it')
     device = runtime.start()
     autocast = runtime.autocast(device, args.precision or runtime.default_precision())
-    size, rows = args.store_size or own_size(root, files), Path(f'{args.out}.part')
+    size, rows = args.store_size or own_size(root, files), Path(f'{args.out}.rows.part')
     shape = len(files), net.features
 
     def create():
