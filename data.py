@@ -24,7 +24,7 @@ class Data:
     """Images (N, 3, H, W) uint8, labels (N,) int64 with -1 where there is none, and the names of the classes.
 
     Without labels there are no test images and no classes. digest identifies the content of the whole data set,
-    wherever it lies; damaged names the files that were left out as such.
+    wherever it lies; damaged names the files that were left out as such, names those of a folder's training images.
     """
 
     train: torch.Tensor
@@ -34,6 +34,7 @@ class Data:
     classes: list
     digest: str
     damaged: tuple = ()
+    names: tuple = ()
 
 
 def digest_of(*parts):
@@ -165,7 +166,8 @@ def _folder(found, store_size, unlabeled, cache_dir, skip_damaged, fit):
             raise UserError(f'{root}: every {kind} image of {classes[min(empty)]} is damaged')
     n, first = int((parts <= unlabeled).sum()), int((parts < 2).sum())
     return Data(images[:n], labels[:n], images[first:], labels[first:], classes,
-                digest_of(parts, labels, content.digests[intact], classes), tuple(damaged))
+                digest_of(parts, labels, content.digests[intact], classes), tuple(damaged),
+                tuple(name for (name, *_), good in zip(found.files, intact) if good)[:n])
 
 
 def _outlines():

@@ -18,10 +18,18 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
         kept = [word for before, word in zip(['', *words], words) if word != '=' or before[:2] != '--']
-        return super().parse_known_args(kept, namespace)
+        return super().parse_known_args([negative(word) for word in kept], namespace)
 
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {message}\n' if ranks().rank == 0 else None)
+
+
+def negative(word):
+    """The word, or with a space before it if it is a number such as -5e-1, which argparse takes for a flag."""
+    try:
+        return f' {word}' if word[:1] == '-' and float(word) < 0 else word
+    except ValueError:
+        return word
 
 
 def number(kind, text, valid):
@@ -53,8 +61,8 @@ SWITCH = argparse.BooleanOptionalAction
 count = integer(1, 1_000_000)
 fraction = number(float, 'in [0, 1)', lambda x: 0 <= x < 1)
 seed = integer(0, 2**32 - 1)
-path = number(str, 'the name of a file or directory', lambda x: x.strip() and '\0' not in x and all(
-    len(part) < 256 for part in os.fsencode(x).split(b'/')))
+path = number(os.path.expanduser, 'the name of a file or directory', lambda x: x.strip() and '\0' not in x and all(
+    len(part) < 256 for part in os.fsencode(x).split(b'/')))  # a shell leaves the ~ in --flag=~/name
 store_size = number(int, '0 or an integer from 8 to 1024', lambda x: x == 0 or 8 <= x <= 1024)
 
 

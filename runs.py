@@ -218,6 +218,25 @@ def read_run(directory):
     return run
 
 
+def name_data(found):
+    """Give every data set of the runs found a name of its own, in their identity too: the same data have one name.
+
+    Data are known by their digest; those of a run without one by classes and numbers of images.
+    """
+    def labels(run):
+        return run['classes'], run['images']
+
+    keys, names = [], {}
+    for run in found:
+        alike = {other['data_digest'] for other in found if 'data_digest' in other and labels(other) == labels(run)}
+        key = alike.pop() if len(alike) == 1 else digest([run['data'], *labels(run)])
+        keys.append(run.get('data_digest', key))
+        names.setdefault(keys[-1], run['data'])
+    for run, key in zip(found, keys):
+        shared = list(names.values()).count(names[key]) > 1
+        run['data'] = run['identity']['data'] = names[key] + f' ({key[:8]})' * shared
+
+
 def is_data_of(about, data):
     """Whether a config.json, or the JSON of a probe, is of the data: by its digest; if older, by labels or counts."""
     if about.get('data_digest'):
@@ -245,10 +264,11 @@ def crc(path):
     return zlib.crc32(path.read_bytes())
 
 
-def read_probe(directory, epochs, name):
+def read_probe(directory, epochs, name, data_digest=None):
     """Settings and last row of a finished probe of the encoder after so many epochs, or None and None.
 
-    A probe of another encoder of that name does not count. If the encoder was deleted, its probe still counts.
+    A probe of another encoder of that name, or on data of another digest, does not count. If the encoder was deleted,
+    its probe still counts.
     """
     file, checkpoint = directory / f'model_{epochs}_{name}.csv', directory / f'model_{epochs}.pth'
     if not file.exists() or not file.with_suffix('.json').exists():
@@ -256,6 +276,8 @@ def read_probe(directory, epochs, name):
     about, rows = read_json(file.with_suffix('.json')), read_table(file, PROBE)
     known = (crc(checkpoint), hashlib.sha256(checkpoint.read_bytes()).hexdigest()) if checkpoint.exists() else ()
     if known and about['encoder'] not in known:  # an earlier version wrote the SHA-256
+        return None, None
+    if None not in (data_digest, about.get('data_digest')) and data_digest != about['data_digest']:
         return None, None
     settings = about['settings'] | {name: about.get(name) for name in ('command', 'data', 'data_digest')}
     return (settings, rows.iloc[-1]) if rows['epoch'].max() == settings['epochs'] else (None, None)

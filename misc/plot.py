@@ -11,51 +11,26 @@ Data set and sizes come from the config.json beside a checkpoint. Runs whose set
 drawn as one line of means and a band of one standard deviation.
 """
 
-import copy
 import io
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use('agg')
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-import torch
-from sklearn.manifold import TSNE
-from sklearn.metrics import roc_auc_score
+
+import pictures
+from pictures import BATCH, COLOURS, MARKERS, OWN, names, plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flags
 import runtime
-from augment import draw, transform
-from batches import seeded
-from data import load_data
-from evaluate import encode
 from files import write
-from losses import contrastive_loss
-from model import load_model, unit
-from runs import OBJECTIVE, accuracies, data_name, read_run
+from runs import name_data, read_run
 from runtime import UserError
 
-COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
-STANDARD, DEBIASED, HARD = 'standard', 'debiased, τ⁺ = 0.1', 'hard, τ⁺ = 0.1, β = 1'
-OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[2], HARD: COLOURS[1]}  # in all pictures of objectives
-CLASSES = ['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59', '#e76300', '#b9ac70', '#717581', '#92dadd']
-# Petroff, Accessible color sequences for data visualization, arXiv 2107.02270
-RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
-MARKERS = 'os^Dv'
 GRAPHS = dict(infograph='InfoGraph, the paper\'s form', published='InfoGraph, the released code\'s', graphcl='GraphCL')
-BATCH = 256  # images of the batch whose negatives are drawn
 CURVES = [('train_loss', 'training loss (nats)'), ('test_acc@1', 'kNN accuracy on test images (%)'),
           ('alignment', 'alignment of z (0: views are equal)'), ('uniformity', 'uniformity of z (less: more even)'),
           ('rankme', 'RankMe of f (more is better)')]
-plt.rcParams.update({'figure.dpi': 160, 'savefig.facecolor': 'white', 'font.size': 9, 'axes.grid': True,
-                     'grid.color': '#dddddd', 'axes.axisbelow': True, 'axes.spines.top': False,
-                     'axes.spines.right': False, 'legend.frameon': False, 'figure.constrained_layout.use': True})
-
-
 def main(argv=None):
     parser = flags.Parser(prog='plot.py', description=__doc__.partition('\n')[0])
     commands = parser.add_subparsers(dest='what', required=True, metavar='PICTURE', prog='plot.py')
@@ -73,6 +48,11 @@ def main(argv=None):
         if name in ('similarity', 'map'):
             command.add_argument('--images', default=2000, type=flags.integer(100, 5000),
                                  help='test images, at most, drawn at random (default: %(default)s)')
+        if name == 'neighbours':
+            command.add_argument('--query', nargs='+', type=flags.path, help='image files to search for (default: some '
+                                 'test images)')
+            command.add_argument('--memory', default=10_000, type=flags.integer(2, 10_000_000),
+                                 help='images that are searched, at most, drawn at random (default: %(default)s)')
     args = parser.parse_args(argv)
     whole = args.what in ('curves', 'graphs')  # a picture of a directory
     args.paths = [*map(Path, args.paths)]
@@ -87,9 +67,9 @@ def main(argv=None):
 
 def curves(args):
     """Training loss and kNN accuracy against the epoch; without labels alignment, uniformity and RankMe."""
-    groups = {}
-    for path in args.paths:
-        run = read_run(path)
+    groups, found = {}, [read_run(path) for path in args.paths]
+    name_data(found)
+    for run in found:
         groups.setdefault(repr(run['identity'] | {'seed': None}), []).append(run)
     if len(groups) > len(COLOURS):
         raise UserError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
@@ -142,182 +122,12 @@ def graphs(args):
     return figure
 
 
-def names(runs, but=None):
-    """A name for each run: its objective, and the settings by which runs of one objective differ, but for one."""
-    found = [run['objective'] for run in runs]
-    settings = pd.DataFrame([run['identity'] for run in runs]).drop(columns=['objective', *OBJECTIVE])
-    differ = [name for name in settings if settings[name].nunique(dropna=False) > 1 and name != but]
-    if len({*found}) == len(found):
-        return found
-    return [', '.join([name, *(f'{setting} {run["identity"][setting]}' for setting in differ)])
-            for name, run in zip(found, runs)]
-
-
-def open_checkpoint(path, args, unlabeled=False):
-    """The encoder in a checkpoint, the run that wrote it, and data: the run's, or what the flags name."""
-    net, run = load_model(path).eval(), read_run(path.parent)
-    accuracies(path)  # which checks that the run wrote this encoder
-    named = copy.copy(args)
-    flags.fill_data_flags(named, run['settings'])
-    run['data'] = data_name(vars(named))
-    run['settings'] |= {name: getattr(named, name) for name in (flag[2:] for flag, *_ in flags.DATA)}
-    data = load_data(named.dataset_name, named.root, named.store_size, unlabeled, named.cache_dir, named.skip_damaged,
-                     named.fit, named.holdout)
-    return net, run, data
-
-
-def features(net, images, index, run):
-    """f's features (n, width) of the uint8 images at index (n,), on the CPU."""
-    device = runtime.start()
-    net.to(device)
-    return encode(net, images, index, run['settings']['test_size'], runtime.autocast(device, 'fp32'), device).cpu()
-
-
-def some(n, count, seed):
-    """At most count of n indices, in random order."""
-    return torch.randperm(n, generator=seeded(seed))[:count]
-
-
-@torch.no_grad()
-def similarity(args):
-    """Histograms of the cosine similarity of embeddings, for pairs of the same class and of different ones."""
-    opened = [open_checkpoint(path, args) for path in args.paths]
-    figure, axes = plt.subplots(1, len(opened), figsize=(max(4, 2.7 * len(opened)), 3), sharex=True, sharey=True,
-                                squeeze=False)
-    for panel, name, (net, run, data) in zip(axes[0], names([run for _, run, _ in opened]), opened):
-        chosen = some(len(data.test), args.images, args.seed)
-        f = features(net, data.test, chosen, run)  # (n, width)
-        z = unit(net.cpu().g(f))  # (n, D)
-        labels = data.test_labels[chosen]
-        i, j = torch.triu_indices(len(z), len(z), 1)
-        cosine, same = (z @ z.T)[i, j], labels[i] == labels[j]
-        for pairs, colour, text in ((same, COLOURS[5], 'same class'), (~same, COLOURS[7], 'different classes')):
-            panel.hist(cosine[pairs].numpy(), bins=np.linspace(-1, 1, 101), density=True, color=colour, alpha=0.55,
-                       label=text)
-            panel.axvline(cosine[pairs].mean(), color=colour, linestyle='--', linewidth=1)
-        area = roc_auc_score(same, cosine)
-        panel.set_title(f'{name}\narea under ROC {area:.3f}', fontsize=9)
-        panel.set(xlabel='cosine similarity of embeddings z', xlim=(-1, 1))
-    axes[0, 0].set_ylabel('density of pairs')
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=2)
-    return figure
-
-
-def neighbours(args):
-    """A grid of test images, each with the training images whose features are nearest; or of images without labels."""
-    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True)
-    memory = (data.train_labels >= 0).nonzero()[:, 0]
-    images, chosen = data.test, some(len(data.test), 5, args.seed)
-    if not data.classes:
-        memory = some(len(data.train), 10_000, args.seed)  # encoding millions would take hours on a CPU
-        images, chosen = data.train, memory[:5]
-    columns = min(9, len(memory) - 1)
-    queries, known = (unit(features(net, *of, run)) for of in ((images, chosen), (data.train, memory)))
-    cosine = queries @ known.T  # (rows, memory)
-    if not data.classes:
-        cosine.fill_diagonal_(-2)  # not an image itself
-    figure, axes = plt.subplots(len(chosen), columns + 1, figsize=(8, 8 * (len(chosen) + 1.4) / (columns + 1)), dpi=110)
-    for line, query, found in zip(axes, chosen, memory[cosine.topk(columns).indices]):
-        truth = data.test_labels[query] if data.classes else -1
-        picture(line[0], images[int(query)], data.classes[truth] if data.classes else '', None)
-        for panel, index in zip(line[1:], found):
-            label = data.train_labels[index]
-            colour = None if label < 0 else RIGHT if label == truth else WRONG
-            picture(panel, data.train[int(index)], '' if label == truth else f'× {data.classes[label]}', colour)
-    what = ('Test image (left) and its {} nearest training images by cosine of features: same class green,\n'
-            'another class red, marked × and named. ' if data.classes else
-            'Image (left) and its {} nearest others by cosine of features. ').format(columns)
-    figure.suptitle(f'{what}{run["data"]}, {run["objective"]}', fontsize=9)
-    return figure
-
-
-def picture(axes, image, text, colour):
-    """An image (3, h, w), uint8 or in [0, 1], in a frame of the colour, with a line of text below."""
-    axes.imshow(image.permute(1, 2, 0).numpy())  # (3, h, w) -> (h, w, 3)
-    axes.set(xticks=[], yticks=[])
-    axes.set_xlabel(text, fontsize=7, labelpad=2)
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set(visible=colour is not None, color=colour or 'none', linewidth=3)
-
-
-def class_map(args):
-    """A map of the test images' features in two dimensions, by t-SNE, coloured by class."""
-    net, run, data = open_checkpoint(args.paths[0], args)
-    chosen = some(len(data.test), args.images, args.seed)
-    x = unit(features(net, data.test, chosen, run)).numpy()
-    labels = data.test_labels[chosen].numpy()
-    place = TSNE(metric='cosine', random_state=args.seed, perplexity=min(30, len(x) / 4)).fit_transform(x)  # (n, 2)
-    figure, axes = plt.subplots(figsize=(8, 6))
-    for label, name in enumerate(data.classes):  # 50 styles; those of like hue differ in the marker
-        style = dict(color=CLASSES[label % 10], marker=MARKERS[(label + 3 * (label // 5)) % 5])
-        axes.scatter(*place[labels == label].T, s=10, alpha=0.8, linewidths=0, label=name, **style)
-    axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)', xticks=[], yticks=[],
-             title=f'f\'s features of {len(x)} test images, {run["data"]}, {run["objective"]}')
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside right center', markerscale=2,
-                  ncols=1 + len(data.classes) // 30)
-    return figure
-
-
-def push(views, **objective):
-    """How the loss depends on the cosine of every pair of the V views (B, D): d loss / d cosine, (VB, VB).
-
-    Each embedding gets a coordinate of its own in which it is 1 and the others 0. That leaves the cosines of
-    pairs as they are, and the gradient of embedding i at the coordinate of j is the derivative by their cosine.
-    """
-    z = torch.cat(views).double()
-    z = torch.cat([z, torch.eye(len(z), dtype=z.dtype)], 1).requires_grad_()  # (VB, D) -> (VB, D + VB)
-    contrastive_loss(*z.chunk(len(views)), **objective, normalize=False).backward()
-    return z.grad[:, -len(z):]
-
-
-@torch.no_grad()
-def negatives(args):
-    """Which negatives of one image each objective pushes away, and how strongly, in one batch of an encoder."""
-    net, run, data = open_checkpoint(args.paths[0], args)
-    settings = run['settings']
-    if len(data.test) < BATCH:
-        raise UserError(f'{len(data.test)} test images: a batch of {BATCH} is drawn')
-    chosen = some(len(data.test), BATCH, args.seed)
-    images, labels, query = data.test[chosen], data.test_labels[chosen].repeat(2), args.query
-    drawn = [draw(BATCH, *images.shape[2:], seeded(args.seed, view), **flags.recipe(settings)) for view in range(2)]
-    views = [net(transform(images, p, settings['image_size']))[1] for p in drawn]  # 2 x (B, D)
-    seen = torch.cat([transform(images, p, images.shape[2]) for p in drawn])  # the same views, as large as the images
-    cosine = torch.cat(views) @ views[0][query]  # (2B,), with the first view of the query
-    negative = (torch.arange(2 * BATCH) % BATCH != query).nonzero()[:, 0]
-    negative = negative[cosine[negative].argsort()]
-    same = labels[negative] == labels[query]
-    objectives = {STANDARD: dict(tau_plus=0, beta=0), DEBIASED: dict(tau_plus=0.1, beta=0),
-                  HARD: dict(tau_plus=0.1, beta=1)}
-    with torch.enable_grad():
-        pushes = {name: push(views, temperature=settings['temperature'], **objective)[query, negative]
-                  for name, objective in objectives.items()}
-    figure, axes = plt.subplots(figsize=(8, 5))
-    mean, x, same = pushes['standard'].mean().item(), cosine[negative].numpy(), same.numpy()
-    for name, values in pushes.items():
-        axes.scatter(x[~same], values[~same] / mean, s=12, color=OWN[name], linewidths=0, alpha=0.8, label=name)
-        axes.scatter(x[same], values[same] / mean, s=36, color=OWN[name], marker='x', linewidths=1.2)
-    axes.scatter([], [], color='#555555', marker='x', s=36, linewidths=1.2, label='false negative: the query\'s class')
-    axes.axhline(0, color='#555555', linewidth=1)
-    axes.set(ylabel='push apart: ∂ loss / ∂ cosine  (mean of standard = 1)', xlim=(x[0] - 0.06, x[-1] + 0.06))
-    axes.set_xlabel('cosine similarity of a negative to the query, and what is found there', labelpad=46)
-    axes.legend(loc='upper left', bbox_to_anchor=(0.16, 1))
-    picture(axes.inset_axes([0.01, 0.74, 0.14, 0.22]), seen[query], 'query', '#000000')
-    count = 11  # negatives evenly spread over the axis, each below its place
-    for place in np.linspace(x[0], x[-1], count):
-        nearest = abs(x - place).argmin()
-        left = (x[nearest] - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0])
-        panel = axes.inset_axes([left - 0.035, -0.2, 0.07, 0.115])
-        picture(panel, seen[negative[nearest]], '', None)
-    return figure
-
-
 PICTURES = {
     'curves': (curves, 'directories of runs', True),
-    'similarity': (similarity, 'checkpoints', True),
-    'neighbours': (neighbours, 'a checkpoint', False),
-    'map': (class_map, 'a checkpoint', False),
-    'negatives': (negatives, 'a checkpoint', False),
+    'similarity': (pictures.similarity, 'checkpoints', True),
+    'neighbours': (pictures.neighbours, 'a checkpoint', False),
+    'map': (pictures.class_map, 'a checkpoint', False),
+    'negatives': (pictures.negatives, 'a checkpoint', False),
     'graphs': (graphs, 'a directory of misc/graphs.py', False),
 }
 

@@ -154,21 +154,25 @@ def make_table(results):
     Raises:
         UserError: no finished run there, or two of the same settings and seed.
     """
-    rows = []
+    found = []
     for directory in sorted(path.parent for path in results.rglob('config.json')):
         if not (directory / 'log.csv').exists():
             print(f'{directory}: no log.csv, left out', file=sys.stderr)
             continue
         run = runs.read_run(directory)
-        epochs, log = run['settings']['epochs'], run['log']
-        if log['epoch'].max() != epochs:
+        if run['log']['epoch'].max() != run['settings']['epochs']:
             print(f'{directory}: not finished, left out', file=sys.stderr)
             continue
+        found.append((directory, run))
+    runs.name_data([run for _, run in found])
+    rows = []
+    for directory, run in found:
+        epochs, log = run['settings']['epochs'], run['log']
         row = run['identity'] | dict(minutes=log['seconds'].sum() / 60, knn=log['test_acc@1'].iloc[-1],
                                      **log[LABEL_FREE].iloc[-1], command=run['command'], device=run['device'],
                                      versions=', '.join(map(' '.join, run['versions'].items())))
         for probe in METRICS[1:]:
-            settings, last = runs.read_probe(directory, epochs, probe)
+            settings, last = runs.read_probe(directory, epochs, probe, run.get('data_digest'))
             row |= {probe: None if last is None else last['test_acc@1'], f'{probe}_command': None, f'{probe}_how': None}
             if settings:
                 row[f'{probe}_command'] = settings.pop('command')

@@ -1,0 +1,251 @@
+"""The pictures of encoders that misc/plot.py makes: similarity, neighbours, a map, and what negatives feel."""
+
+import copy
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ['MPLBACKEND'] = 'agg'  # a notebook's may not be installed
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.manifold import TSNE
+from sklearn.metrics import roc_auc_score
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import flags
+import runtime
+from augment import draw, transform
+from batches import seeded
+from data import load_data
+from decoding import decode_or_why
+from evaluate import encode
+from losses import contrastive_loss
+from model import load_model, unit
+from runs import OBJECTIVE, accuracies, data_name, read_run
+from runtime import UserError
+
+COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
+STANDARD, DEBIASED, HARD = 'standard', 'debiased, τ⁺ = 0.1', 'hard, τ⁺ = 0.1, β = 1'
+OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[2], HARD: COLOURS[1]}  # in all pictures of objectives
+CLASSES = ['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59', '#e76300', '#b9ac70', '#717581', '#92dadd']
+# Petroff, Accessible color sequences for data visualization, arXiv 2107.02270
+RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
+MARKERS = 'os^Dv'
+BATCH = 256  # images of the batch whose negatives are drawn
+warnings.filterwarnings('ignore', 'Glyph')  # a name in a script without a font shows as boxes
+plt.rcParams.update({'figure.dpi': 160, 'savefig.facecolor': 'white', 'font.size': 9, 'axes.grid': True,
+                     'grid.color': '#dddddd', 'axes.axisbelow': True, 'axes.spines.top': False,
+                     'axes.spines.right': False, 'legend.frameon': False, 'figure.constrained_layout.use': True})
+
+
+def names(runs, but=None):
+    """A name for each run: its objective, and the settings by which runs of one objective differ, but for one."""
+    found = [run['objective'] for run in runs]
+    settings = pd.DataFrame([run['identity'] for run in runs]).drop(columns=['objective', *OBJECTIVE])
+    differ = [name for name in settings if settings[name].nunique(dropna=False) > 1 and name != but]
+    if len({*found}) == len(found):
+        return found
+    return [', '.join([name, *(f'{setting} {run["identity"][setting]}' for setting in differ)])
+            for name, run in zip(found, runs)]
+
+
+def open_checkpoint(path, args, unlabeled=False):
+    """The encoder in a checkpoint, the run that wrote it, and data: the run's, or what the flags name."""
+    net, run = load_model(path).eval(), read_run(path.parent)
+    accuracies(path)  # which checks that the run wrote this encoder
+    named = copy.copy(args)
+    flags.fill_data_flags(named, run['settings'])
+    run['data'] = data_name(vars(named))
+    run['settings'] |= {name: getattr(named, name) for name in (flag[2:] for flag, *_ in flags.DATA)}
+    data = load_data(named.dataset_name, named.root, named.store_size, unlabeled, named.cache_dir, named.skip_damaged,
+                     named.fit, named.holdout)
+    return net, run, data
+
+
+def features(net, images, index, run):
+    """f's features (n, width) of the uint8 images at index (n,), on the CPU."""
+    device = runtime.start()
+    net.to(device)
+    return encode(net, images, index, run['settings']['test_size'], runtime.autocast(device, 'fp32'), device).cpu()
+
+
+def some(n, count, seed):
+    """At most count of n indices, in random order."""
+    return torch.randperm(n, generator=seeded(seed))[:count]
+
+
+@torch.no_grad()
+def similarity(args):
+    """Histograms of the cosine similarity of features f and embeddings z, for pairs of one class and of two."""
+    opened = [open_checkpoint(path, args) for path in args.paths]
+    figure, axes = plt.subplots(2, len(opened), figsize=(max(4, 2.7 * len(opened)), 5), sharex=True, squeeze=False)
+    for column, name, (net, run, data) in zip(axes.T, names([run for _, run, _ in opened]), opened):
+        chosen = some(len(data.test), args.images, args.seed)
+        f = features(net, data.test, chosen, run)  # (n, width)
+        labels = data.test_labels[chosen]
+        i, j = torch.triu_indices(len(f), len(f), 1)
+        same = labels[i] == labels[j]
+        if same.all() or not same.any():
+            raise UserError(f'{run["data"]}: its test images have no two of one class and two of different ones')
+        for panel, what, x in zip(column, 'fz', (unit(f), unit(net.cpu().g(f)))):
+            cosine = (x @ x.T)[i, j]
+            for pairs, colour, text in ((same, COLOURS[5], 'same class'), (~same, COLOURS[7], 'different classes')):
+                panel.hist(cosine[pairs].numpy(), bins=np.linspace(-1, 1, 101), density=True, color=colour, alpha=0.55,
+                           label=text)
+                panel.axvline(cosine[pairs].mean(), color=colour, linestyle='--', linewidth=1)
+            title = f'{name}\n' if what == 'f' else ''
+            panel.set_title(f'{title}{what}: area under ROC {roc_auc_score(same, cosine):.3f}', fontsize=9)
+            panel.set(xlim=(-1, 1), xlabel='cosine similarity' if what == 'z' else None)
+    for row, what in zip(axes, ('features f', 'embeddings z')):
+        row[0].set_ylabel(f'density of pairs, {what}')
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=2)
+    return figure
+
+
+def neighbours(args):
+    """A grid of test images, or of the files --query, each with the training images whose features are nearest."""
+    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True)
+    memory = (data.train_labels >= 0).nonzero()[:, 0]
+    images, chosen = data.test, some(len(data.test), 5, args.seed)
+    if not data.classes or args.query:
+        memory = some(len(data.train), args.memory, args.seed)  # encoding millions would take hours on a CPU
+    if args.query:
+        images = torch.from_numpy(np.stack([decode_query(path, data, run) for path in args.query]))
+        chosen = torch.arange(len(images))
+    elif not data.classes:
+        images, chosen = data.train, memory[:5]
+    columns = min(9, len(memory) - 1)
+    if columns < 1:
+        raise UserError(f'{run["data"]}: one image has no neighbours')
+    queries, known = (unit(features(net, *of, run)) for of in ((images, chosen), (data.train, memory)))
+    cosine = queries @ known.T  # (rows, memory)
+    if not data.classes and not args.query:
+        cosine.fill_diagonal_(-2)  # not an image itself
+    figure, axes = plt.subplots(len(chosen), columns + 1, figsize=(8, 8 * (len(chosen) + 1.4) / (columns + 1)), dpi=110,
+                                squeeze=False)
+    named = bool(args.query and data.names)
+    for line, query, near, found in zip(axes, chosen, *(x.tolist() for x in cosine.topk(columns))):
+        truth = int(data.test_labels[query]) if data.classes and not args.query else -1
+        picture(line[0], images[int(query)], data.classes[truth] if truth >= 0 else '', None)
+        for panel, value, index in zip(line[1:], near, memory[found].tolist()):
+            label = int(data.train_labels[index])
+            colour = None if truth < 0 else RIGHT if label == truth else WRONG
+            if args.query:
+                text = f'{Path(data.names[index]).name[-14:]}\n{value:.3f}' if named else f'{value:.3f}'
+            else:
+                text = '' if label == truth else f'× {data.classes[label]}'
+            picture(panel, data.train[index], text, colour)
+    what = 'Image (left) and its {} nearest others by cosine of features. ' if not data.classes or args.query else (
+        'Test image (left) and its {} nearest training images by cosine of features: same class green,\n'
+        'another class red, marked × and named. ')
+    figure.suptitle(shown(f'{what.format(columns)}{run["data"]}, {run["objective"]}'), fontsize=9)
+    if named:
+        for query, found in zip(args.query, cosine.topk(columns).indices):
+            print(f'{query}: {", ".join(data.names[i] for i in memory[found].tolist())}')
+    return figure
+
+
+def decode_query(path, data, run):
+    """The image in a file as those of the run are kept: (3, H, W) uint8."""
+    found = decode_or_why(path, data.train.shape[2], run['settings']['fit'])
+    if isinstance(found, str):
+        raise UserError(f'--query {path}: {found}')
+    return found[0]
+
+
+def shown(name):
+    """A name as matplotlib shows it: no mathematics between dollars, no letters outside Unicode, none left out."""
+    name = name.encode('utf-8', 'replace').decode().replace('$', r'\$')
+    return f' {name}' if name[:1] == '_' else name  # a legend leaves out what begins so
+
+
+def picture(axes, image, text, colour):
+    """An image (3, h, w), uint8 or in [0, 1], in a frame of the colour, with a line of text below."""
+    axes.imshow(image.permute(1, 2, 0).numpy())  # (3, h, w) -> (h, w, 3)
+    axes.set(xticks=[], yticks=[])
+    axes.set_xlabel(shown(text), fontsize=7, labelpad=2)
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set(visible=colour is not None, color=colour or 'none', linewidth=3)
+
+
+def class_map(args):
+    """A map of the test images' features in two dimensions, by t-SNE, coloured by class."""
+    net, run, data = open_checkpoint(args.paths[0], args)
+    chosen = some(len(data.test), args.images, args.seed)
+    x = unit(features(net, data.test, chosen, run)).numpy()
+    labels = data.test_labels[chosen].numpy()
+    if len(x) < 5:
+        raise UserError(f'{run["data"]}: a map needs 5 test images, and there are {len(x)}')
+    place = TSNE(metric='cosine', random_state=args.seed, perplexity=min(30, len(x) / 4)).fit_transform(x)  # (n, 2)
+    figure, axes = plt.subplots(figsize=(8, 6))
+    for label, name in enumerate(data.classes):  # 50 styles; those of like hue differ in the marker
+        style = dict(color=CLASSES[label % 10], marker=MARKERS[(label + 3 * (label // 5)) % 5])
+        axes.scatter(*place[labels == label].T, s=10, alpha=0.8, linewidths=0, label=shown(name), **style)
+    axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)', xticks=[], yticks=[],
+             title=shown(f'f\'s features of {len(x)} test images, {run["data"]}, {run["objective"]}'))
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside right center', markerscale=2,
+                  ncols=1 + len(data.classes) // 30)
+    return figure
+
+
+def push(views, **objective):
+    """How the loss depends on the cosine of every pair of the V views (B, D): d loss / d cosine, (VB, VB).
+
+    Each embedding gets a coordinate of its own in which it is 1 and the others 0. That leaves the cosines of
+    pairs as they are, and the gradient of embedding i at the coordinate of j is the derivative by their cosine.
+    """
+    z = torch.cat(views).double()
+    z = torch.cat([z, torch.eye(len(z), dtype=z.dtype)], 1).requires_grad_()  # (VB, D) -> (VB, D + VB)
+    contrastive_loss(*z.chunk(len(views)), **objective, normalize=False).backward()
+    return z.grad[:, -len(z):]
+
+
+@torch.no_grad()
+def negatives(args):
+    """Which negatives of one image each objective pushes away, and how strongly, in one batch of an encoder."""
+    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True)
+    settings, t = run['settings'], run['settings']['temperature']
+    images, labels = (data.test, data.test_labels) if data.classes else (data.train, data.train_labels)
+    if len(images) < BATCH:
+        raise UserError(f'{len(images)} images: a batch of {BATCH} is drawn')
+    chosen = some(len(images), BATCH, args.seed)
+    images, labels, query = images.index_select(0, chosen), labels[chosen].repeat(2), args.query
+    recipe = flags.recipe(settings)
+    drawn = [draw(BATCH, *images.shape[2:], seeded(args.seed, view), **recipe) for view in range(2)]
+    views = [net(transform(images, p, settings['image_size']))[1] for p in drawn]  # 2 x (B, D)
+    seen = torch.cat([transform(images, p, images.shape[2]) for p in drawn])  # the same views, as large as the images
+    cosine = torch.cat(views) @ views[0][query]  # (2B,), with the first view of the query
+    negative = (torch.arange(2 * BATCH) % BATCH != query).nonzero()[:, 0]
+    negative = negative[cosine[negative].argsort()]
+    same = ((labels[negative] == labels[query]) & (labels[query] >= 0)).numpy()
+    objectives = {STANDARD: (t, 0, 0), DEBIASED: (t, 0.1, 0), HARD: (t, 0.1, 1), 'standard at t = 0.1': (0.1, 0, 0)}
+    with torch.enable_grad():
+        pushes = {name: push(views, temperature=t, tau_plus=tau_plus, beta=beta)[query, negative]
+                  for name, (t, tau_plus, beta) in objectives.items()}
+    figure, axes = plt.subplots(figsize=(8, 5.2))
+    mean, x = pushes['standard'].mean().item(), cosine[negative].numpy()
+    for name, values in pushes.items():
+        values = values / mean if name in OWN else values / values.mean()
+        colour = OWN.get(name, COLOURS[7])
+        axes.scatter(x[~same], values[~same], s=12, color=colour, linewidths=0, alpha=0.8, label=name)
+        axes.scatter(x[same], values[same], s=36, color=colour, marker='x', linewidths=1.2)
+    of_class = f', {data.classes[labels[query]]}' if data.classes else ''
+    axes.scatter([], [], color='#555555', marker='x', s=36, linewidths=1.2, label='false negative: the query\'s class')
+    axes.axhline(0, color='#555555', linewidth=1)
+    axes.set(ylabel='push apart: ∂ loss / ∂ cosine  (mean of standard = 1)', xlim=(x[0] - 0.06, x[-1] + 0.06))
+    axes.set_xlabel('cosine similarity of a negative to the query, and what is found there', labelpad=46)
+    title = f'encoder: {run["objective"]}, {settings["epochs"]} epochs; objectives at t = {t:g}'
+    axes.set_title(shown(title), fontsize=9)
+    axes.legend(loc='upper left', bbox_to_anchor=(0.16, 1))
+    picture(axes.inset_axes([0.01, 0.74, 0.14, 0.22]), seen[query], f'query{of_class}', '#000000')
+    count = 11  # negatives evenly spread over the axis, each below its place
+    for place in np.linspace(x[0], x[-1], count):
+        nearest = abs(x - place).argmin()
+        left = (x[nearest] - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0])
+        panel = axes.inset_axes([left - 0.035, -0.2, 0.07, 0.115])
+        picture(panel, seen[negative[nearest]], '', None)
+    return figure
