@@ -32,7 +32,7 @@ def write(path, data):
 
 
 def write_table(path, rows, columns):
-    write(path, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
+    write(path, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode(errors='surrogateescape'))
 
 
 def write_json(path, content):

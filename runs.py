@@ -301,5 +301,5 @@ def accuracies(checkpoint):
 
 def markdown(rows):
     """A table for people, from rows of cells, the first of which are heads."""
-    head, *rows = [list(map(str, row)) for row in rows]
+    head, *rows = [[str(cell).replace('|', '\\|') for cell in row] for row in rows]
     return ''.join(f'| {" | ".join(row)} |\n' for row in [head, ['---'] * len(head), *rows])

@@ -82,7 +82,7 @@ def main(argv=None):
         run_all(planned, probe, args.jobs)
     table = make_table(results)
     files.write_table(results / 'table.csv', table, list(table))
-    files.write(results / 'table.md', markdown(table).encode())
+    files.write(results / 'table.md', markdown(table).encode(errors='replace'))
     print(f'\n{markdown(table)}\nfiles in {results}: table.csv, table.md')
 
 
