@@ -46,13 +46,13 @@ def arguments(argv=None):
               ('--width', 1.0, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0), 'factor on the channels of f'),
               ('--stem', None, ('cifar', 'imagenet'), '3x3 of stride 1, or 7x7 of stride 2 and max-pool (default: '
                'cifar; for views of a folder above 64 px imagenet)'),
-              ('--hidden_dim', None, flags.integer(1, 65536), 'of g (default: 512 times width)'),
-              ('--feature_dim', 128, flags.integer(1, 65536), 'of the embedding z'))
+              ('--hidden_dim', None, flags.integer(1, 65536), 'hidden width of the head g (default: 512 times width)'),
+              ('--feature_dim', 128, flags.integer(1, 65536), 'dimension of the embedding z'))
     flags.add(parser, 'objective',
               ('--estimator', None, ('hard', 'debiased', 'standard', 'easy'),
                'easy = standard (default: hard; standard with --oracle)'),
               ('--debiased', None, flags.boolean, 'DCL\'s: True is debiased (with --beta hard), False is standard'),
-              ('--temperature', 0.5, flags.positive(100), 't, of the similarities'),
+              ('--temperature', 0.5, flags.positive(100), 'temperature t, by which similarities are divided'),
               ('--tau_plus', None, flags.fraction,
                'prior probability of a false negative (default: 0.1 where the estimator has it)'),
               ('--beta', None, flags.real(0, 1000), 'concentration on hard negatives (default: 1.0 for hard)'),
@@ -63,21 +63,21 @@ def arguments(argv=None):
               ('--epochs', 400, flags.count, 'passes over the training images'),
               ('--optimizer', 'adam', ('adam', 'sgd'), 'SGD has momentum 0.9'),
               ('--lr', 1e-3, flags.positive(1000), 'learning rate'),
-              ('--schedule', 'constant', ('constant', 'cosine'), 'of the learning rate'),
+              ('--schedule', 'constant', ('constant', 'cosine'), 'how the learning rate changes after the warm-up'),
               ('--warmup', 0, flags.integer(0, 1_000_000), 'epochs in which the learning rate rises from 0'),
-              ('--weight_decay', 1e-6, flags.real(0, 100), 'the optimizer\'s'),
+              ('--weight_decay', 1e-6, flags.real(0, 100), 'weight decay'),
               ('--micro_batch', None, flags.integer(2, 1_000_000),
                'images of a rank that go through the network at once (default: all); the loss is the whole batch\'s'),
               ('--joint_views', False, bool, 'one BatchNorm batch of all views (as published: one after the other)'),
               ('--sync_bn', False, bool, 'BatchNorm over the whole batch, not each rank\'s part'),
-              ('--seed', 0, flags.seed, 'of weights, shuffles and views'),
+              ('--seed', 0, flags.seed, 'seed of weights, shuffles and views'),
               ('--precision', None, ('bf16', 'fp16', 'fp32'),
-               'of the network; the loss is float32 (default: bf16 on a GPU that has it, else fp32)'),
-              ('--compile', None, flags.SWITCH, 'the views, and the network unless --sync_bn (default: on CUDA)'))
+               'numbers of the network; the loss is float32 (default: bf16 on a GPU that has it, else fp32)'),
+              ('--compile', None, flags.SWITCH, 'compile the views, and the network unless --sync_bn (default: on CUDA)'))
     flags.add(parser, 'monitor and results',
               ('--k', 200, flags.count, 'neighbours of the kNN monitor'),
-              ('--knn_temperature', None, flags.positive(100), 'of its weights (default: --temperature)'),
-              ('--knn_every', 10, flags.integer(0, 1_000_000), 'epochs between its evaluations; 0: none'),
+              ('--knn_temperature', None, flags.positive(100), 'temperature of their votes (default: --temperature)'),
+              ('--knn_every', 10, flags.integer(0, 1_000_000), 'epochs between evaluations of the encoder; 0: none'),
               ('--save_every', 25, flags.count, 'epochs between kept encoders'),
               ('--results_dir', 'results', flags.path, 'directory of all that the run writes'))
     args = parser.parse_args(argv)
