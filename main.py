@@ -73,7 +73,7 @@ def arguments(argv=None):
               ('--seed', 0, flags.seed, 'seed of weights, shuffles and views'),
               ('--precision', None, ('bf16', 'fp16', 'fp32'),
                'numbers of the network; the loss is float32 (default: bf16 on a GPU that has it, else fp32)'),
-              ('--compile', None, flags.SWITCH, 'compile the views, and the network unless --sync_bn (default: on CUDA)'))
+              ('--compile', None, flags.SWITCH, 'compile views and, without --sync_bn, the network (default: on CUDA)'))
     flags.add(parser, 'monitor and results',
               ('--k', 200, flags.count, 'neighbours of the kNN monitor'),
               ('--knn_temperature', None, flags.positive(100), 'temperature of their votes (default: --temperature)'),

@@ -51,7 +51,7 @@ def main(argv=None):
                         help='what to compare (default: all)')
     flags.add(parser, 'runs',
               ('--results_dir', 'results/sweep', flags.path, 'directory of the runs and of the table'),
-              ('--tau_plus', None, str, 'of all objectives but the standard one (default: main.py\'s)'),
+              ('--tau_plus', None, str, 'tau_plus of the corrected objectives (default: main.py\'s)'),
               ('--seeds', 3, flags.integer(1, 1000), 'runs of each: seeds 0, 1, ...'),
               ('--jobs', 1, flags.integer(1, 256), 'runs at a time, which share the cores'),
               ('--probe', '', str, 'flags of linear.py, in quotes: --probe="--epochs 10" (default: none)'),
