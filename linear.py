@@ -42,14 +42,14 @@ def arguments(argv=None):
               ('--model_path', 'results/model_400.pth', flags.path, 'checkpoint'),
               *((name, None, kind, text) for name, _, kind, text in flags.DATA))
     flags.add(parser, 'probe',
-              ('--probe', 'linear', ('linear', 'logistic'), 'a linear layer by Adam, or logistic regression, without the flags below'),
+              ('--probe', 'linear', ('linear', 'logistic'), 'a linear layer by Adam, or a logistic regression'),
               ('--augment', 'views', ('views', 'none'), 'train on random views, or on features computed once'),
               ('--bn', 'eval', ('eval', 'train'), 'freeze BatchNorm\'s statistics, or let them drift, as published'),
               ('--batch_size', 512, flags.count, 'images in a batch, over all ranks'),
               ('--epochs', 100, flags.count, 'passes over the labelled images'),
               ('--lr', 1e-3, flags.positive(1000), 'learning rate of Adam'),
               ('--weight_decay', 1e-6, flags.real(0, 100), 'weight decay of Adam'),
-              ('--precision', None, ('bf16', 'fp16', 'fp32'), 'the encoder\'s numbers (default: bf16 on GPUs that have it)'),
+              ('--precision', None, ('bf16', 'fp16', 'fp32'), 'encoder\'s numbers (default: bf16 on fit GPUs)'),
               ('--seed', 0, flags.seed, 'seed of the probe\'s weights, shuffles and views'))
     args = parser.parse_args(argv)
     if args.batch_size < (1 + (args.bn == 'train')) * ranks().world:
