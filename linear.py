@@ -49,7 +49,7 @@ def arguments(argv=None):
               ('--epochs', 100, flags.count, 'passes over the labelled images'),
               ('--lr', 1e-3, flags.positive(1000), 'learning rate of Adam'),
               ('--weight_decay', 1e-6, flags.real(0, 100), 'weight decay of Adam'),
-              ('--precision', None, ('bf16', 'fp16', 'fp32'), 'encoder\'s numbers (default: bf16 on fit GPUs)'),
+              ('--precision', None, ('bf16', 'fp16', 'fp32'), 'precision of the encoder (default: bf16 on CUDA)'),
               ('--seed', 0, flags.seed, 'seed of the probe\'s weights, shuffles and views'))
     args = parser.parse_args(argv)
     if args.batch_size < (1 + (args.bn == 'train')) * ranks().world:

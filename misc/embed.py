@@ -42,7 +42,7 @@ def main(argv=None):
               ('--root', 'data', flags.path, 'directory of the images, which may lie anywhere below it'),
               ('--out', 'features.npz', flags.path, 'file to write, .npz or .csv'),
               ('--duplicates', None, flags.real(0, 1), 'list the pairs with at least this cosine (default: no list)'),
-              ('--precision', None, ('bf16', 'fp16', 'fp32'), 'encoder\'s numbers (default: bf16 on fit GPUs)'),
+              ('--precision', None, ('bf16', 'fp16', 'fp32'), 'precision of the encoder (default: bf16 on CUDA)'),
               *(given[name] for name in ('--store_size', '--fit', '--test_size')))
     args = parser.parse_args(argv)
     if not args.out.endswith(('.npz', '.csv')):
