@@ -103,16 +103,7 @@ def arguments(argv=None):
 def main(argv=None):
     args, parser = arguments(argv)
     runtime.check_machine(args.precision)
-    # Before runtime.start(): a download may take longer than the ranks wait for each other.
-    labelled = args.oracle or args.positives == 'label'  # other images are of no use then
-    results = Path(args.results_dir)
-    found, before = None, {}
-    if args.dataset_name == 'folder':
-        found, config = find_folder(args.root, not labelled, args.holdout), results / 'config.json'
-        before = read_json(config)['settings'] if config.exists() else {}
-    flags.choose_sizes(args, found, before)
-    data = load_data(args.dataset_name, args.root, args.store_size, not labelled, args.cache_dir, args.skip_damaged,
-                     args.fit, args.holdout, found)
+    data, results = load(args), Path(args.results_dir)
     steps, device = check_sizes(parser, args, data), runtime.start()
     run, saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
     torch.manual_seed(args.seed)
@@ -162,6 +153,17 @@ def main(argv=None):
     more = '' if data.classes else ' --dataset_name … --root …, of a set with labels'
     skipped = f' {state["skipped"]:.0f} steps were skipped, as fp16 overflowed.' if state['skipped'] else ''
     runtime.say(f'Finished.{skipped} Next: python linear.py --model_path {results}/model_{args.epochs}.pth{more}')
+
+
+def load(args):
+    """The data of a run, and in args the sizes that were not given."""
+    unlabeled, found, before = not (args.oracle or args.positives == 'label'), None, {}
+    if args.dataset_name == 'folder':
+        found, config = find_folder(args.root, unlabeled, args.holdout), Path(args.results_dir, 'config.json')
+        before = read_json(config)['settings'] if config.exists() else {}
+    flags.choose_sizes(args, found, before)
+    return load_data(args.dataset_name, args.root, args.store_size, unlabeled, args.cache_dir, args.skip_damaged,
+                     args.fit, args.holdout, found)
 
 
 def measure_untrained(monitored, args, device, state, saver):
