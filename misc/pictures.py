@@ -134,7 +134,7 @@ def neighbours(args):
             label = int(data.train_labels[index])
             colour = None if truth < 0 else RIGHT if label == truth else WRONG
             if args.query:
-                text = f'{Path(data.names[index]).name[-14:]}\n{value:.3f}' if named else f'{value:.3f}'
+                text = f'{Path(data.names[index]).stem[-11:]}\n{value:.3f}' if named else f'{value:.3f}'
             else:
                 text = '' if label == truth else f'× {data.classes[label]}'
             picture(panel, data.train[index], text, colour)
