@@ -36,7 +36,7 @@ def gpu(monkeypatch):
 
 def test_more_ranks_than_gpus(start, gpu, monkeypatch):
     start()
-    monkeypatch.setattr(runtime, 'LOCAL_WORLD', 2)
+    monkeypatch.setattr(runtime, 'ranks', lambda: runtime.Ranks(0, 2, 0, 2))
     with pytest.raises(UserError, match='1 GPUs here: start at most as many ranks'):
         start()
 
