@@ -113,11 +113,12 @@ class WholeBatchNorm(nn.BatchNorm2d):
 
 def parameter_gradients(rank, world, kind, joint):
     """The gradients of two steps of main.py's own train_step, under DDP if there are several ranks."""
-    import main
+    import model
     import runtime
+    import step
     from losses import contrastive_loss
     torch.manual_seed(0)
-    net = main.Model(16, 'resnet18', width=0.25).double()
+    net = model.Model(16, 'resnet18', width=0.25).double()
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -127,8 +128,8 @@ def parameter_gradients(rank, world, kind, joint):
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     ddp = runtime.distributed(net, torch.device('cpu'))
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-    autocast = torch.autocast('cpu', enabled=False)
-    losses = [main.train_step(ddp, [x[part] for x in views], None, optimizer, contrastive_loss, autocast, joint)
+    optimizer.skipped, how = 0, (torch.autocast('cpu', enabled=False), torch.amp.GradScaler('cpu', enabled=False))
+    losses = [step.train_step(ddp, [x[part] for x in views], None, optimizer, contrastive_loss, *how, joint)[0]
               for _ in range(2)]
     return torch.stack(losses), {name: p.grad for name, p in net.named_parameters()}
 
@@ -149,17 +150,18 @@ def test_parameter_gradients_are_those_of_one_process(one, ranks, case):
 
 def features_and_gathered(rank, world):
     import evaluate
-    import main
+    import model
     import runtime
     torch.manual_seed(0)
-    net = main.Model(16, 'resnet18', width=0.25)
+    net = model.Model(16, 'resnet18', width=0.25)
     images = torch.randint(256, (23, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     features = evaluate.encode(net, images, torch.arange(23), 0, torch.autocast('cpu', enabled=False),
-                               torch.device('cpu'), batch_size=5)
+                               torch.device('cpu'), block=5)
     gathered = runtime.gather(torch.arange(7).tensor_split(world)[rank])
     net.f[1].running_var.fill_(rank)
-    runtime.average_buffers(net)
-    return features, gathered, net.f[1].running_var.unique().tolist()
+    averaged = runtime.averaged_buffers(net).get('f.1.running_var', net.f[1].running_var)
+    assert (net.f[1].running_var == rank).all()  # its own, with which it trains on, stay
+    return features, gathered, averaged.unique().tolist()
 
 
 def test_features_are_identical_and_no_image_counts_twice(one, ranks):

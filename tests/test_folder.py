@@ -6,6 +6,7 @@ import shutil
 import socket
 import unicodedata
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,15 @@ from PIL import Image
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms.functional import pil_to_tensor
 
+import decoding
 import flags
-import folder
 import linear
 import main
 import plot
-from augment import apply, draw, normalize, seeded
+from augment import apply, draw, normalize
+from batches import seeded
 from data import Joined, load_data
-from evaluate import label_free
+from evaluate import encode, label_free
 from model import Model
 from runtime import UserError
 
@@ -173,13 +175,13 @@ def test_links_to_files_and_directories_are_followed(root, tmp_path_factory):
 @pytest.fixture
 def decoded(monkeypatch):
     """Names of the files that are decoded from here on."""
-    names, decode = [], folder._decode
+    names, decode = [], decoding.decode
 
-    def spy(path, size):
+    def spy(path, *args):
         names.append(path.name)
-        return decode(path, size)
+        return decode(path, *args)
 
-    monkeypatch.setattr(folder, '_decode', spy)
+    monkeypatch.setattr(decoding, 'decode', spy)
     return names
 
 
@@ -383,17 +385,21 @@ def test_joined_arrays_are_read_as_one():
     assert joined.to(torch.device('cpu')) is joined
 
 
+def see(net):
+    return partial(encode, net, autocast=torch.autocast('cpu', enabled=False), device=torch.device('cpu'))
+
+
 def test_label_free_measures_are_those_of_the_papers():
     """Against loops over pairs and an SVD by numpy, of views that are drawn again."""
     net = Model(8, 'resnet18', width=0.125)
     images = torch.from_numpy(RNG.integers(256, size=(30, 3, 16, 16), dtype=np.uint8))
-    found = label_free(net, images, 8, 0, torch.autocast('cpu', enabled=False), torch.device('cpu'), n=20)
+    found = label_free(see(net), images, 8, 0, {}, n=20)
     chosen = torch.randperm(30, generator=seeded(0))[:20].sort().values
     half = images[chosen[::2]]
     net.eval()
     with torch.no_grad():
         z = [net(apply(half, draw(10, 16, 16, seeded(view, 0)), 8))[1].double().numpy() for view in range(2)]
-        f = net.f(normalize(images[chosen].float())).flatten(1).double()
+        f = net.f(normalize(images[chosen])).flatten(1).double()
     alignment = np.mean([((a - b) ** 2).sum() for a, b in zip(*z)])
     pairs = [[np.exp(-2 * ((v[i] - v[j]) ** 2).sum()) for i in range(10) for j in range(i)] for v in z]
     p = np.linalg.svd(f.numpy(), compute_uv=False)
@@ -406,7 +412,7 @@ def test_label_free_measures_are_those_of_the_papers():
 def test_features_that_are_not_finite_have_no_rank():
     net, images = Model(8, 'resnet18', width=0.125), torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     net.f[1].running_var.fill_(torch.nan)
-    found = label_free(net, images, 8, 0, torch.autocast('cpu', enabled=False), torch.device('cpu'))
+    found = label_free(see(net), images, 8, 0, {})
     assert np.isnan(found['rankme'])
 
 
