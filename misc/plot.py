@@ -33,9 +33,9 @@ from augment import draw, transform
 from batches import seeded
 from data import load_data
 from evaluate import encode
+from files import write
 from losses import contrastive_loss
 from model import load_model, unit
-from files import write
 from runs import OBJECTIVE, accuracies, data_name, read_run
 from runtime import UserError
 

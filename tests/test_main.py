@@ -502,9 +502,9 @@ def write_stl10(root, monkeypatch, **counts):
         if name != 'unlabeled':
             (np.arange(count) % 10 + 1).astype(np.uint8).tofile(folder / f'{name}_y.bin')
     (folder / 'class_names.txt').write_text('\n'.join('abcdefghij'))
-    for files in ('train_list', 'test_list'):
-        monkeypatch.setattr(STL10, files, [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-                                           for name, _ in getattr(STL10, files)])
+    for which in ('train_list', 'test_list'):
+        monkeypatch.setattr(STL10, which, [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+                                           for name, _ in getattr(STL10, which)])
 
 
 def test_published_command_lines_run_as_printed(tmp_path, monkeypatch, capsys):
