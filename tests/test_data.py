@@ -209,5 +209,5 @@ def test_wrong_trees_are_explained(folder):
     with pytest.raises(UserError, match='lower --store_size'):
         load_data('folder', folder, store_size=10**6)
     (folder / 'test').rename(folder / 'other')
-    with pytest.raises(UserError, match=r'train has classes, and .*test is not a dir.*Give --holdout 0.1 .*--root .*train'):
+    with pytest.raises(UserError, match=r'train has classes, and .*test is not.*Give --holdout 0.1 .*--root .*train'):
         load_data('folder', folder)
