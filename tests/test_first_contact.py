@@ -42,6 +42,31 @@ def test_more_ranks_than_gpus(start, gpu, monkeypatch):
         start()
 
 
+LAUNCHER = dict(RANK='1', WORLD_SIZE='4', MASTER_ADDR='localhost', MASTER_PORT='29500')
+
+
+@pytest.mark.parametrize('name', LAUNCHER)
+@pytest.mark.parametrize('value', [None, ''])
+def test_what_a_launcher_left_behind_in_part_starts_nothing(monkeypatch, name, value):
+    for variable, content in {**LAUNCHER, 'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '2', name: value}.items():
+        monkeypatch.delenv(variable, raising=False) if content is None else monkeypatch.setenv(variable, content)
+    assert runtime.ranks() == (0, 1, 0, 1)
+
+
+def test_ranks_are_the_launchers_until_there_is_a_group(monkeypatch):
+    for variable, content in LAUNCHER.items():
+        monkeypatch.setenv(variable, content)
+    assert runtime.ranks() == (1, 4, 0, 1)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    assert runtime.ranks() == (1, 4, 1, 2)
+    for name, value in dict(is_initialized=True, get_rank=2, get_world_size=3).items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert runtime.ranks() == (2, 3, 1, 2)
+    monkeypatch.delenv('MASTER_ADDR')
+    assert runtime.ranks()[:2] == (2, 3)
+
+
 def test_gpu_without_bf16(start, gpu, capsys):
     start()
     assert capsys.readouterr().out == (

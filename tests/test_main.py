@@ -331,7 +331,8 @@ def test_oracle_is_given_the_labels_of_the_batch(tiny, tree, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize('flags', [['--optimizer', 'sgd', '--schedule', 'cosine', '--warmup', '1', '--lr', '0.05'],
-                                   ['--positives', 'label', '--views', '3'],
+                                   ['--positives', 'label', '--views', '3', '--micro_batch', '4'],
+                                   ['--precision', 'fp16', '--optimizer', 'sgd'],
                                    ['--anneal', 'down', '--oracle', '--beta', '1']], ids=' '.join)
 def test_variants_resume_to_the_same_bits(tiny, tmp_path, flags, monkeypatch):
     flags = [*tiny, '--epochs', '2', '--hidden_dim', '24', *flags, '--results_dir']
