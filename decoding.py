@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from folder import CACHE, own_size
@@ -51,7 +51,7 @@ def decoded(root, files, store_size, fit='crop', cache_dir=None):
     place = root / CACHE
     if cache_dir or not (place.exists() or os.access(root, os.W_OK)):
         with contextlib.suppress(RuntimeError):  # no home directory
-            cache_dir = cache_dir or os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+            cache_dir = cache_dir or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'contrastive')
         if not cache_dir:
             raise UserError(f'{root} cannot be written, and there is no home directory: choose a --cache_dir')
         name = f'{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}'
@@ -154,6 +154,8 @@ def decode_or_why(path, size, fit):
     """What decode() returns, or why the file is damaged."""
     try:
         return decode(path, size, fit)
+    except UnidentifiedImageError:  # its own text names a buffer
+        return 'empty, or not an image that Pillow can read'
     except Exception as error:  # whatever a decoder makes of a damaged file
         return str(error or type(error).__name__)
 
@@ -166,14 +168,14 @@ def decode(path, size, fit='crop'):
     """
     content = Path(path).read_bytes()
     with Image.open(io.BytesIO(content)) as image:
-        orientation = None
-        with contextlib.suppress(Exception):  # damaged EXIF is no damaged image
-            orientation = image.getexif().get(0x0112)
         wide = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')  # 16 bits
         if image.mode in ('I', 'F') and not wide:
             raise ValueError('32 bits a pixel, of unknown range')
         image.draft(image.mode, (2 * size, 2 * size))  # a JPEG is decoded smaller, at least twice as large as needed
-        dark = False
+        image.load()  # first, as PIL turns a TIFF itself, and would hide of a damaged PNG that it failed before
+        orientation, dark = None, False
+        with contextlib.suppress(Exception):  # damaged EXIF is no damaged image
+            orientation = image.getexif().get(0x0112)
         if wide:  # convert('RGB') would clip these to white
             pixels = np.asarray(image)
             dark = bool(pixels.max() < 2**14)

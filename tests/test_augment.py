@@ -18,18 +18,20 @@ import augment
 from augment import (
     BLUR_SIGMA,
     CROP_RATIO,
-    CROP_SCALE,
     JITTER,
     MEAN,
     STD,
-    DeviceViews,
     apply,
     blur_kernel_size,
     draw,
-    seeded,
+    normalize,
+    parameters,
+    transform,
+    uniforms,
 )
+from batches import Batches, DeviceViews, ReferenceViews, random_views, seeded
 from runtime import UserError
-from utils import ReferenceViews
+from utils import reference_transform
 
 SIZES = [(32, 32), (96, 96), (72, 120)]
 COUNT = 180  # images and parameter sets of each size: 540 together
@@ -106,8 +108,11 @@ def test_each_operation_is_pils(case, name):
     x, n = images.float(), len(images)
     if name == 'flip':
         whole = {'top': torch.zeros(n), 'left': torch.zeros(n), 'h': torch.full((n,), 32), 'w': torch.full((n,), 32)}
-        ours = augment.resized_crop(x, whole | {'flip': torch.ones(n, dtype=torch.bool)}, 32)
+        upside_down = torch.arange(n) % 2 == 1
+        ours = augment.resized_crop(x, whole | {'flip': torch.ones(n, dtype=torch.bool), 'vertical_flip': upside_down},
+                                    32)
         theirs = [TF.hflip(pil(y[:, :32, :32])) for y in images]
+        theirs = [TF.vflip(y) if turn else y for y, turn in zip(theirs, upside_down)]
     elif name == 'blur':
         sigma = torch.empty(n).uniform_(*BLUR_SIGMA, generator=seeded(1))
         ours = augment.gaussian_blur(x, sigma, 3)
@@ -127,8 +132,19 @@ def test_each_operation_is_pils(case, name):
 
 
 def test_images_in_0_to_1_are_refused():
-    with pytest.raises(ValueError, match='images must be uint8'):
-        apply(torch.rand(2, 3, 8, 8), draw(2, 8, 8, seeded(0)), 4)
+    images = torch.rand(2, 3, 8, 8)
+    for refuse in (lambda: apply(images, draw(2, 8, 8, seeded(0)), 4), lambda: normalize(images),
+                   lambda: normalize((255 * images[0]).byte())):
+        with pytest.raises(ValueError, match=r'images must be \(n, 3, H, W\) uint8, in grey levels from 0 to 255, got'):
+            refuse()
+
+
+def test_views_are_bytes_that_apply_normalises():
+    images, p = photographs(4, 40, 40), draw(4, 40, 40, seeded(0))
+    views = transform(images, p, 16)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    assert views.dtype == torch.uint8 and torch.equal(apply(images, p, 16), normalize(views))
+    torch.testing.assert_close(normalize(views), (views / 255 - mean) / std)
 
 
 def test_whole_chain_is_pils(case):
@@ -143,15 +159,14 @@ def test_whole_chain_is_pils(case):
 def test_reference_transform_is_the_chain():
     """The reference pipeline is made of the operations that the chain above calls, and is deterministic."""
     image, size = pil(photographs(1, 96, 96)[0]), 32
-    from utils import reference_transform
-    transform = reference_transform(size)
-    names = [type(t).__name__ for t in transform.transforms]
-    assert names == ['RandomResizedCrop', 'RandomHorizontalFlip', 'RandomApply', 'RandomGrayscale', 'GaussianBlur',
+    make = reference_transform(size)
+    names = [type(t).__name__ for t in make.transforms]
+    assert names == ['RandomResizedCrop', 'Flips', 'RandomApply', 'RandomGrayscale', 'GaussianBlur',
                      'ToTensor', 'Normalize']
     torch.manual_seed(3)
-    first = transform(image)
+    first = make(image)
     torch.manual_seed(3)
-    assert torch.equal(transform(image), first) and not torch.equal(transform(image), first)
+    assert torch.equal(make(image), first) and not torch.equal(make(image), first)
 
 
 def test_both_paths_make_the_same_views_on_average():
@@ -159,7 +174,8 @@ def test_both_paths_make_the_same_views_on_average():
     images = photographs(10, 96, 96).repeat_interleave(150, 0)
     both = []
     for Views in (DeviceViews, ReferenceViews):
-        x = torch.cat([torch.cat(views) for views, _ in Views(images, 100, 32).epoch(1)])  # (3000, 3, 32, 32)
+        x = torch.cat([torch.cat(views) for views, _ in Views(images, Batches(1500, 100), 32).epoch(1)])
+        x = normalize(x)  # (3000, 3, 32, 32)
         gray, chroma = x.mean(1), x.std(1)
         both.append([gray.mean((1, 2)), gray.std((1, 2)), chroma.mean((1, 2)), gray.diff(dim=2).abs().mean((1, 2))])
     for device, reference in zip(*both):
@@ -183,7 +199,7 @@ def test_crops_are_distributed_as_torchvisions(height, width):
     assert (p['top'] + p['h'] <= height).all() and (p['left'] + p['w'] <= width).all()
     torch.manual_seed(5)
     image = torch.empty(1, height, width)
-    theirs = np.array([transforms.RandomResizedCrop.get_params(image, CROP_SCALE, CROP_RATIO) for _ in range(N // 20)])
+    theirs = np.array([transforms.RandomResizedCrop.get_params(image, (0.08, 1.0), CROP_RATIO) for _ in range(N // 20)])
     for i, name in enumerate(('top', 'left', 'h', 'w')):
         assert same_distribution(p[name], theirs[:, i]), name
     assert same_distribution(p['h'] * p['w'], theirs[:, 2] * theirs[:, 3])
@@ -227,11 +243,11 @@ IMAGES = photographs(50, 40, 40)
 @pytest.mark.parametrize('Views', [DeviceViews, ReferenceViews])
 def test_views_are_a_function_of_seed_and_epoch_and_step(Views):
     def epoch(number, start=0, seed=0):
-        return list(Views(IMAGES, 16, 16, views=3, seed=seed).epoch(number, start))
+        return list(Views(IMAGES, Batches(50, 16, 3, seed), 16).epoch(number, start))
 
     whole, again = epoch(2), epoch(2)
     assert len(whole) == 3 and [len(views) for views, _ in whole] == [3, 3, 3]
-    assert whole[0][0][0].shape == (16, 3, 16, 16)
+    assert whole[0][0][0].shape == (16, 3, 16, 16) and whole[0][0][0].dtype == torch.uint8
     index = torch.cat([index for _, index in whole])
     assert len(index.unique()) == 48  # drop_last: 2 of 50 are left out
 
@@ -249,8 +265,8 @@ def test_views_are_a_function_of_seed_and_epoch_and_step(Views):
 def test_the_whole_batch_does_not_depend_on_the_number_of_ranks(Views, world, images):
     """50 images leave a last batch of 2 (kept for a probe), of which some ranks have no image."""
     def last_batch(**ranks):
-        keep = {} if images == 48 else {'drop_last': False}
-        *_, (views, index) = Views(IMAGES[:images], 16, 16, **keep, **ranks).epoch(1)
+        batches = Batches(images, 16, drop_last=images == 48, **ranks)
+        *_, (views, index) = Views(IMAGES[:images], batches, 16).epoch(1)
         return torch.cat([torch.stack(views, 1).flatten(1), index[:, None]], 1)
 
     parts = [last_batch(rank=rank, world=world) for rank in range(world)]
@@ -262,19 +278,19 @@ def test_the_whole_batch_does_not_depend_on_the_number_of_ranks(Views, world, im
 def test_positives_by_label_are_of_random_images_of_the_class(Views, monkeypatch):
     """Images of one grey level each, views without change: a pixel tells which image a view is of."""
     images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 3, 8, 8).contiguous()
-    labels, mean, std = torch.arange(60) % 5, MEAN[0], STD[0]
+    labels = torch.arange(60) % 5
     if Views is DeviceViews:
         monkeypatch.setattr(augment, 'color_jitter', lambda x, p: x)
     else:
         monkeypatch.setattr(transforms.ColorJitter, 'forward', lambda self, image: image)
 
     def epoch(number, start=0, **ranks):
-        return list(Views(images, 20, 8, views=3, labels=labels, blur=False, **ranks).epoch(number, start))
+        return list(Views(images, Batches(60, 20, 3, labels=labels, **ranks), 8, blur=False).epoch(number, start))
 
     seen, same, pairs, epochs = torch.zeros(60, 60), 0, [], 200 if Views is DeviceViews else 30
     for number in range(1, epochs + 1):
         for (x1, *others), index in epoch(number):
-            first, *rest = ((255 * (x[:, 0, 0, 0] * std + mean)).round().long() for x in (x1, *others))
+            first, *rest = (x[:, 0, 0, 0].long() for x in (x1, *others))
             assert torch.equal(first, index)
             for other in rest:
                 assert torch.equal(labels[other], labels[first])
@@ -294,17 +310,17 @@ def test_positives_by_label_are_of_random_images_of_the_class(Views, monkeypatch
 
 
 def test_without_blur_nothing_else_changes():
-    with_blur, without = (draw(1000, 40, 40, seeded(1), blur) for blur in (True, False))
+    with_blur, without = (draw(1000, 40, 40, seeded(1), blur=blur) for blur in (True, False))
     assert (without.pop('sigma') == 0).all() and (with_blur.pop('sigma') > 0).any()
     assert all(torch.equal(with_blur[name], without[name]) for name in without)
-    from utils import reference_transform
     names = [[type(t).__name__ for t in reference_transform(32, blur).transforms] for blur in (True, False)]
     assert names[1] == [name for name in names[0] if name != 'GaussianBlur'] != names[0]
 
 
 def test_every_epoch_has_a_shuffle_of_its_own():
     for Views in (DeviceViews, ReferenceViews):
-        orders = [torch.cat([index for _, index in Views(IMAGES, 10, 8).epoch(number)]) for number in (1, 2, 3)]
+        views = Views(IMAGES, Batches(50, 10), 8)
+        orders = [torch.cat([index for _, index in views.epoch(number)]) for number in (1, 2, 3)]
         assert all(order.sort().values.equal(torch.arange(50)) for order in orders)
         assert not any(torch.equal(orders[i], orders[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
@@ -319,32 +335,78 @@ def test_crop_that_no_try_finds_is_the_central_one(height, width):
 
 
 def test_workers_change_nothing():
-    alone, two = (ReferenceViews(IMAGES, 16, 16, workers=workers) for workers in (0, 2))
+    alone, two = (ReferenceViews(IMAGES, Batches(50, 16), 16, workers=workers) for workers in (0, 2))
     for epoch in (1, 2):
         for (v, i), (w, j) in zip(alone.epoch(epoch), two.epoch(epoch), strict=True):
             assert torch.equal(v[0], w[0]) and torch.equal(v[1], w[1]) and torch.equal(i, j)
 
 
 def test_shared_memory_that_is_too_small_for_the_workers_is_named(monkeypatch):
-    """2 workers with 2 batches ahead: 4 * 16 images * 2 views * 3 * 8 * 8 floats are 98,304 bytes."""
-    for free, fits in ((98_304, True), (98_303, False)):
+    """2 workers with 2 batches ahead: 4 * 16 images * 2 views * 3 * 8 * 8 bytes are 24,576."""
+    for free, fits in ((24_576, True), (24_575, False)):
         monkeypatch.setattr('shutil.disk_usage', lambda path, free=free: Namespace(free=free))
         if fits:
-            ReferenceViews(IMAGES, 16, 8, workers=2)
+            ReferenceViews(IMAGES, Batches(50, 16), 8, workers=2)
         else:
             with pytest.raises(UserError, match=r'/dev/shm has no room .* --workers 0'):
-                ReferenceViews(IMAGES, 16, 8, workers=2)
+                ReferenceViews(IMAGES, Batches(50, 16), 8, workers=2)
 
 
 def test_reference_views_can_be_sent_to_workers_that_are_not_forked():
-    views = pickle.loads(pickle.dumps(ReferenceViews(IMAGES, 16, 16).loader.dataset))
-    assert torch.equal(views[1, 2, 3][0], ReferenceViews(IMAGES, 16, 16).loader.dataset[1, 2, 3][0])
+    views = ReferenceViews(IMAGES, Batches(50, 16), 16).loader.dataset
+    assert torch.equal(pickle.loads(pickle.dumps(views))[1, 2, 3][0], views[1, 2, 3][0])
 
 
 def test_compiled_and_eager_views_agree():
-    u, p = augment.uniforms(8, seeded(1)), draw(8, 40, 40, seeded(1))
-    compiled = torch.compile(augment.random_views, backend='eager', fullgraph=True)
-    torch.testing.assert_close(compiled(IMAGES[:8], u, 16), apply(IMAGES[:8], p, 16), rtol=1e-5, atol=1e-5)
+    u, p = uniforms(8, seeded(1)), draw(8, 40, 40, seeded(1))
+    compiled = torch.compile(random_views, backend='eager', fullgraph=True)
+    assert torch.equal(compiled(IMAGES[:8], u, 16), transform(IMAGES[:8], p, 16))
+
+
+def test_views_made_a_few_at_a_time_are_the_same():
+    """More than 48 images, by which a CPU makes them; on two ranks parts have other ends."""
+    images = photographs(130, 40, 40)
+    for rank, world in ((0, 1), (1, 2)):
+        views, made = DeviceViews(images, Batches(130, 130, 3, rank=rank, world=world), 16), []
+        assert views.at_once == 48
+        for views.at_once in (None, 48, 7, 1):
+            made.append(next(views.epoch(1)))
+        (whole, index), *others = made
+        assert len(index) == 130 // world
+        for other, same in others:
+            assert torch.equal(same, index) and all(map(torch.equal, other, whole))
+
+
+@pytest.mark.parametrize('recipe, changed', [(dict(crop_min=0.5), {'top', 'left', 'h', 'w'}),
+                                             (dict(jitter=0.5), {'brightness', 'contrast', 'saturation', 'hue'}),
+                                             (dict(grayscale=0.6), {'gray'}), (dict(blur=False), {'sigma'}),
+                                             (dict(vertical_flip=True), {'vertical_flip'})], ids=str)
+def test_each_part_of_the_recipe_changes_itself_alone(recipe, changed):
+    u = uniforms(N, seeded(1))
+    before, after = parameters(u, 96, 96), parameters(u, 96, 96, **recipe)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == changed
+    if 'crop_min' in recipe:
+        assert (after['h'] * after['w'] / 96**2).min() > 0.48 and (before['h'] * before['w'] / 96**2).min() < 0.09
+    elif 'jitter' in recipe:
+        assert after['hue'].abs().max() <= 0.05 and (after['brightness'] - 1).abs().max() <= 0.2 + 1e-6
+    elif 'grayscale' in recipe:
+        assert fraction(after['gray'], 0.6)
+    elif 'vertical_flip' in recipe:
+        assert not before['vertical_flip'].any()
+        assert fraction(after['vertical_flip'], 0.5) and fraction(after['vertical_flip'] & after['flip'], 0.25)
+
+
+def test_reference_views_follow_the_recipe():
+    """At its ends: the whole image, no change of colour but to grey, and half of the views upside down."""
+    image, gray = pil(photographs(1, 32, 32)[0]), TF.rgb_to_grayscale(pil(photographs(1, 32, 32)[0]), 3)
+    *make, _, _ = reference_transform(32, False, 1.0, 0.0, 1.0, True).transforms
+    seen = set()
+    torch.manual_seed(0)
+    for _ in range(40):
+        x = transforms.Compose(make)(image)
+        seen.add(next((i for i, turn in enumerate((lambda x: x, TF.hflip, TF.vflip, lambda x: TF.hflip(TF.vflip(x))))
+                       if turn(gray).tobytes() == x.tobytes()), 4))
+    assert seen == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize('size, width', [(16, 1), (20, 3), (32, 3), (40, 5), (64, 7), (96, 9)])

@@ -10,7 +10,7 @@ import torch
 from pretend import CUDA, Generator, Operations, Pretend
 
 import augment
-import evaluate
+import batches
 import linear
 import losses
 import main
@@ -29,7 +29,8 @@ def waits_of(monkeypatch):
                 (torch, 'Generator', Generator), (torch.cuda, 'Stream', lambda device: pretend),
                 (torch.cuda, 'stream', pretend.stream), (torch.cuda, 'current_stream', lambda device=None: pretend),
                 (torch.Tensor, 'record_stream', lambda x, stream: pretend.record(x, stream)),
-                (runs, 'device_name', str), (runtime, 'start', lambda: CUDA), (runtime, 'fits', lambda *_: fits)]:
+                (runs, 'device_name', str), (main, 'check_memory', lambda *_: None),
+                (runtime, 'start', lambda: CUDA), (runtime, 'fits', lambda *_: fits)]:
             monkeypatch.setattr(where, name, value)
         with pretend, Operations(pretend):
             function()
@@ -40,7 +41,7 @@ def waits_of(monkeypatch):
     images, labels = torch.randint(256, (64, 3, 12, 12), dtype=torch.uint8), torch.arange(64) % 4
     for module in main, linear:
         monkeypatch.setattr(module, 'load_data', lambda *_: Data(
-            Joined([images[:20], images[20:48]]), labels[:48], images[48:], labels[48:], list('abcd')))
+            Joined([images[:20], images[20:48]]), labels[:48], images[48:], labels[48:], list('abcd'), 'digest'))
     return waits_of
 
 
@@ -50,10 +51,11 @@ def train(results, batch_size, *flags):
 
 
 @pytest.mark.parametrize('fits, flags', [(True, ['--oracle']), (False, ['--views', '3', '--anneal', 'down']),
-                                         (False, ['--positives', 'label', '--joint_views'])], ids=str)
+                                         (False, ['--positives', 'label', '--joint_views']),
+                                         (True, ['--micro_batch', '2'])], ids=str)
 def test_waits_do_not_grow_with_the_steps(waits_of, monkeypatch, tmp_path, fits, flags):
-    """Train, stop after 20 of 24 steps or at the end of 3, continue, monitor, probe."""
-    def stop(self):
+    """Train, stop after 20 of 24 steps or at the end of 3, of one part or of eight, continue, monitor, probe."""
+    def stop(self, due=False):
         if sys._getframe(1).f_code.co_name == 'train_epoch' and next(stops, False):
             raise runtime.Stopped(15)
 
@@ -77,7 +79,7 @@ def test_waits_do_not_grow_with_the_steps(waits_of, monkeypatch, tmp_path, fits,
 def test_images_in_host_memory_give_the_views_of_resident_ones(waits_of):
     def compare():
         images = torch.randint(256, (50, 3, 12, 12), dtype=torch.uint8)
-        both = [augment.DeviceViews(x, 16, 8, device=CUDA, resident=resident, drop_last=False).epoch(1)
+        both = [batches.DeviceViews(x, batches.Batches(50, 16, drop_last=False), 8, CUDA, resident).epoch(1)
                 for x, resident in ((images, True), (Joined([images[:9], images[9:]]), False))]
         for (views, index), (others, same) in zip(*both, strict=True):
             assert index.is_cuda and torch.equal(index, same) and all(map(torch.equal, views, others))
@@ -99,8 +101,6 @@ def test_collectives_of_two_ranks_see_the_device(waits_of, monkeypatch, tmp_path
                             all_reduce=all_reduce, all_gather_single=gather, all_gather_into_tensor=gather,
                             broadcast_object_list=lambda objects: None).items():
         monkeypatch.setattr(torch.distributed, name, value, raising=False)
-    for module in main, linear, evaluate, runs, runtime:
-        monkeypatch.setattr(module, 'WORLD', 2)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: sys._getframe(1).f_code.co_name == 'check')  # of signals
     monkeypatch.setattr(runtime, 'distributed', lambda net, device: net)
     waits = [waits_of(lambda n=n: train(tmp_path, n, '--oracle')) for n in (4, 16)]
@@ -112,19 +112,19 @@ FAULTS = [
     (main, 'train_epoch', '= loss\n', '= loss.item()\n'),
     (main, 'train_epoch', '% look_every', '% 1'),
     (main, 'train_epoch', 'labels[index]', 'labels[index.cpu()]'),
-    (main, 'train_step', 'loss.backward()', 'loss.backward() if loss.isfinite() else None'),
+    (main, 'train_step', 'scaler.scale(loss).backward()', 'loss.backward() if loss.isfinite() else None'),
     (main, 'train_step', '(*z,', '(*(x[x.isfinite().all(1)] for x in z),'),
     (main, 'main', 'data.train_labels.to(device) if', 'data.train_labels if'),
-    (evaluate, 'encode', '.to(images.device)).to(device)', '.to(images.device))'),
+    (main, 'encode', '.to(images.device)).to(device)', '.to(images.device))'),
     (losses._ContrastiveLoss, 'forward', 'torch.eye(V, dtype=torch.bool, device=x.device)', 'torch.eye(V).bool()'),
     (augment, 'resize_weights', 'torch.arange(size, device=start.device)', 'torch.arange(size)'),
     (augment, 'gaussian_blur', 'r, h, w =', 'if not sigma.any(): return x\n    r, h, w ='),
     (augment, 'luma', 'return ', 'torch.tensor(LUMA, device=x.device); return '),
     (augment, 'uniforms', 'device=generator.device', "device='cpu'"),
-    (augment.DeviceViews, 'epoch', 'epoch, step, device=self.device', 'epoch, step'),
-    (augment.DeviceViews, 'fetch', ', pin_memory=True', ''),
-    (augment.DeviceViews, 'arrived', 'current.wait_stream(self.stream)', 'pass'),
-    (augment.DeviceViews, 'arrived', 'x.record_stream(current)', 'pass'),
+    (batches.DeviceViews, 'epoch', 'epoch, step, device=self.device', 'epoch, step'),
+    (batches.DeviceViews, 'fetch', ', pin_memory=True', ''),
+    (batches.DeviceViews, 'arrived', 'current.wait_stream(self.stream)', 'pass'),
+    (batches.DeviceViews, 'arrived', 'x.record_stream(current)', 'pass'),
     (runs.Saver, 'write', 'copied.synchronize()', 'pass')]
 
 

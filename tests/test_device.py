@@ -9,7 +9,8 @@ from conftest import assert_same_outcome, outcome
 import linear
 import main
 import runtime
-from augment import DeviceViews, random_views, seeded, uniforms
+from augment import uniforms
+from batches import Batches, DeviceViews, random_views, seeded
 from losses import contrastive_loss
 
 CUDA = torch.cuda.is_available()
@@ -34,13 +35,14 @@ def test_loss_on_the_device_is_that_of_the_cpu_in_float64(setting):
 
 def test_compiled_views_are_the_eager_ones():
     u = uniforms(64, seeded(1, device=DEVICE))
-    views = torch.compile(random_views, dynamic=False)(IMAGES.to(DEVICE), u, 32).cpu()
-    torch.testing.assert_close(views, random_views(IMAGES, u.cpu(), 32), rtol=0, atol=1e-3)
+    views = torch.compile(random_views, dynamic=False)(IMAGES.to(DEVICE), u, 32).cpu().int()
+    difference = (views - random_views(IMAGES, [x.cpu() for x in u], 32)).abs()
+    assert (difference <= 1).float().mean() > 0.9999 and (difference == 0).float().mean() > 0.99
 
 
 @pytest.mark.skipif(not CUDA, reason='prefetches to a GPU')
 def test_images_in_host_memory_give_the_views_of_resident_ones():
-    batches = [DeviceViews(IMAGES, 16, 32, device=DEVICE, resident=resident) for resident in (True, False)]
+    batches = [DeviceViews(IMAGES, Batches(64, 16), 32, DEVICE, resident) for resident in (True, False)]
     for (views, index), (others, same) in zip(*(b.epoch(1) for b in batches), strict=True):
         assert torch.equal(index, same) and all(map(torch.equal, views, others))
 
@@ -58,7 +60,7 @@ def eager(tiny, tmp_path_factory):
     """Losses of the eager network on compiled views, which round a few grey levels otherwise than eager ones."""
     results = tmp_path_factory.mktemp('eager')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main.Model, 'compile', lambda net, **_: None)
+        patch.setattr(main, 'compiled', lambda net, *_: net)
         main.main([*tiny, *SLOWLY, '--compile', '--precision', 'fp32', '--results_dir', str(results)])
     return pd.read_csv(results / 'log.csv')['train_loss'][1:]
 
@@ -68,7 +70,7 @@ def test_compiled_training_resumes_and_is_close_to_eager(tiny, eager, tmp_path, 
     flags = [*tiny, *SLOWLY, '--compile', '--precision', precision, '--results_dir', str(tmp_path)]
     stops = iter([True])
 
-    def stop(self):
+    def stop(self, due=False):
         if next(stops, False):
             raise runtime.Stopped(15)
 

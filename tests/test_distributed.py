@@ -14,9 +14,10 @@ from torch import nn
 from torch.multiprocessing import spawn
 
 
-def everything(rank, world):
+def everything(rank, world, flags):
     """All that this file compares, on one rank."""
-    return {'losses': [losses_and_gradients(rank, world, V) for V in (2, 3)],
+    return {'parts': weights_after_steps(rank, world), 'main': update_of_main(rank, world, flags),
+            'losses': [losses_and_gradients(rank, world, V) for V in (2, 3)],
             'training': [parameter_gradients(rank, world, *case) for case in TRAININGS],
             'features': features_and_gathered(rank, world), 'one each': loss_of_one_sample_each(rank, world)}
 
@@ -38,13 +39,14 @@ def on_ranks(world, function, out, *args):
 
 
 @pytest.fixture(scope='module')
-def one():
-    return everything(0, 1)
+def one(tiny, tmp_path_factory):
+    return everything(0, 1, [*tiny, '--results_dir', str(tmp_path_factory.mktemp('one'))])
 
 
 @pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def ranks(request, tmp_path_factory):
-    return on_ranks(request.param, everything, tmp_path_factory.mktemp('ranks'))
+def ranks(request, tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp('ranks')
+    return on_ranks(request.param, everything, out, [*tiny, '--results_dir', str(out / 'run')])
 
 
 SETTINGS = [dict(), dict(beta=0, tau_plus=0), dict(beta=2.5, tau_plus=0.3, temperature=0.1), dict(beta=0),
@@ -113,11 +115,12 @@ class WholeBatchNorm(nn.BatchNorm2d):
 
 def parameter_gradients(rank, world, kind, joint):
     """The gradients of two steps of main.py's own train_step, under DDP if there are several ranks."""
-    import main
+    import model
     import runtime
+    import step
     from losses import contrastive_loss
     torch.manual_seed(0)
-    net = main.Model(16, 'resnet18', width=0.25).double()
+    net = model.Model(16, 'resnet18', width=0.25).double()
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -127,8 +130,8 @@ def parameter_gradients(rank, world, kind, joint):
     part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     ddp = runtime.distributed(net, torch.device('cpu'))
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-    autocast = torch.autocast('cpu', enabled=False)
-    losses = [main.train_step(ddp, [x[part] for x in views], None, optimizer, contrastive_loss, autocast, joint)
+    optimizer.skipped, how = 0, (torch.autocast('cpu', enabled=False), torch.amp.GradScaler('cpu', enabled=False))
+    losses = [step.train_step(ddp, [x[part] for x in views], None, optimizer, contrastive_loss, *how, joint)[0]
               for _ in range(2)]
     return torch.stack(losses), {name: p.grad for name, p in net.named_parameters()}
 
@@ -147,19 +150,78 @@ def test_parameter_gradients_are_those_of_one_process(one, ranks, case):
             assert (rank_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
 
 
-def features_and_gathered(rank, world):
-    import evaluate
+def weights_after_steps(rank, world):
+    """By the images of a part: the weights after steps of SGD in float64. On one process for the parts of any number of
+    ranks; on several, also for all of a rank's images at once."""
     import main
     import runtime
+    import step
+    from losses import contrastive_loss
+    B, found = 16, {}
+    views = torch.randn(5, 2, B, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()  # of five steps
+    part = slice(rank * B // world, (rank + 1) * B // world)
+    for m in (8, 4) if world == 1 else (None, 4):
+        torch.manual_seed(0)
+        args, _ = main.arguments(['--arch', 'resnet18', '--width', '0.125', '--feature_dim', '8', '--hidden_dim', '16',
+                                  '--optimizer', 'sgd', '--lr', '0.1', '--batch_size', str(B),
+                                  *(['--micro_batch', str(m)] if m else [])])
+        net, optimizer, scaler = step.build(args, torch.device('cpu'))
+        ddp, autocast = runtime.distributed(net.double(), torch.device('cpu')), torch.autocast('cpu', enabled=False)
+        for x in views:
+            step.train_step(ddp, list(x[:, part]), None, optimizer, contrastive_loss, autocast, scaler, False, m)
+        found[m or B // world] = torch.cat([p.detach().flatten() for p in net.parameters()])
+    return found
+
+
+def test_parts_on_one_process_train_as_ranks(one, ranks):
+    for rank in ranks:
+        for m, weights in rank['parts'].items():
+            torch.testing.assert_close(weights, one['parts'][m], rtol=0, atol=1e-9)
+
+
+def update_of_main(rank, world, flags):
+    """What main.py's own run of one step changes of the weights: by the images of a BatchNorm batch."""
+    import main
+    build, found = main.build, {}
+    for m in (12, 6) if world == 1 else (24 // world,):
+        def spy(args, device):
+            net, *others = build(args, device)
+            spy.net, spy.before = net, [p.detach().clone() for p in net.parameters()]
+            return net, *others
+
+        main.build = spy
+        main.main([*flags, '--epochs', '1', '--batch_size', '24', '--optimizer', 'sgd', '--lr', '0.1', '--knn_every',
+                   '0', *(['--results_dir', f'{flags[-1]}_{m}', '--micro_batch', str(m)] if world == 1 else [])])
+        found[m] = torch.cat([(p.detach() - q).flatten() for p, q in zip(spy.net.parameters(), spy.before)])
+    main.build = build
+    return found
+
+
+def test_main_under_a_launcher_takes_the_mean_of_the_ranks_gradients(one, ranks):
+    """The step is that of one process whose parts are the ranks', on every rank."""
+    (m, update), = ranks[0]['main'].items()
+    assert all(torch.equal(rank['main'][m], update) for rank in ranks)
+    alone = one['main'][m]
+    assert F.cosine_similarity(update, alone, dim=0) > 0.999 and update.norm() > 0
+    assert (update.norm() / alone.norm() - 1).abs() < 0.01
+    other = one['main'][18 - m]
+    assert F.cosine_similarity(update, other, dim=0) < 0.99  # the parts matter
+
+
+def features_and_gathered(rank, world):
+    import evaluate
+    import model
+    import runtime
     torch.manual_seed(0)
-    net = main.Model(16, 'resnet18', width=0.25)
+    net = model.Model(16, 'resnet18', width=0.25)
     images = torch.randint(256, (23, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     features = evaluate.encode(net, images, torch.arange(23), 0, torch.autocast('cpu', enabled=False),
-                               torch.device('cpu'), batch_size=5)
+                               torch.device('cpu'), block=5)
     gathered = runtime.gather(torch.arange(7).tensor_split(world)[rank])
     net.f[1].running_var.fill_(rank)
-    runtime.average_buffers(net)
-    return features, gathered, net.f[1].running_var.unique().tolist()
+    averaged = runtime.averaged_buffers(net).get('f.1.running_var', net.f[1].running_var)
+    assert (net.f[1].running_var == rank).all()  # its own, with which it trains on, stay
+    return features, gathered, averaged.unique().tolist()
 
 
 def test_features_are_identical_and_no_image_counts_twice(one, ranks):

@@ -88,6 +88,8 @@ def test_random_command_lines(script, capsys, monkeypatch):
     ('--width 3', 'invalid choice'),
     ('--temp 1', 'unrecognized arguments: --temp 1'),
     ('--sync_bn', 'needs CUDA'),
+    ('--micro_batch 3', '--micro_batch 3 does not divide a rank\'s 256 images'),
+    ('--crop_min 0', 'argument --crop_min: must be in (0, 1]'),
     (f'--root {"a" * 256}', 'must be the name of a file or directory'),
 ])
 def test_wrong_flags_of_main(line, message, capsys, monkeypatch):
@@ -152,7 +154,8 @@ def test_defaults_are_the_published_recipe():
               'beta': 1.0, 'batch_size': 256, 'epochs': 400, 'lr': 1e-3, 'weight_decay': 1e-6, 'k': 200,
               'image_size': 32, 'test_size': 0, 'views': 2, 'anneal': 'none', 'joint_views': False, 'width': 1,
               'stem': 'cifar', 'hidden_dim': 512, 'optimizer': 'adam', 'schedule': 'constant', 'warmup': 0,
-              'blur': 'published', 'positives': 'view', 'knn_temperature': 0.5}
+              'blur': 'published', 'crop_min': 0.08, 'jitter': 1.0, 'grayscale': 0.2, 'vertical_flip': False,
+              'micro_batch': None, 'fit': 'crop', 'holdout': 0, 'positives': 'view', 'knn_temperature': 0.5}
     assert {name: getattr(args, name) for name in recipe} == recipe
     probe = linear.arguments([])
     assert (probe.batch_size, probe.epochs, probe.lr, probe.weight_decay, probe.bn) == (512, 100, 1e-3, 1e-6, 'eval')

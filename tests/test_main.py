@@ -20,25 +20,20 @@ from sklearn.preprocessing import StandardScaler
 from torchvision.datasets import STL10
 
 import evaluate
+import files
 import linear
 import main
 import model
 import runs
 import runtime
+import step
 from augment import MEAN, STD
 from data import load_data
 from losses import contrastive_loss
 from runtime import UserError
 
 CPU, NO_AUTOCAST = torch.device('cpu'), torch.autocast('cpu', enabled=False)
-
-
-@pytest.fixture(autouse=True)
-def restore_signals():
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
+NO_SCALER = torch.amp.GradScaler('cpu', enabled=False)
 
 
 @pytest.fixture(scope='module')
@@ -75,9 +70,10 @@ def test_a_dozen_steps_are_the_plain_loop(dtype, lr, tolerance):
     views = list(torch.randn(2, 8, 3, 8, 8, dtype=dtype))
     optimizer = torch.optim.Adam(net.parameters(), lr, weight_decay=1e-6, fused=True)
     other = torch.optim.Adam(plain.parameters(), lr, weight_decay=1e-6, fused=False, foreach=False)
-    losses = []
+    optimizer.skipped, losses = 0, []
     for _ in range(12):
-        losses.append(main.train_step(net, views, None, optimizer, contrastive_loss, NO_AUTOCAST).item())
+        loss, _ = step.train_step(net, views, None, optimizer, contrastive_loss, NO_AUTOCAST, NO_SCALER)
+        losses.append(loss.item())
         expected = equations(plain(views[0])[1], plain(views[1])[1], 0.5, 0.1, 1.0)
         other.zero_grad()
         expected.backward()
@@ -89,8 +85,10 @@ def test_a_dozen_steps_are_the_plain_loop(dtype, lr, tolerance):
 def test_joint_views_share_one_batchnorm_batch():
     torch.manual_seed(0)
     net, views = model.Model(16, 'resnet18'), torch.randn(2, 4, 3, 8, 8)
-    losses = [main.train_step(net, list(views), None, torch.optim.SGD(net.parameters(), 0.0), contrastive_loss,
-                              NO_AUTOCAST, joint) for joint in (False, True)]
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    optimizer.skipped = 0
+    losses = [step.train_step(net, list(views), None, optimizer, contrastive_loss, NO_AUTOCAST, NO_SCALER, joint)[0]
+              for joint in (False, True)]
     z1, z2 = net(torch.cat(list(views)))[1].chunk(2)
     assert losses[0] != losses[1]
     torch.testing.assert_close(losses[1], contrastive_loss(z1, z2).detach())
@@ -119,7 +117,7 @@ def test_encode_is_f_in_eval_mode_at_the_size_asked_for():
     images = torch.randint(256, (10, 3, 24, 24), dtype=torch.uint8)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     index = torch.tensor([7, 3, 3])
-    features = evaluate.encode(net, images, index, 0, NO_AUTOCAST, CPU, batch_size=2)
+    features = evaluate.encode(net, images, index, 0, NO_AUTOCAST, CPU, block=2)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
     expected = net.eval().f((images[index] / 255 - mean) / std).flatten(1)
@@ -158,18 +156,20 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
     main.main([*flags, str(tmp_path / 'whole')])
     check, calls = runtime.Signals.check, []
 
-    def check_and_stop(self):
+    def check_and_stop(self, due=False):
         calls.append(1)
         if len(calls) in (2, 8, 10, 12):  # five are of the untrained encoder's measures
             raise runtime.Stopped(signal.SIGTERM)
         check(self)
 
     monkeypatch.setattr(runtime.Signals, 'check', check_and_stop)
-    for step in (0, 1, 3, 2):
+    before = [signal.getsignal(signum) for signum in runtime.STOP_SIGNALS]
+    for after in (0, 1, 3, 2):
         with pytest.raises(SystemExit) as stop:
             main.main([*flags, str(tmp_path / 'parts')])
-        assert stop.value.code == 143 and f'after step {step}, saved' in capsys.readouterr().out
+        assert stop.value.code == 143 and f'after step {after}, saved' in capsys.readouterr().out
     main.main([*flags, str(tmp_path / 'parts')])
+    assert [signal.getsignal(signum) for signum in runtime.STOP_SIGNALS] == before
     assert_same_outcome(tmp_path / 'parts', outcome(tmp_path / 'whole'))
 
 
@@ -177,7 +177,7 @@ def stop_after(checks, monkeypatch):
     """Ask the run to stop at the next look after so many: the first five are of the untrained encoder's measures."""
     seen = iter([False] * checks + [True])
 
-    def check(self):
+    def check(self, due=False):
         if next(seen, False):
             raise runtime.Stopped(signal.SIGTERM)
 
@@ -235,11 +235,12 @@ def test_no_run_starts_over_what_it_cannot_continue(finished, tiny, tmp_path, da
 
 
 def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_state(tiny, tmp_path, monkeypatch):
-    step, calls = main.train_step, []
+    train_step, calls = main.train_step, []
 
-    def broken(*args, **kwargs):
+    def broken(*args):
         calls.append(1)
-        return step(*args, **kwargs) * (math.nan if len(calls) == 5 else 1)
+        loss, skipped = train_step(*args)
+        return loss * (math.nan if len(calls) == 5 else 1), skipped
 
     monkeypatch.setattr(main, 'train_step', broken)
     refuses([*tiny, '--epochs', '3', '--results_dir', str(tmp_path)],
@@ -255,14 +256,14 @@ def test_a_run_killed_before_its_first_state_begins_anew(finished, tiny, tmp_pat
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
-    step, calls = main.train_step, []
+    train_step, calls = main.train_step, []
 
-    def broken(net, *args, **kwargs):
-        loss = step(net, *args, **kwargs)
+    def broken(net, *args):
+        done = train_step(net, *args)
         calls.append(1)
         if len(calls) == 6:
             net.g[3].bias.data.fill_(math.nan)
-        return loss
+        return done
 
     monkeypatch.setattr(main, 'train_step', broken)
     refuses([*tiny, '--epochs', '3', '--results_dir', str(tmp_path)], 'weights are not finite after epoch 2')
@@ -278,7 +279,7 @@ def test_flags_that_do_not_fit_the_data(tiny, tmp_path, flags, message, capsys):
 
 
 @pytest.mark.parametrize('flags', [['--estimator', 'standard'], ['--estimator', 'debiased', '--views', '3'],
-                                   ['--oracle'], ['--joint_views'], ['--precision', 'bf16'],
+                                   ['--oracle'], ['--joint_views'], ['--precision', 'bf16'], ['--micro_batch', '4'],
                                    ['--temperature', '0.05', '--feature_dim', '16']], ids=' '.join)
 def test_every_objective_trains_and_differs(finished, tiny, tmp_path, flags):
     main.main([*tiny, '--epochs', '1', '--results_dir', str(tmp_path), *flags])
@@ -330,7 +331,8 @@ def test_oracle_is_given_the_labels_of_the_batch(tiny, tree, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize('flags', [['--optimizer', 'sgd', '--schedule', 'cosine', '--warmup', '1', '--lr', '0.05'],
-                                   ['--positives', 'label', '--views', '3'],
+                                   ['--positives', 'label', '--views', '3', '--micro_batch', '4'],
+                                   ['--precision', 'fp16', '--optimizer', 'sgd'],
                                    ['--anneal', 'down', '--oracle', '--beta', '1']], ids=' '.join)
 def test_variants_resume_to_the_same_bits(tiny, tmp_path, flags, monkeypatch):
     flags = [*tiny, '--epochs', '2', '--hidden_dim', '24', *flags, '--results_dir']
@@ -360,30 +362,29 @@ def test_dkobaks_recipe_is_sgd_with_momentum_and_cosine(tiny, tmp_path, monkeypa
     assert pd.read_csv(tmp_path / 'log.csv')['lr'].tolist()[1:] == pytest.approx([0.03, 0])
 
 
-def test_positives_by_label_reach_the_views(tiny, tree, tmp_path, monkeypatch):
-    given = []
-    views = main.DeviceViews.__init__
-
-    def spy(self, images, *args, labels, blur, **kwargs):
-        given.append((labels, blur, len(images)))
-        views(self, images, *args, labels=labels, blur=blur, **kwargs)
-
-    monkeypatch.setattr(main.DeviceViews, '__init__', spy)
-    main.main([*tiny, '--epochs', '1', '--positives', 'label', '--blur', 'none', '--results_dir', str(tmp_path)])
-    labels, blur, n = given[0]
-    assert labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10 and blur is False and n == 30
+@pytest.mark.parametrize('augment, name', [('device', 'DeviceViews'), ('pil', 'ReferenceViews')])
+def test_positives_by_label_and_the_recipe_reach_the_views(tiny, tmp_path, monkeypatch, augment, name):
+    given, Views = [], getattr(main, name)
+    monkeypatch.setattr(main, name, lambda images, batches, *args, **recipe: given.extend((images, batches, recipe)) or
+                        Views(images, batches, *args, **recipe))
+    main.main([*tiny, '--epochs', '1', '--positives', 'label', '--augment', augment, '--workers', '0', '--blur', 'none',
+               '--crop_min', '0.3', '--jitter', '0.5', '--grayscale', '0.1', '--vertical_flip', '--results_dir',
+               str(tmp_path)])
+    images, batches, recipe = given
+    assert batches.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10 and len(images) == 30
+    assert recipe == dict(blur=False, crop_min=0.3, jitter=0.5, grayscale=0.1, vertical_flip=True)
 
 
 def test_network_trains_in_train_mode_after_the_monitor(tiny, tmp_path, monkeypatch):
-    modes, step = [], main.train_step
-    monkeypatch.setattr(main, 'train_step', lambda net, *args: modes.append(net.training) or step(net, *args))
+    modes, train_step = [], main.train_step
+    monkeypatch.setattr(main, 'train_step', lambda net, *args: modes.append(net.training) or train_step(net, *args))
     main.main([*tiny, '--epochs', '2', '--knn_every', '1', '--results_dir', str(tmp_path)])
     assert modes == [True] * 6
 
 
 def test_statistics_are_averaged_over_ranks_before_the_monitor_sees_them(tiny, tmp_path, monkeypatch):
     calls, monitor = [], main.monitor
-    monkeypatch.setattr(runtime, 'average_buffers', lambda net: calls.append('average'))
+    monkeypatch.setattr(runtime, 'averaged_buffers', lambda net: calls.append('average') or {})
     monkeypatch.setattr(main, 'monitor', lambda *args: calls.append('monitor') or monitor(*args))
     main.main([*tiny, '--epochs', '2', '--knn_every', '1', '--results_dir', str(tmp_path)])
     assert calls == ['monitor', 'average', 'monitor', 'average', 'monitor']
@@ -393,7 +394,7 @@ def test_state_is_saved_once_a_minute_though_no_encoder_is_kept(tiny, tmp_path, 
     saved, clock = [], iter(range(0, 10**6, 25))
     monkeypatch.setattr(runs.Saver, 'save', lambda self, state, keep=False: saved.append((state['epoch'], keep)))
     monkeypatch.setattr(runs.time, 'monotonic', lambda: next(clock))
-    saver = runs.Saver(tmp_path, None, None)
+    saver = runs.Saver(tmp_path, None, None, None)
     for epoch in range(1, 6):
         saver.epoch_ended(dict(epoch=epoch, log=[]), keep=epoch == 2)
     assert saved == [(2, True), (4, False), (5, False)]  # 25 s an epoch; save() itself would start a new minute
@@ -409,7 +410,7 @@ def test_log_counts_the_time_before_a_stop(tiny, tmp_path, monkeypatch):
     assert state['step'] == 1 and state['seconds'] > 0
     later = {**state, 'seconds': 1000.0}
     del later['digest']
-    torch.save({**later, 'digest': runs.digest(later)}, tmp_path / 'last.pth')
+    torch.save({**later, 'digest': files.digest(later)}, tmp_path / 'last.pth')
     main.main(flags)
     row = pd.read_csv(tmp_path / 'log.csv').iloc[1]
     assert 1000 < row['seconds'] < 1100 and row['images/s'] == pytest.approx(24 / row['seconds'])
@@ -445,16 +446,18 @@ def test_the_untrained_encoder_is_probed_once_for_all_checkpoints_of_a_run(finis
     assert made[0] == made[1] == made[2] == made[3] < made[4] == made[5]
 
 
-def test_probe_notices_a_moved_encoder(finished, monkeypatch):
-    encode = evaluate.encode
-
-    def moving(net, *args, **kwargs):
-        net.f[0].weight.data += 1e-3
-        return encode(net, *args, **kwargs)
-
-    monkeypatch.setattr(linear, 'encode', moving)
-    with pytest.raises(AssertionError, match='the probe moved the encoder'):
-        linear.main(['--model_path', str(finished / 'model_3.pth'), '--epochs', '1'])
+@pytest.mark.parametrize('flags', [[], ['--augment', 'none'], ['--probe', 'logistic'], ['--bn', 'train']], ids=str)
+def test_a_probe_leaves_the_encoder_as_it_was(finished, tmp_path, monkeypatch, flags):
+    """Its file and all of its tensors; with --bn train, but for BatchNorm's statistics."""
+    for name in ('config.json', 'model_3.pth'):
+        shutil.copy(finished / name, tmp_path / name)
+    nets, before = [], model.read_checkpoint(tmp_path / 'model_3.pth')
+    load_model = linear.load_model
+    monkeypatch.setattr(linear, 'load_model', lambda *args, **how: nets.append(load_model(*args, **how)) or nets[-1])
+    linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--epochs', '2', *flags])
+    moved = {name for name, x in nets[0].state_dict().items() if not torch.equal(x, before[name])}
+    assert all('running' in name or 'batches' in name for name in moved) and bool(moved) == ('train' in flags)
+    assert (tmp_path / 'model_3.pth').read_bytes() == (finished / 'model_3.pth').read_bytes()
 
 
 def test_stopped_probe_leaves_the_finished_one(finished, tmp_path, monkeypatch):
@@ -464,12 +467,12 @@ def test_stopped_probe_leaves_the_finished_one(finished, tmp_path, monkeypatch):
     linear.main([*flags, '1'])
     before = snapshot(tmp_path)
 
-    def end_in_epoch_2(path, data, write=runs.write):
+    def end_in_epoch_2(path, data, write=files.write):
         if data.count(b'\n') == 3:
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(runs, 'write', end_in_epoch_2)
+    monkeypatch.setattr(files, 'write', end_in_epoch_2)
     with pytest.raises(KeyboardInterrupt):
         linear.main([*flags, '3'])
     assert pd.read_csv(tmp_path / 'model_3_linear.partial.csv')['epoch'].tolist() == [1]
@@ -500,9 +503,9 @@ def write_stl10(root, monkeypatch, **counts):
         if name != 'unlabeled':
             (np.arange(count) % 10 + 1).astype(np.uint8).tofile(folder / f'{name}_y.bin')
     (folder / 'class_names.txt').write_text('\n'.join('abcdefghij'))
-    for files in ('train_list', 'test_list'):
-        monkeypatch.setattr(STL10, files, [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
-                                           for name, _ in getattr(STL10, files)])
+    for which in ('train_list', 'test_list'):
+        monkeypatch.setattr(STL10, which, [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+                                           for name, _ in getattr(STL10, which)])
 
 
 def test_published_command_lines_run_as_printed(tmp_path, monkeypatch, capsys):
@@ -510,7 +513,7 @@ def test_published_command_lines_run_as_printed(tmp_path, monkeypatch, capsys):
     (tmp_path / 'code').mkdir()
     monkeypatch.chdir(tmp_path / 'code')
     write_stl10(tmp_path / 'code' / 'data', monkeypatch, train=200, test=10, unlabeled=60)
-    monkeypatch.setattr(main, 'Model', lambda *args: model.Model(128, 'resnet18', width=0.125))
+    monkeypatch.setattr(step, 'Model', lambda *args: model.Model(128, 'resnet18', width=0.125))
     monkeypatch.setattr(linear, 'tqdm', lambda epochs, *args, **kwargs: list(epochs)[:1])
 
     def stop(*args):
@@ -525,7 +528,7 @@ def test_published_command_lines_run_as_printed(tmp_path, monkeypatch, capsys):
             with pytest.raises(SystemExit):
                 main.main(line.split()[1:])
         assert 'Stopped in epoch 1 after step 1, saved in results' in capsys.readouterr().out
-        settings = runs.read_json('results/config.json')['settings']
+        settings = files.read_json('results/config.json')['settings']
         assert (settings['estimator'], settings['tau_plus'], settings['beta']) == objective
         shutil.copy('results/model_0.pth', 'encoder.pth')
         shutil.rmtree('results')
@@ -554,8 +557,10 @@ def test_stl10_is_trained_on_and_probed_at_96_pixels(tmp_path, monkeypatch, caps
                '--k', '20', '--results_dir', str(results)])
     assert json.loads((results / 'config.json').read_text())['images'] == {'train': 32, 'test': 10}
     linear.main(['--model_path', str(results / 'model_1.pth'), '--epochs', '1'])
-    # memory and test images before and after the epoch, and the test images of the probes of both encoders
-    assert sizes == [(20, 96, 96, 0), (10, 96, 96, 0)] * 2 + [(10, 96, 96, 0)] * 2
+    # views of half of the images, all of them, memory and test images before and after the epoch, and the test images
+    # of the probes of both encoders
+    measures = [(16, 96, 96, 32)] * 2 + [(32, 96, 96, 0), (20, 96, 96, 0), (10, 96, 96, 0)]
+    assert sizes == measures * 2 + [(10, 96, 96, 0)] * 2
     assert 'linear probe' in capsys.readouterr().out
 
 
@@ -585,22 +590,24 @@ def test_class_without_a_vote_is_no_hit_at_5():
     assert evaluate.knn(memory, torch.eye(10), classes, torch.arange(10), 5, 0.5) == [100, 100]
 
 
-@pytest.mark.parametrize('bn, encoded', [('eval', 1), ('train', 4)])
+@pytest.mark.parametrize('bn, encoded', [('eval', 1), ('train', 3)])
 def test_test_features_are_computed_again_only_if_statistics_drift(finished, tmp_path, monkeypatch, bn, encoded):
     for name in ('config.json', 'model_3.pth'):
         shutil.copy(finished / name, tmp_path / name)
     found, encode = [], evaluate.encode
     monkeypatch.setattr(linear, 'encode', lambda *args: found.append(encode(*args)) or found[-1])
-    linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--epochs', '3', '--bn', bn, '--batch_size', '29'])
-    assert len(found) == encoded  # once, and after every epoch; the last batch has one image of 8 pixels
+    linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--epochs', '12', '--bn', bn, '--batch_size', '29'])
+    assert len(found) == encoded  # once, after every tenth epoch and the last; the last batch has one image of 8 pixels
     assert (bn == 'eval') or not torch.equal(found[0], found[-1])
+    table = pd.read_csv(next(tmp_path.glob('model_3_*.csv')))
+    assert table.index[table['test_acc@1'].notna()].tolist() == (list(range(12)) if bn == 'eval' else [9, 11])
 
 
 @pytest.mark.parametrize('blur', ['published', 'none'])
 def test_the_probes_views_are_blurred_as_the_encoders(finished, tmp_path, monkeypatch, blur):
     shutil.copy(finished / 'model_3.pth', tmp_path)
-    config = runs.read_json(finished / 'config.json')
-    runs.write_json(tmp_path / 'config.json', {**config, 'settings': {**config['settings'], 'blur': blur}})
+    config = files.read_json(finished / 'config.json')
+    files.write_json(tmp_path / 'config.json', {**config, 'settings': {**config['settings'], 'blur': blur}})
     seen, views = [], linear.DeviceViews
     monkeypatch.setattr(linear, 'DeviceViews', lambda *args, **how: seen.append(how['blur']) or views(*args, **how))
     linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--epochs', '1'])

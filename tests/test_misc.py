@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import HOME, Job
 
+import files
 import flags
 import main
 import model
@@ -43,20 +44,20 @@ def on_the_cpu(monkeypatch):
 @pytest.fixture
 def logs(run_of_one_epoch, tmp_path):
     """Logs of two objectives with two seeds each, and their probes: kNN 10, 20; 14, 22; probes 30, 40; 36, 38."""
-    config = runs.read_json(run_of_one_epoch / 'config.json')
+    config = files.read_json(run_of_one_epoch / 'config.json')
     for estimator, beta, seed, knn, probe in (('standard', 0.0, 0, 10, 30), ('standard', 0.0, 1, 20, 40),
                                               ('hard', 0.5, 1, 22, 38), ('hard', 0.5, 0, 14, 36)):
         directory = tmp_path / f'{estimator}_{seed}'
         directory.mkdir()
         config['settings'] |= dict(estimator=estimator, beta=beta, tau_plus=0.1 * (beta > 0), seed=seed, epochs=2)
-        runs.write_json(directory / 'config.json', config)
+        files.write_json(directory / 'config.json', config)
         rows = [{'epoch': 0, 'test_acc@1': 9}, {'epoch': 1, 'train_loss': 5.0, 'seconds': 60.0},
                 {'epoch': 2, 'train_loss': 4.0 + beta, 'test_acc@1': knn, 'test_acc@5': 99, 'seconds': 90.0}]
         pd.DataFrame(rows, columns=runs.LOG).to_csv(directory / 'log.csv', index=False)
         row = dict.fromkeys(runs.PROBE, 1) | {'test_acc@1': probe}
         pd.DataFrame([row]).to_csv(directory / 'model_2_linear.csv', index=False)
         about = dict(command='linear.py --lr 1', settings=dict(epochs=1, lr=1, model_path=str(directory)))
-        runs.write_json(directory / 'model_2_linear.json', {**about, 'encoder': ''})
+        files.write_json(directory / 'model_2_linear.json', {**about, 'encoder': ''})
     return tmp_path
 
 
@@ -78,9 +79,9 @@ def test_table_has_means_deviations_and_paired_differences(logs, capsys):
 
 def test_table_keeps_other_settings_apart_and_leaves_unfinished_runs_out(logs, capsys):
     for name, change in (('hard_0', dict(batch_size=16)), ('hard_1', dict(epochs=3))):
-        config = runs.read_json(logs / name / 'config.json')
+        config = files.read_json(logs / name / 'config.json')
         config['settings'] |= change
-        runs.write_json(logs / name / 'config.json', config)
+        files.write_json(logs / name / 'config.json', config)
     sweep.main(['--table_only', '--results_dir', str(logs)])
     table = pd.read_csv(logs / 'table.csv')
     assert table[['objective', 'batch_size', 'seeds']].values.tolist() == [
@@ -95,7 +96,7 @@ def test_table_refuses_what_would_count_twice_or_is_not_finished(logs, capsys):
     with pytest.raises(UserError, match='holds the same run twice'):
         sweep.main(['--table_only', '--results_dir', str(logs)])
     shutil.rmtree(logs / 'backup')
-    runs.write_json(logs / 'standard_0' / 'model_2_linear.json', dict(
+    files.write_json(logs / 'standard_0' / 'model_2_linear.json', dict(
         command='linear.py --epochs 9', settings=dict(epochs=9, lr=1), encoder=''))  # its CSV ends after 1
     sweep.main(['--table_only', '--results_dir', str(logs)])
     table = pd.read_csv(logs / 'table.csv')
@@ -108,7 +109,7 @@ def test_probe_of_another_encoder_does_not_count(logs):
     (logs / 'hard_0' / 'model_2.pth').write_bytes(b'retrained')
     file = logs / 'standard_0' / 'model_2_linear.json'
     (logs / 'standard_0' / 'model_2.pth').write_bytes(b'')
-    runs.write_json(file, {**runs.read_json(file), 'encoder': hashlib.sha256().hexdigest()})
+    files.write_json(file, {**files.read_json(file), 'encoder': hashlib.sha256().hexdigest()})
     (logs / 'began').mkdir()
     shutil.copy(logs / 'hard_0' / 'config.json', logs / 'began')  # stopped before its log
     assert sweep.make_table(logs)['linear_seeds'].tolist() == [2, 1]
@@ -122,16 +123,16 @@ def test_a_probe_that_left_no_row_does_not_count(logs):
 @pytest.mark.parametrize('change', [dict(positives='label'), dict(oracle=True)], ids=str)
 def test_gains_with_labels_are_over_standard_with_labels(logs, change):
     for file in logs.glob('*/config.json'):
-        config = runs.read_json(file)
-        runs.write_json(file, {**config, 'settings': {**config['settings'], **change}})
+        config = files.read_json(file)
+        files.write_json(file, {**config, 'settings': {**config['settings'], **change}})
     table = sweep.make_table(logs)
     assert table['knn_gain'].isna().tolist() == [True, False] and table['knn_gain'][1] == 3
 
 
 def test_ranks_and_data_sets_are_kept_apart(logs):
     for change in (dict(ranks=8), dict(images=dict(train=31, test=9))):
-        config = runs.read_json(logs / 'hard_1' / 'config.json')
-        runs.write_json(logs / 'hard_1' / 'config.json', config | change)
+        config = files.read_json(logs / 'hard_1' / 'config.json')
+        files.write_json(logs / 'hard_1' / 'config.json', config | change)
         assert sweep.make_table(logs)['seeds'].tolist() == [2, 1, 1]
         assert len(plot.curves(arguments(*sorted(logs.iterdir()))).axes[0].lines) == 3
 
@@ -197,7 +198,7 @@ def test_sweep_trains_probes_and_continues(tiny, tmp_path, run):
     assert first.out.count('linear probe') >= 4
     (tmp_path / 'r' / 'standard_1' / 'model_1_linear.csv').unlink()
     about = tmp_path / 'r' / 'hard_b2_0' / 'model_1_linear.json'
-    runs.write_json(about, {**runs.read_json(about), 'encoder': 'another'})
+    files.write_json(about, {**files.read_json(about), 'encoder': 'another'})
     again = run('misc/sweep.py', flags, cwd=tmp_path)
     assert again.code == 0 and again.out.count('probed before') == 2
     assert (tmp_path / 'r' / 'table.csv').read_bytes() == table
@@ -241,9 +242,9 @@ def test_curves_are_means_over_seeds(logs):
 
 def test_long_names_stay_within_the_picture(logs):
     for name, changes in (('hard_0', dict(temperature=0.25, batch_size=128)), ('hard_1', dict(temperature=0.1))):
-        config = runs.read_json(logs / name / 'config.json')
+        config = files.read_json(logs / name / 'config.json')
         config['settings'] |= changes
-        runs.write_json(logs / name / 'config.json', config)
+        files.write_json(logs / name / 'config.json', config)
     figure = plot.curves(arguments(*sorted(logs.iterdir())))
     figure.canvas.draw()
     legend, = figure.legends
@@ -255,7 +256,7 @@ def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree, on_
     checkpoint = run_of_one_epoch / 'model_1.pth'
     panel, = plot.similarity(arguments(checkpoint)).axes
     net, data = model.load_model(checkpoint).eval(), load_data('folder', tree, 16)
-    z = net(normalize(data.test.float()))[1]
+    z = net(normalize(data.test))[1]
     labels = data.test_labels
     i, j = torch.triu_indices(9, 9, 1)
     same = labels[i] == labels[j]
@@ -270,7 +271,7 @@ def test_neighbours_are_framed_by_class(run_of_one_epoch, tree, on_the_cpu):
     figure = plot.neighbours(arguments(run_of_one_epoch / 'model_1.pth'))
     net, data = model.load_model(run_of_one_epoch / 'model_1.pth').eval(), load_data('folder', tree, 16)
     chosen = plot.some(9, 5, 0)
-    x, y = (F.normalize(net.f(normalize(images.float())).flatten(1)) for images in
+    x, y = (F.normalize(net.f(normalize(images)).flatten(1)) for images in
             (data.test[chosen], data.train))
     found = (x @ y.T).topk(9).indices
     right = data.train_labels[found] == data.test_labels[chosen][:, None]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import Job
 
+from batches import Batches, ReferenceViews
 from runtime import STOP_SIGNALS
-from utils import ReferenceViews
 
 
 def test_workers_go_on_when_a_stop_signal_reaches_the_whole_group():
-    views = ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), 4, 8, workers=1)
+    views = ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), Batches(64, 4), 8, workers=1)
     batches = views.epoch(1)
     next(batches)
     worker, = views.loader._iterator._workers

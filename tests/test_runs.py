@@ -1,0 +1,141 @@
+"""What makes a run the same run: settings, also those that an earlier version did not have, and the content of data."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from conftest import HOME, assert_same_outcome, outcome
+from PIL import Image
+
+import linear
+import main
+import runtime
+from data import load_data
+from files import read_json
+from runtime import UserError
+
+
+def stop_after(checks, monkeypatch):
+    """Ask the run to stop at the next look after so many."""
+    seen = iter([False] * checks + [True])
+
+    def check(self, due=False):
+        if next(seen, False):
+            raise runtime.Stopped(15)
+
+    monkeypatch.setattr(runtime.Signals, 'check', check)
+
+
+OLD = ['--dataset_name', 'shapes', '--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8',
+       '--hidden_dim', '8', '--feature_dim', '4', '--batch_size', '1000', '--epochs', '1', '--k', '5']
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A run of an earlier version, without the later flags and the digest of its data, before its first step."""
+    return shutil.copytree(HOME / 'tests' / 'old_run', tmp_path / 'old')
+
+
+def test_a_run_of_an_earlier_version_ends_with_the_bits_of_a_new_one(old, tmp_path, monkeypatch, capsys):
+    """From the same weights, as other machines may draw them otherwise in the last bit."""
+    flags, build = [*OLD, '--precision', 'fp32', '--results_dir'], main.build
+    before = torch.load(old / 'last.pth', weights_only=True)
+
+    def build_old(args, device):
+        net, *rest = build(args, device)
+        for name, x in net.state_dict().items():
+            torch.testing.assert_close(x, before['model'][name], rtol=0, atol=1e-6)
+        net.load_state_dict(before['model'])
+        return net, *rest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, 'build', build_old)
+        main.main([*flags, str(tmp_path / 'new')])
+    with monkeypatch.context() as patch:
+        stop_after(0, patch)  # after the first step
+        with pytest.raises(SystemExit):
+            main.main([*flags, str(old)])
+    assert f'{old} was begun by an earlier version: its images are compared by number' in capsys.readouterr().out
+    with pytest.raises(UserError, match=r'other settings \(--crop_min 0.08 there, 0.5 here\): choose another'):
+        main.main([*flags, str(old), '--crop_min', '0.5'])
+    main.main([*flags, str(old)])
+    (tmp_path / 'new' / 'model_0.pth').unlink()
+    (log, states), (new, new_states) = outcome(old), outcome(tmp_path / 'new')
+    assert all(torch.equal(x, new_states[file][name]) for file in states for name, x in states[file].items())
+    assert states.keys() == new_states.keys() and 'model_1.pth' in states
+    pd.testing.assert_frame_equal(log[1:], new[1:], check_exact=True)
+    pd.testing.assert_frame_equal(log.drop(columns='encoder'), new.drop(columns='encoder'), rtol=1e-3)
+
+
+def test_a_directory_in_which_no_step_was_taken_may_be_used_with_other_settings(old, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(0, patch)
+        with pytest.raises(SystemExit):
+            main.main([*OLD, '--results_dir', str(old), '--beta', '0.5', '--knn_every', '0'])
+    settings, state = read_json(old / 'config.json')['settings'], torch.load(old / 'last.pth', weights_only=True)
+    assert settings['beta'] == 0.5 and (state['epoch'], state['step']) == (0, 1)
+    with pytest.raises(UserError, match=r'--beta 0.5 there, 1.0 here'):
+        main.main([*OLD, '--results_dir', str(old)])
+
+
+@pytest.fixture(scope='module')
+def begun(tiny, tmp_path_factory):
+    """A run on the tree, stopped in its second and last epoch."""
+    results = tmp_path_factory.mktemp('runs') / 'begun'
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(9, patch)
+        with pytest.raises(SystemExit):
+            main.main([*tiny, '--epochs', '2', '--results_dir', str(results)])
+    return results
+
+
+def change_a_pixel(path):
+    image = Image.open(path)
+    image.putpixel((3, 5), tuple(255 - level for level in image.getpixel((3, 5))))
+    image.save(path)
+
+
+def moved(tiny, place):
+    return [str(place) if before == '--root' else word for before, word in zip(['', *tiny], tiny)]
+
+
+def test_a_folder_is_known_by_its_content_wherever_it_lies(tiny, tree, begun, tmp_path, capsys):
+    """One pixel of one image makes another data set; another place, decoding anew and other times do not."""
+    place, results = tmp_path / 'elsewhere', shutil.copytree(begun, tmp_path / 'results')
+    shutil.copytree(tree, place, copy_function=shutil.copyfile)
+    digest = read_json(begun / 'config.json')['data_digest']
+    assert load_data('folder', tree, 16).digest == load_data('folder', place, 24).digest == digest
+    flags, image = [*moved(tiny, place), '--epochs', '2', '--results_dir', str(results)], place / 'train/b/3.png'
+    change_a_pixel(image)
+    with pytest.raises(UserError, match='holds a run on other data .*choose another --results_dir'):
+        main.main(flags)
+    shutil.copyfile(tree / 'train' / 'b' / '3.png', image)
+    shutil.rmtree(place / '.decoded')
+    main.main(flags)
+    assert 'Continuing' in capsys.readouterr().out
+    main.main([*tiny, '--epochs', '2', '--results_dir', str(begun)])
+    assert_same_outcome(results, outcome(begun))
+    assert read_json(results / 'config.json')['data_digest'] == digest
+
+
+def test_a_probe_on_another_folder_of_the_same_name_has_files_of_its_own(tree, tiny, tmp_path, capsys):
+    results = tmp_path / 'r'
+    main.main([*tiny, '--epochs', '1', '--results_dir', str(results)])
+    probe = ['--model_path', str(results / 'model_1.pth'), '--augment', 'none', '--epochs', '1', '--root']
+    for place in tmp_path / 'same' / tree.name, tmp_path / 'other' / tree.name:
+        shutil.copytree(tree, place)
+    change_a_pixel(tmp_path / 'other' / tree.name / 'train' / 'a' / '0.png')
+    said, made = {}, {}
+    for which in 'same', 'other':
+        before = {path.name for path in results.glob('model_1_*')}
+        linear.main([*probe, str(tmp_path / which / tree.name)])
+        said[which] = capsys.readouterr().out.splitlines()[-1]
+        made[which] = {path.name for path in results.glob('model_1_*')} - before
+    digest = load_data('folder', tmp_path / 'other' / tree.name, 16).digest
+    assert said['same'].count('kNN') == 2 and 'kNN' not in said['other'] and 'linear probe' in said['other']
+    assert made['same'] == {f'model_1_linear_cached.{suffix}' for suffix in ('csv', 'json', 'pth')}
+    assert made['other'] == {f'model_1_linear_{tree.name}_{digest[:8]}_cached.{suffix}' for suffix in (
+        'csv', 'json', 'pth')}
+    assert json.loads((results / 'model_0_linear_cached.json').read_text())['data_digest'] != digest
