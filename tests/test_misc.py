@@ -19,6 +19,7 @@ import files
 import flags
 import main
 import model
+import pictures
 import plot
 import runs
 import sequences
@@ -139,14 +140,15 @@ def test_ranks_and_data_sets_are_kept_apart(logs):
 
 def test_readme_is_short_and_whole():
     text = (HOME / 'README.md').read_text()
-    assert text.count('\n') <= 200 and len(text) <= 14_000 and not re.search('@[A-Z]+@', text)
+    assert text.count('\n') <= 150 and len(text) <= 10_500 and not re.search('@[A-Z]+@', text)
 
 
 def test_readmes_python_gives_what_its_comments_say(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'results' / 'mine').mkdir(parents=True)
     torch.save(model.Model(128, 'resnet18', width=0.125).state_dict(), 'results/mine/model_400.pth')
-    loss, views, encoder = re.findall('```python\n(.*?)```', (HOME / 'README.md').read_text(), re.S)
+    pages = (HOME / 'README.md').read_text() + (HOME / 'misc' / 'own_images.md').read_text()
+    loss, encoder, views = re.findall('```python\n(.*?)```', pages, re.S)
     names = dict(zip(('z1', 'z2', 'images', 'texts'), torch.randn(4, 6, 8)))
     exec(loss, names)
     assert names['loss'].shape == () and names['loss'].isfinite()
@@ -167,9 +169,14 @@ def test_tables_kept_are_those_of_the_logs_kept(name, seeds):
     assert table.to_csv(index=False) == (kept / 'table.csv').read_text()
     assert table['seeds'].min() >= seeds
     assert sweep.markdown(table).partition('\n\n')[0] in (HOME / 'results' / 'README.md').read_text()
-    if name == 'cifar10':  # whose first columns the README shows
-        for line in sweep.markdown(table).splitlines()[:2 + len(table)]:
-            assert f'\n{"|".join(line.split("|")[:7])}|\n' in (HOME / 'README.md').read_text()
+    shown, rows = ([line[2:-2].split(' | ') for line in text.splitlines() if line[:2] == '| ' and ' ± ' in line]
+                   for text in ((HOME / 'README.md').read_text(), sweep.markdown(table)))
+    for objective, t, seeds, *numbers in shown:  # the README's rows are of these two tables
+        if name == ('cifar10' if t == '0.5' else 'cifar10_temperature'):
+            objective, before = objective.removesuffix(', its best t'), [] if t == '0.5' else [t]
+            row, = [row for row in rows if row[0] == objective and row[1:1 + len(before)] == before]
+            assert [seeds, numbers[0], numbers[2]] == [row[1 + len(before)], row[2 + len(before)], row[4 + len(before)]]
+            assert t != '0.5' or [x.strip(' |') for x in numbers[1::2]] == [x.strip(' |') for x in (row[3], row[5])]
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -226,7 +233,7 @@ def test_a_signal_to_the_sweep_lets_its_runs_save(tiny, tmp_path, run, signum):
 
 def arguments(*paths, **kwargs):
     data = {flag[2:]: None for flag, *_ in flags.DATA}
-    return Namespace(paths=list(paths), **{**data, 'seed': 0, 'images': 9, 'query': 0, **kwargs})
+    return Namespace(paths=list(paths), **{**data, 'seed': 0, 'images': 9, 'query': None, 'memory': 99, **kwargs})
 
 
 def test_curves_are_means_over_seeds(logs):
@@ -254,30 +261,30 @@ def test_long_names_stay_within_the_picture(logs):
 
 def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree, on_the_cpu):
     checkpoint = run_of_one_epoch / 'model_1.pth'
-    panel, = plot.similarity(arguments(checkpoint)).axes
+    panels = pictures.similarity(arguments(checkpoint)).axes
     net, data = model.load_model(checkpoint).eval(), load_data('folder', tree, 16)
-    z = net(normalize(data.test))[1]
     labels = data.test_labels
     i, j = torch.triu_indices(9, 9, 1)
     same = labels[i] == labels[j]
-    cosine = (z @ z.T)[i, j]
-    means = [line.get_xdata()[0] for line in panel.lines]
-    assert means == pytest.approx([cosine[same].mean().item(), cosine[~same].mean().item()], abs=1e-5)
-    wins = (cosine[same][:, None] > cosine[~same]).float().mean().item()  # area under ROC, no ties
-    assert f'{wins:.3f}' in panel.get_title()
+    for panel, x in zip(panels, net(normalize(data.test))):  # f, then z
+        cosine = (x @ x.T)[i, j]
+        means = [line.get_xdata()[0] for line in panel.lines]
+        assert means == pytest.approx([cosine[same].mean().item(), cosine[~same].mean().item()], abs=1e-5)
+        wins = (cosine[same][:, None] > cosine[~same]).float().mean().item()  # area under ROC, no ties
+        assert f'{wins:.3f}' in panel.get_title()
 
 
 def test_neighbours_are_framed_by_class(run_of_one_epoch, tree, on_the_cpu):
-    figure = plot.neighbours(arguments(run_of_one_epoch / 'model_1.pth'))
+    figure = pictures.neighbours(arguments(run_of_one_epoch / 'model_1.pth'))
     net, data = model.load_model(run_of_one_epoch / 'model_1.pth').eval(), load_data('folder', tree, 16)
-    chosen = plot.some(9, 5, 0)
+    chosen = pictures.some(9, 5, 0)
     x, y = (F.normalize(net.f(normalize(images)).flatten(1)) for images in
             (data.test[chosen], data.train))
     found = (x @ y.T).topk(9).indices
     right = data.train_labels[found] == data.test_labels[chosen][:, None]
     frames = [[axes.spines['left'].get_edgecolor() for axes in figure.axes[10 * row + 1:10 * row + 10]]
               for row in range(5)]
-    assert [[plt.matplotlib.colors.to_hex(c) == plot.RIGHT.lower() for c in row] for row in frames] == right.tolist()
+    assert [[plt.matplotlib.colors.to_hex(c) == pictures.RIGHT.lower() for c in row] for row in frames] == right.tolist()
     assert torch.equal(torch.tensor(figure.axes[1].images[0].get_array()).permute(2, 0, 1), data.train[found[0, 0]])
 
 
@@ -286,7 +293,7 @@ def test_push_is_the_derivative_of_the_loss_by_a_cosine():
     torch.manual_seed(0)
     z = F.normalize(torch.randn(8, 16, dtype=torch.float64), dim=1)
     objective = dict(temperature=0.3, tau_plus=0.1, beta=2)
-    found = plot.push(z.chunk(2), **objective)
+    found = pictures.push(z.chunk(2), **objective)
     for i, j in ((0, 1), (2, 7), (3, 0)):
         values = []
         for step in (1e-5, -1e-5):
@@ -298,17 +305,17 @@ def test_push_is_the_derivative_of_the_loss_by_a_cosine():
 
 
 def test_every_picture_is_written(run_of_one_epoch, logs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plot, 'BATCH', 9)
+    monkeypatch.setattr(pictures, 'BATCH', 9)
     checkpoint = str(run_of_one_epoch / 'model_1.pth')
-    pictures = [what for what in plot.PICTURES if what != 'graphs']  # that one has a test beside misc/graphs.py's
-    for what in pictures:
+    names = [what for what in plot.PICTURES if what != 'graphs']  # that one has a test beside misc/graphs.py's
+    for what in names:
         out = tmp_path / f'{what}.png'
         plot.main([what, str(run_of_one_epoch) if what == 'curves' else checkpoint, '--out', str(out)])
         pixels = plt.imread(out)
         assert pixels.shape[1] == {'similarity': 640, 'neighbours': 880}.get(what, 1280)
         assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50  # a picture, not a blank sheet
     said = [line for line in capsys.readouterr().out.splitlines() if line.endswith('.png')]
-    assert said == [str(tmp_path / f'{what}.png') for what in pictures]
+    assert said == [str(tmp_path / f'{what}.png') for what in names]
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -316,7 +323,7 @@ def test_every_picture_is_written(run_of_one_epoch, logs, tmp_path, monkeypatch,
     (['similarity', 'nowhere/model_1.pth'], 'nowhere/model_1.pth: no such file'),
     (['map', '{foreign}'], 'foreign.pth: '),
     (['curves', '{run}', '--out', 'nowhere/a.png'], 'cannot write nowhere/a.png'),
-    (['negatives', '{run}/model_1.pth'], '9 test images')], ids=lambda value: value[0] if len(value) < 9 else '')
+    (['negatives', '{run}/model_1.pth'], '9 images')], ids=lambda value: value[0] if len(value) < 9 else '')
 def test_pictures_of_nothing_are_refused(run_of_one_epoch, tmp_path, flags, message):
     (tmp_path / 'foreign.pth').write_text('hello')
     places = dict(run=run_of_one_epoch, foreign=tmp_path / 'foreign.pth')
