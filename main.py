@@ -25,7 +25,7 @@ from data import load_data
 from evaluate import encode, knn, label_free
 from files import write_table
 from losses import contrastive_loss
-from model import ARCHS
+from model import ARCHS, load_model
 from runtime import UserError, ranks
 from step import build, check_memory, compiled, train_step
 
@@ -43,7 +43,8 @@ def arguments(argv=None):
               ('--width', 1.0, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0), 'factor on the channels of f'),
               ('--stem', 'cifar', ('cifar', 'imagenet'), '3x3 of stride 1, or 7x7 of stride 2 and max-pool'),
               ('--hidden_dim', None, flags.integer(1, 65536), 'of g (default: 512 times width)'),
-              ('--feature_dim', 128, flags.integer(1, 65536), 'of the embedding z'))
+              ('--feature_dim', 128, flags.integer(1, 65536), 'of the embedding z'),
+              ('--init', None, flags.path, 'weights that f starts from: a checkpoint, or torchvision\'s ImageNet file'))
     flags.add(parser, 'objective',
               ('--estimator', None, ('hard', 'debiased', 'standard', 'easy'),
                'easy = standard (default: hard; standard with --oracle)'),
@@ -99,6 +100,7 @@ def arguments(argv=None):
 def main(argv=None):
     args, parser = arguments(argv)
     runtime.check_machine(args.precision)
+    init = starting_weights(parser, args)
     # Before runtime.start(): a download may take longer than the ranks wait for each other.
     labelled = args.oracle or args.positives == 'label'  # other images are of no use then
     data = load_data(args.dataset_name, args.root, args.store_size, not labelled, args.cache_dir, args.skip_damaged,
@@ -108,7 +110,7 @@ def main(argv=None):
     run, saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    net, optimizer, scaler = build(args, device)
+    net, optimizer, scaler = build(args, device, init)
     # All that resuming needs: shuffles and views are functions of (seed, epoch, step), so no generator has a state.
     state = dict(run=run, epoch=0, step=0, seconds=0.0, log=[], losses=torch.zeros(steps, device=device),
                  skipped=torch.zeros((), device=device))
@@ -155,6 +157,19 @@ def main(argv=None):
     runtime.say(f'Finished.{skipped} Next: python linear.py --model_path {results}/model_{args.epochs}.pth{more}')
 
 
+def starting_weights(parser, args):
+    """The Model in --init, or None. The setting becomes the file's name and CRC, by which the run knows it."""
+    if not args.init:
+        return None
+    path = Path(args.init)
+    net = load_model(path, head=False)
+    differ = ' '.join(f'--{name} {value}' for name, value in net.backbone.items() if getattr(args, name) != value)
+    if differ:
+        parser.error(f'--init {path} holds another network: give {differ}')
+    args.init = f'{path.name}, CRC {runs.crc(path):08x}'
+    return net
+
+
 def measure_untrained(monitored, args, device, state, saver):
     """The log's row of epoch 0, and the first state from which the run can continue."""
     if device.type == 'cpu' and args.dataset_name != 'shapes':
@@ -163,7 +178,7 @@ def measure_untrained(monitored, args, device, state, saver):
     saver.save(state, keep=True)
     saver.wait()
     if args.knn_every:
-        runtime.say(f'untrained: {describe(state["log"][0])}')
+        runtime.say(f'{"before training" if args.init else "untrained"}: {describe(state["log"][0])}')
 
 
 def train_epoch(net, batches, labels, optimizer, scaler, args, autocast, state, signals, saver, bar):

@@ -59,9 +59,15 @@ def network(args):
     return Model(args.feature_dim, args.arch, args.hidden_dim, args.stem, args.width)
 
 
-def build(args, device):
-    """The network on its device, ready to train, its optimizer, and the scaler of its gradients in fp16."""
+def build(args, device, init=None):
+    """The network on its device, ready to train, its optimizer, and the scaler of its gradients in fp16.
+
+    Args:
+        init: a Model whose f it starts from; the head is new.
+    """
     net = network(args)
+    if init:
+        net.f.load_state_dict(init.f.state_dict())
     if args.micro_batch:  # K parts move BatchNorm's running statistics as far as one batch does
         parts = args.batch_size // ranks().world // args.micro_batch
         for module in net.modules():
