@@ -47,6 +47,11 @@ def write_tensors(path, content):
     return zlib.crc32(buffer.getbuffer())
 
 
+def crc(path):
+    """The CRC-32 of a file, by which a checkpoint is known."""
+    return zlib.crc32(path.read_bytes())
+
+
 def digest(content):
     """The checksum of nested dicts, lists, tensors and values that reveals a damaged or edited file."""
     if isinstance(content, torch.Tensor):

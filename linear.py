@@ -4,13 +4,14 @@
     python linear.py --model_path results/model_400.pth --bn train          # BatchNorm's statistics drift, as published
     python linear.py --model_path results/model_400.pth --augment none      # on features computed once: seconds
     python linear.py --model_path results/model_400.pth --probe logistic    # scikit-learn's logistic regression on them
+    python linear.py --model_path results/model_400.pth --label_fraction 0.01        # a hundredth of the labels
 
 Data set and sizes come from the config.json beside the checkpoint unless a flag says otherwise. The probe leaves
 model_400_linear.csv beside the checkpoint, a row an epoch, its settings in a .json, and its weights and classes in a
-.pth; with the flags above, the names say linear_bn_train, linear_cached and logistic, and with another data set its
-name. An earlier probe's files are replaced only when the new probe has ended. The result is the last epoch's accuracy,
-not the best on the test set. If the untrained encoder, model_0.pth, lies beside the checkpoint, it is probed as well,
-once for all probes with the same flags and data.
+.pth; with the flags above, the names say linear_bn_train, linear_cached, logistic and linear_0.01, and with another
+data set its name. An earlier probe's files are replaced only when the new probe has ended. The result is the last
+epoch's accuracy, not the best on the test set. If the encoder before training, model_0.pth, lies beside the checkpoint,
+it is probed as well, once for all probes with the same flags and data.
 """
 
 import math
@@ -28,12 +29,15 @@ import flags
 import runs
 import runtime
 from augment import normalize
-from batches import Batches, DeviceViews
+from batches import Batches, DeviceViews, seeded
 from data import load_data
 from evaluate import encode, hits
-from files import lock, read_json, write_json, write_table, write_tensors
+from files import crc, lock, read_json, write_json, write_table, write_tensors
 from model import load_model
 from runtime import UserError, ranks
+
+LABELS = ('--label_fraction', 1.0, flags.number(float, 'in (0, 1]', lambda x: 0 < x <= 1),
+          'part of each class\'s training images to learn from, drawn by --seed')
 
 
 def arguments(argv=None):
@@ -42,6 +46,7 @@ def arguments(argv=None):
               ('--model_path', 'results/model_400.pth', flags.path, 'checkpoint'),
               *((name, None, kind, text) for name, _, kind, text in flags.DATA))
     flags.add(parser, 'probe',
+              LABELS,
               ('--probe', 'linear', ('linear', 'logistic'), 'a linear layer by Adam, or a logistic regression'),
               ('--augment', 'views', ('views', 'none'), 'train on random views, or on features computed once'),
               ('--bn', 'eval', ('eval', 'train'), 'freeze BatchNorm\'s statistics, or let them drift, as published'),
@@ -67,15 +72,9 @@ def main(argv=None):
     runtime.check_machine(args.precision)
     path = Path(args.model_path)
     net, knn = load_model(path, head=False), runs.accuracies(path)
-    config = read_json(path.with_name('config.json')) if path.with_name('config.json').exists() else {}
-    settings = config.get('settings', {})
-    if args.dataset_name is None and not settings:
-        runtime.say(f'No config.json beside {path}: taking stl10, as published')
-    flags.fill_data_flags(args, settings)
-    data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged, args.fit,
-                     args.holdout)
-    own = runs.is_data_of(config, data) if config else args.dataset_name == 'stl10'
-    device, name = runtime.start(), probe_name(args, data, own)
+    data, settings, own = labelled_data(args, path)
+    kind, cached = args.probe + '_bn_train' * (args.bn == 'train'), args.probe == 'linear' and args.augment == 'none'
+    device, name = runtime.start(), probe_name(args, data, own, kind, 'cached' * cached)
     runtime.on_rank0(lambda: lock(path.parent, f'.{name}.lock', wait=True))  # probes of one kind share model_0's
     probe = partial(probe_encoder, args, name=name, data=data, recipe=flags.recipe(settings), device=device)
 
@@ -93,15 +92,41 @@ def main(argv=None):
             first = last['test_acc@1']
         else:
             first, _ = probe(untrained, load_model(untrained, head=False))
-        text += f'; untrained: {said(untrained, first)}'
+        text += f'; {"before training" if settings.get("init") else "untrained"}: {said(untrained, first)}'
     runtime.say(f'{text}; files in {path.parent}')
 
 
-def probe_name(args, data, own):
+def labelled_data(args, path):
+    """The labelled data, the settings of the run beside the checkpoint, and whether the data are that run's own.
+
+    Flags of data that were not given get the run's values. With --label_fraction the training images are that part.
+    """
+    config = read_json(path.with_name('config.json')) if path.with_name('config.json').exists() else {}
+    settings = config.get('settings', {})
+    if args.dataset_name is None and not settings:
+        runtime.say(f'No config.json beside {path}: taking stl10, as published')
+    flags.fill_data_flags(args, settings)
+    data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged, args.fit,
+                     args.holdout)
+    own = runs.is_data_of(config, data) if config else args.dataset_name == 'stl10'
+    if args.label_fraction < 1:
+        chosen = stratified(data.train_labels, args.label_fraction, args.seed)
+        data.train, data.train_labels = data.train.index_select(0, chosen), data.train_labels[chosen]
+    return data, settings, own
+
+
+def stratified(labels, fraction, seed):
+    """Sorted indices (m,) of a random part of each class of labels (n,), rounded to images, but at least one."""
+    order = torch.randperm(len(labels), generator=seeded(seed, fraction))  # the parts of two fractions are not nested
+    by_class = [order[labels[order] == label] for label in labels.unique()]
+    return torch.cat([index[:max(1, round(fraction * len(index)))] for index in by_class]).sort().values
+
+
+def probe_name(args, data, own, kind, cached=''):
     """What the files of a probe are called, after their checkpoint: its kind, and data that are not the run's own."""
     other = '' if own else runs.data_name(vars(args)) + f'_{data.digest[:8]}' * (args.dataset_name == 'folder')
-    parts = args.probe, 'bn_train' * (args.bn == 'train'), other, 'cached' * (args.augment == 'none')
-    return '_'.join(part for part in parts if part).replace('logistic_cached', 'logistic')
+    parts = kind, other, cached, f'{args.label_fraction:g}' * (args.label_fraction < 1)
+    return '_'.join(part for part in parts if part)
 
 
 def probe_encoder(args, path, net, name, data, recipe, device):
@@ -116,7 +141,7 @@ def probe_encoder(args, path, net, name, data, recipe, device):
     labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
     batches = Batches(len(labels), args.batch_size, 1, args.seed, drop_last=False, rank=rank, world=world)
     about = dict(settings={**vars(args), 'model_path': str(path)}, **runs.provenance(device), data_digest=data.digest,
-                 encoder=runs.crc(path))
+                 encoder=crc(path))
 
     def features(images):
         return encode(net, images, torch.arange(len(images)), args.test_size, autocast, device)
@@ -147,18 +172,26 @@ def probe_encoder(args, path, net, name, data, recipe, device):
         if rank == 0:
             write_table(f'{out}.partial.csv', rows, runs.PROBE)
     if rank == 0:
-        Path(f'{out}.json').unlink(missing_ok=True)  # never the settings of one with the rows of another
-        write_tensors(f'{out}.pth', dict(probe.cpu().state_dict(), classes=data.classes))
-        Path(f'{out}.partial.csv').replace(f'{out}.csv')
-        write_json(f'{out}.json', about)
+        replace_files(out, dict(probe.cpu().state_dict(), classes=data.classes), about)
     return rows[-1][-2:]
 
 
+def replace_files(out, weights, about):
+    """Put the files of a probe that has ended in the place of an earlier one's."""
+    Path(f'{out}.json').unlink(missing_ok=True)  # never the settings of one with the rows of another
+    write_tensors(f'{out}.pth', weights)
+    Path(f'{out}.partial.csv').replace(f'{out}.csv')
+    write_json(f'{out}.json', about)
+
+
 def features_of_views(net, batches, labels, autocast, drift):
-    """For every batch of views the features (B, F) and labels (B,) of its images on all ranks."""
+    """For every batch of views the features (B, F) and labels (B,) of its images on all ranks.
+
+    Features have a graph if the encoder is not frozen. With drift BatchNorm is in training mode.
+    """
     for (x,), index in batches:
         net.train(drift and len(x) > 1)  # BatchNorm needs more than one image
-        with torch.no_grad(), autocast:
+        with autocast:
             feature = net.f(normalize(x)).flatten(1).float()  # (b, 3, h, w) -> (b, F)
         yield runtime.gather(feature), runtime.gather(labels[index])
 

@@ -28,7 +28,7 @@ from folder import find_folder
 from losses import contrastive_loss
 from model import ARCHS
 from runtime import UserError, ranks
-from step import build, check_memory, compiled, train_step
+from step import build, check_memory, compiled, starting_weights, train_step
 
 
 def arguments(argv=None):
@@ -47,7 +47,8 @@ def arguments(argv=None):
               ('--stem', None, ('cifar', 'imagenet'), '3x3 of stride 1, or 7x7 of stride 2 and max-pool (default: '
                'cifar; for views of a folder above 64 px imagenet)'),
               ('--hidden_dim', None, flags.integer(1, 65536), 'hidden width of the head g (default: 512 times width)'),
-              ('--feature_dim', 128, flags.integer(1, 65536), 'dimension of the embedding z'))
+              ('--feature_dim', 128, flags.integer(1, 65536), 'dimension of the embedding z'),
+              ('--init', None, flags.path, 'weights that f starts from: a checkpoint, or torchvision\'s ImageNet file'))
     flags.add(parser, 'objective',
               ('--estimator', None, ('hard', 'debiased', 'standard', 'easy'),
                'easy = standard (default: hard; standard with --oracle)'),
@@ -103,12 +104,13 @@ def arguments(argv=None):
 def main(argv=None):
     args, parser = arguments(argv)
     runtime.check_machine(args.precision)
+    init = starting_weights(parser, args)
     data, results = load(args), Path(args.results_dir)
     steps, device = check_sizes(parser, args, data), runtime.start()
     run, saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    net, optimizer, scaler = build(args, device)
+    net, optimizer, scaler = build(args, device, init)
     # All that resuming needs: shuffles and views are functions of (seed, epoch, step), so no generator has a state.
     state = dict(run=run, epoch=0, step=0, seconds=0.0, log=[], losses=torch.zeros(steps, device=device),
                  skipped=torch.zeros((), device=device))
@@ -174,7 +176,7 @@ def measure_untrained(monitored, args, device, state, saver):
     saver.save(state, keep=True)
     saver.wait()
     if args.knn_every:
-        runtime.say(f'untrained: {describe(state["log"][0])}')
+        runtime.say(f'{"before training" if args.init else "untrained"}: {describe(state["log"][0])}')
 
 
 def train_epoch(net, batches, labels, optimizer, scaler, args, autocast, state, signals, saver, bar):

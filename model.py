@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from augment import normalize
+from augment import MEAN, STD, normalize
 from runtime import UserError
 
 ARCHS = {  # blocks, and how many of them in each stage: a checkpoint is recognised by that
@@ -20,6 +20,9 @@ ARCHS = {  # blocks, and how many of them in each stage: a checkpoint is recogni
     'resnet101': (Bottleneck, (3, 4, 23, 3)),
     'resnet152': (Bottleneck, (3, 8, 36, 3)),
 }
+LAYERS = dict(conv1='f.0', bn1='f.1', layer1='f.3', layer2='f.4', layer3='f.5', layer4='f.6')  # by torchvision's names
+OURS = MEAN, STD  # of the inputs' channels
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # the same, of torchvision's weights
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -65,6 +68,7 @@ class Model(nn.Module):
         super().__init__()
         block, blocks = ARCHS[arch]
         resnet, channels, hidden_dim = Scaled(block, blocks, width), int(64 * width), hidden_dim or int(512 * width)
+        self.backbone = dict(arch=arch, stem=stem, width=width)
         self.features = int(512 * width) * block.expansion
         kernel, stride = (3, 1) if stem == 'cifar' else (7, 2)
         conv = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
@@ -135,14 +139,15 @@ def tensors(content, name='it'):
 
 
 def load_model(path, head=True):
-    """The Model in a checkpoint, from here or the published ones, its architecture and widths read off the tensors.
+    """The Model in a checkpoint, its architecture and widths read off the tensors.
 
-    Prefixes of wrappers (module., _orig_mod.) and counters that profilers leave are dropped; anything else that
-    does not fit exactly is an error, since an encoder with some random weights would go unnoticed.
+    The checkpoint is from here, a published one, or torchvision's ImageNet weights, which renormalize() changes to take
+    the inputs of all others. Prefixes of wrappers (module., _orig_mod.) and counters that profilers leave are dropped.
+    Anything else that does not fit exactly is an error, since an encoder with some random weights would go unnoticed.
 
     Args:
         head: whether g is needed. Where it is not, a checkpoint without it loads, with g None; a classifier fc,
-            which leftthomas's linear_model.pth has in its place, is dropped.
+            which torchvision's weights and leftthomas's linear_model.pth have in its place, is dropped.
 
     Raises:
         UserError: naming the file and the first tensor that is missing, unexpected, not finite or of a wrong shape.
@@ -155,6 +160,9 @@ def load_model(path, head=True):
         raise UserError(f'{path}: no model weights in it')
     state = {re.sub(r'^(module\.|_orig_mod\.)+', '', name): value for name, value in state.items()
              if name.rpartition('.')[2] not in ('total_ops', 'total_params')}
+    theirs = 'conv1.weight' in state
+    if theirs:
+        state = {re.sub(r'^\w+', lambda layer: LAYERS.get(layer[0], layer[0]), name): x for name, x in state.items()}
     headless = not head and not any(name.startswith('g.') for name in state)
     if headless:
         state = {name: value for name, value in state.items() if not name.startswith('fc.')}
@@ -173,6 +181,8 @@ def load_model(path, head=True):
         model = Model(feature_dim, arch, hidden_dim, 'imagenet' if kernel == 7 else 'cifar', channels / 64)
     if headless:
         model.g = None
+    if theirs:  # its oldest files count no batches
+        state = {name: torch.zeros((), dtype=torch.int64) for name in model.state_dict() if 'tracked' in name} | state
     for name, x in model.state_dict().items():
         if name in state and (state[name].dtype != x.dtype or not state[name].isfinite().all()):
             raise UserError(f'{path}: {name} is not finite, or not of {x.dtype}')
@@ -180,4 +190,19 @@ def load_model(path, head=True):
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # its second line names what is missing, unexpected or of a wrong shape
         raise UserError(f'{path}: not a {arch}: {str(error).splitlines()[1].strip():.300}') from None
+    if theirs:
+        renormalize(model, IMAGENET, OURS)
     return model
+
+
+@torch.no_grad()
+def renormalize(net, old, new):
+    """Change f, which takes images normalised by old, to take them normalised by new; both are (mean, deviation).
+
+    The convolution f.0 takes on the scale, and the running mean of f.1 the shift. In eval mode f's features stay the
+    same but for the borders: the zeros around an image are the mean, so they are of another colour.
+    """
+    (m, s), (m_new, s_new) = ([torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in pair] for pair in (old, new))
+    weight = net.f[0].weight  # (C, 3, k, k)
+    net.f[1].running_mean -= (weight * (m_new - m) / s).sum((1, 2, 3))
+    weight *= s_new / s

@@ -6,7 +6,6 @@ import re
 import shlex
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,14 +16,15 @@ import PIL
 import torch
 import torchvision
 
-from files import digest, lock, read_json, read_table, verified, write_json, write_table, write_tensors
+from files import crc, digest, lock, read_json, read_table, verified, write_json, write_table, write_tensors
 from model import read_checkpoint
 from runtime import UserError, ranks, say
 
 LOG = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'alignment', 'uniformity', 'rankme', 'lr', 'images/s',
        'seconds', 'encoder')  # encoder: CRC-32 of model_{epoch}.pth, if one was kept
 PROBE = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5')
-LATER = dict(micro_batch=None, fit='crop', holdout=0.0, crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False)
+LATER = dict(micro_batch=None, fit='crop', holdout=0.0, crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False,
+             init=None, label_fraction=1.0)
 # settings that came after the first runs, at the values that the code had before them
 FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # may change in a run
 OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
@@ -257,11 +257,6 @@ def objective_name(settings):
              (settings['beta'], f'β = {settings["beta"]:g}'), (settings['anneal'] == 'down', 'annealed'),
              (settings['oracle'], 'oracle'), (settings['positives'] == 'label', 'positives by label')]
     return ', '.join(text for there, text in parts if there)
-
-
-def crc(path):
-    """The CRC-32 of a file, by which a checkpoint is known."""
-    return zlib.crc32(path.read_bytes())
 
 
 def read_probe(directory, epochs, name, data_digest=None):

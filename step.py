@@ -1,12 +1,14 @@
 """One training step: the network and its optimizer, a whole batch or its parts, compiled, and the memory it takes."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
 import runtime
 from batches import random_views
-from model import Model
+from files import crc
+from model import Model, load_model
 from runtime import ranks
 
 
@@ -55,13 +57,33 @@ def backward_in_parts(net, views, labels, loss_of, autocast, scaler, joint, micr
     return loss
 
 
+def starting_weights(parser, args):
+    """The Model in --init, or None. The setting becomes the file's name and CRC, by which the run knows it."""
+    if not args.init:
+        return None
+    path = Path(args.init)
+    net = load_model(path, head=False)
+    args.stem = args.stem or net.backbone['stem']
+    differ = ' '.join(f'--{name} {value}' for name, value in net.backbone.items() if getattr(args, name) != value)
+    if differ:
+        parser.error(f'--init {path} holds another network: give {differ}')
+    args.init = f'{path.name}, CRC {crc(path):08x}'
+    return net
+
+
 def network(args):
     return Model(args.feature_dim, args.arch, args.hidden_dim, args.stem, args.width)
 
 
-def build(args, device):
-    """The network on its device, ready to train, its optimizer, and the scaler of its gradients in fp16."""
+def build(args, device, init=None):
+    """The network on its device, ready to train, its optimizer, and the scaler of its gradients in fp16.
+
+    Args:
+        init: a Model whose f it starts from; the head is new.
+    """
     net = network(args)
+    if init:
+        net.f.load_state_dict(init.f.state_dict())
     if args.micro_batch:  # K parts move BatchNorm's running statistics as far as one batch does
         parts = args.batch_size // ranks().world // args.micro_batch
         for module in net.modules():

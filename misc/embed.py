@@ -26,7 +26,7 @@ import runs
 import runtime
 from decoding import decode_or_why
 from evaluate import features_of
-from files import read_json, write, write_json
+from files import crc, read_json, write, write_json
 from folder import Listing, in_any_form, own_size
 from model import load_model, unit
 from runtime import UserError, cores, on_rank0, ranks, say
@@ -77,7 +77,7 @@ def main(argv=None):
         names, out = [name for name, *_ in files], np.memmap(rows, np.float32, 'r+', shape=shape)
         embed(net, root, names, size, args, autocast, device, out)
         runtime.sum_ranks(torch.zeros(1, device=device))  # all ranks have written
-        about = dict(settings=vars(args), root=str(root), size=size, encoder=runs.crc(path), **runs.provenance(device))
+        about = dict(settings=vars(args), root=str(root), size=size, encoder=crc(path), **runs.provenance(device))
         if ranks().rank == 0:
             save(args, root, names, out, about, size)
     finally:
