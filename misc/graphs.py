@@ -11,10 +11,15 @@ graph/) departs from the paper, and --published keeps all of it. In both, gradie
 2. A node's own graph stays among the negatives with a score of 0, in their sum and in the mean of their weights.
 3. tau_plus is 0.5 for any data; log 2 is subtracted before the division by 1 - tau_plus if beta = 0, else after it.
 4. The correction for false negatives has the opposite sign: softplus(-s) + softplus(s) draws the own graph's s to 0."""
+import io
 import math
+import re
 import sys
 import time
+import urllib.request
 import warnings
+import zipfile
+from http.client import HTTPException
 from pathlib import Path
 
 import pandas as pd
@@ -29,13 +34,17 @@ import files
 import flags
 import runtime
 from losses import contrastive_loss
+from runs import markdown
+from runtime import UserError
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # PyG's, of torch.jit
 try:
     import torch_geometric as pyg
 except ModuleNotFoundError as error:
     raise SystemExit(f'error: {error.name} is missing: pip install torch_geometric') from None
-COLUMNS = ['objective', 'beta', 'tau_plus', 'repeat', 'accuracy', 'seconds']
+KEY = ['data', 'digest', 'objective', 'beta', 'tau_plus', 'repeat']  # what an accuracy belongs to
+COLUMNS = [*KEY, 'accuracy', 'seconds']
+PARTS = dict(A=int, graph_indicator=int, graph_labels=int, node_labels=int, node_attributes=float)
 
 
 def infograph_loss(nodes, graphs, batch, tau_plus=0.1, beta=1.0, published=False):
@@ -88,19 +97,65 @@ def view(b, strength=0.2):
     return b.x.masked_fill(((change == 2) & (r < strength))[:, None], 0)[keep], pair, b.batch[keep]
 
 
-def load(root, name):
-    """The graphs of a TU data set, with node features, and their classes; UserError if they cannot be had."""
+def read(raw, name):
+    """The numbers in a TU data set's files, by part, each (lines, columns). If A.txt is missing, download them."""
+    url, parts = f'{pyg.datasets.TUDataset.url}/{name}.zip', {}
     try:
-        graphs = [*pyg.datasets.TUDataset(root, name)]
-        y = torch.cat([g.y for g in graphs]).numpy()
-    except (OSError, TypeError) as error:  # TypeError: no labels
-        files = ', '.join(f'{name}_{part}.txt' for part in ('A', 'graph_indicator', 'graph_labels', 'node_labels'))
-        raise runtime.UserError(f'cannot read or download {name} ({error}): {root}/{name}/raw needs {files}') from None
-    degrees = [pyg.utils.degree(g.edge_index[0], g.num_nodes, torch.long) for g in graphs]
-    d, top = torch.cat(degrees).float(), max(map(max, degrees))
-    for g, own in zip(graphs, degrees if graphs[0].num_node_features == 0 else ()):
-        g.x = F.one_hot(own, top + 1).float() if top < 1000 else ((own - d.mean()) / d.std())[:, None]
-    return graphs, y
+        if not (raw / f'{name}_A.txt').exists():
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                texts = zipfile.ZipFile(io.BytesIO(answer.read()))
+            raw.mkdir(parents=True, exist_ok=True)
+            for path in sorted(texts.namelist(), reverse=True):  # A.txt last: if it is there, so are the others
+                if path.endswith('.txt'):
+                    files.write(raw / Path(path).name, texts.read(path))
+    except (OSError, HTTPException, zipfile.BadZipFile) as error:
+        needed = ', '.join(f'{name}_{part}.txt' for part in PARTS)
+        raise UserError(f'cannot download {url} ({error}): {raw} needs {needed}; node_* may be missing') from None
+    for part, kind in PARTS.items():
+        path = raw / f'{name}_{part}.txt'
+        try:
+            if path.exists() or not part.startswith('node'):
+                if not (text := path.read_bytes()).endswith(b'\n'):
+                    raise ValueError('its last line has no end, so it may be cut off')
+                table = pd.read_csv(io.BytesIO(text), header=None, dtype=kind, skipinitialspace=True)
+                parts[part] = torch.tensor(table.to_numpy())
+        except (OSError, ValueError, OverflowError) as error:
+            what = 'whole numbers' if kind is int else 'numbers'
+            raise UserError(f'{path} must hold {what}, equally many in each line: {str(error).strip()}') from None
+    return parts
+
+
+def load(root, name):
+    """The graphs of a TU data set, their classes (G,), and a digest of what its files hold; UserError if damaged.
+
+    A node's features are its attributes, standardised, and its labels, one-hot. Without both, they are its degree."""
+    raw = Path(root, name, 'raw')
+    parts = read(raw, name)
+    A, owner, y = (parts[part] for part in ('A', 'graph_indicator', 'graph_labels'))
+    G, n, none = len(y), len(owner), torch.empty(len(owner), 0)
+    a, labels = parts.get('node_attributes', none), parts.get('node_labels', none)
+    if not (len(a) == len(labels) == n and a.isfinite().all() and A.shape[1] == 2 and A.min() > 0 and A.max() <= n
+            and owner.unique_consecutive().equal(torch.arange(1, G + 1)) and owner[A - 1].diff(dim=1).eq(0).all()):
+        lines = ', '.join(f'{part} {len(numbers)}' for part, numbers in parts.items())
+        raise UserError(f'the files in {raw} do not fit together. {name}_A.txt must hold pairs of nodes of one graph, '
+                        'graph_indicator.txt count up from 1 to the number of lines in graph_labels.txt, and node_* '
+                        f'have as many lines as it and finite numbers. Lines there: {lines}')
+    members = y.unique(return_counts=True)[1]
+    if y.shape[1] > 1 or len(members) < 2 or members.min() < 10:
+        raise UserError(f'{raw}/{name}_graph_labels.txt must hold two classes or more, each of 10 graphs or more, for '
+                        f'10-fold cross-validation. It holds {len(members)}, the smallest of {members.min()}')
+    y, owner = y.unique(return_inverse=True)[1][:, 0], owner[:, 0] - 1
+    edges = pyg.utils.coalesce(pyg.utils.remove_self_loops(A.T - 1)[0])  # sorted by node, and so by graph
+    degrees = edges[0].bincount(minlength=n)[:, None]
+    a, labels = a[:, (a != a[0]).any(0)], labels - labels.min(0).values  # a constant tells nothing
+    if a.shape[1] + labels.shape[1] == 0:
+        a, labels = (none, degrees) if degrees.max() < 1000 else (degrees, none)
+    standardised = [((v - v.mean()) / v.std())[:, None] for v in a.double().T]
+    x = torch.cat([*standardised, *(F.one_hot(v) for v in labels.T)], 1).float()
+    sizes, graph = owner.bincount(), owner[edges[0]]  # nodes of each graph; the graph of each edge
+    edges = edges - (sizes.cumsum(0) - sizes)[graph]
+    pairs = zip(x.split(sizes.tolist()), edges.split(graph.bincount(minlength=G).tolist(), 1))
+    return [pyg.data.Data(*pair) for pair in pairs], y.numpy(), files.digest(parts)[:16]
 
 
 def train(graphs, y, objective, beta, tau_plus, seed, epochs=200, batch=128):
@@ -126,10 +181,11 @@ def train(graphs, y, objective, beta, tau_plus, seed, epochs=200, batch=128):
     return 100 * cross_val_score(svm, z, y[order], cv=StratifiedKFold(10, shuffle=True, random_state=seed)).mean()
 
 
-def main(argv=None):
+def arguments(argv):
     parser = flags.Parser(prog='graphs.py', description=__doc__.partition('\n')[0])
     flag, form = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    flags.add(parser, 'data', ('--dataset_name', 'MUTAG', flags.path, 'one of the TU collection'),
+    name = flags.number(str, 'a name such as MUTAG', re.compile(r'\w[\w.-]*').fullmatch)
+    flags.add(parser, 'data', ('--dataset_name', 'MUTAG', name, 'one of the TU collection'),
               ('--root', 'data', flags.path, 'holds {dataset_name}/raw; what is missing is downloaded to it'))
     form('--objective', default='infograph', choices=['infograph', 'graphcl'], help='what to train with')
     form('--published', dest='objective', action='store_const', const='published', help='as in HCL\'s released code')
@@ -140,34 +196,54 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if min(args.betas) < 0 and args.objective == 'graphcl':
         parser.error('--betas must be at least 0 with --objective graphcl')
+    if args.tau_plus is None:
+        args.tau_plus = 0.5 if args.objective == 'published' else 0.1
+    return args
+
+
+def read_rows(path):
+    """The rows of a CSV file; UserError if it is not one of this script."""
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].astype({'accuracy': float})
+    except (ValueError, KeyError) as error:
+        raise UserError(f'{path} holds a CSV file of something else: {error}') from None
+
+
+def table(rows):
+    """Means, deviations and gains, paired by repeat, in Markdown. Sets that share a name are told apart by digest."""
+    shared = rows.groupby('data')['digest'].transform('nunique') > 1
+    rows = rows.assign(data=rows['data'].mask(shared, rows['data'] + ' ' + rows['digest']))
+    lines = [('data', 'objective', 'β', 'τ⁺', 'repeats', 'accuracy, %', 'to β = 0', 'to untrained')]
+    wide = rows.pivot_table('accuracy', 'repeat', ['data', 'objective', 'beta', 'tau_plus'], sort=False)
+    for (data, objective, beta, tau_plus), a in wide.items():
+        bases = (data, objective, '0', tau_plus), (data, 'untrained', '', '')
+        gains = [f'{gain.mean():+.1f} ± {gain.std():.1f}' if gain.any() else '' for gain in
+                 (a - wide.get(base, a) for base in bases)]
+        lines.append((data, objective, beta, tau_plus, a.count(), f'{a.mean():.1f} ± {a.std():.1f}', *gains))
+    return markdown(lines)
+
+
+def main(argv=None):
+    args = arguments(argv)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # easy negatives have denormal weights, which are slow on a CPU
-    results, file = Path(args.results_dir), f'{args.dataset_name}_{args.objective}.csv'.replace('_infograph', '')
-    tau_plus = args.tau_plus if args.tau_plus is not None else 0.5 if args.objective == 'published' else 0.1
-    keys = [('untrained', '', ''), *((args.objective, f'{beta:g}', f'{tau_plus:g}') for beta in args.betas)]
+    results = Path(args.results_dir)
     files.lock(results)
-    try:
-        tables = {p.name: pd.read_csv(p, usecols=COLUMNS, dtype=str, keep_default_na=False).assign(
-            data=p.stem.removesuffix('_published').removesuffix('_graphcl')) for p in sorted(results.glob('*.csv'))}
-    except ValueError as error:
-        raise runtime.UserError(f'{results} holds a CSV file of something else: {error}') from None
-    rows = tables.setdefault(file, pd.DataFrame(columns=[*COLUMNS, 'data']))
-    done = {*rows[COLUMNS[:4]].itertuples(index=False, name=None)}
-    todo = [key for r in range(args.repeats) for k in dict.fromkeys(keys) if (key := (*k, str(r))) not in done]
-    graphs, y = load(args.root, args.dataset_name) if todo else (None, None)
-    for key in tqdm(todo, unit='run'):
-        start, accuracy = time.perf_counter(), train(graphs, y, key[0], *(float(x or 0) for x in key[1:3]), int(key[3]))
-        rows.loc[len(rows)] = [*key, f'{accuracy:.4f}', f'{time.perf_counter() - start:.1f}', args.dataset_name]
-        files.write(results / file, rows.to_csv(columns=COLUMNS, index=False).encode())
-    rows = pd.concat(tables.values()).astype({'accuracy': float})
-    wide = rows.pivot_table('accuracy', 'repeat', ['data', *COLUMNS[:3]], sort=False)
-    table = '| data | objective | β | τ⁺ | repeats | accuracy, % | to β = 0 | to untrained |\n' + 8 * '|---' + '|\n'
-    for key, a in wide.items():
-        gains = (a - wide.get(base, a) for base in ((*key[:2], '0', key[3]), (key[0], 'untrained', '', '')))
-        cells = (f'{gain.mean():+.1f} ± {gain.std():.1f}' if gain.any() else '' for gain in gains)
-        table += f'| {" | ".join(key)} | {a.count()} | {a.mean():.1f} ± {a.std():.1f} | {" | ".join(cells)} |\n'
-    files.write(results / 'table.md', table.encode())
-    print(table)
+    tables = {path.name: read_rows(path) for path in sorted(results.glob('*.csv'))}
+    file = f'{args.dataset_name}_{args.objective}.csv'.replace('_infograph', '')
+    rows = tables.setdefault(file, pd.DataFrame(columns=COLUMNS))
+    done = {*rows[KEY].itertuples(index=False, name=None)}
+    graphs, y, digest = load(args.root, args.dataset_name)
+    settings = [('untrained', '', ''), *((args.objective, f'{beta:g}', f'{args.tau_plus:g}') for beta in args.betas)]
+    keys = [(args.dataset_name, digest, *s, str(repeat)) for repeat in range(args.repeats) for s in settings]
+    for key in tqdm([key for key in dict.fromkeys(keys) if key not in done], unit='run'):
+        start, (objective, beta, tau_plus, repeat) = time.perf_counter(), key[2:]
+        accuracy = train(graphs, y, objective, float(beta or 0), float(tau_plus or 0), int(repeat))
+        rows.loc[len(rows)] = [*key, round(accuracy, 4), f'{time.perf_counter() - start:.1f}']
+        files.write(results / file, rows.to_csv(index=False, float_format='%.4f').encode())
+    text = table(pd.concat(tables.values()))
+    files.write(results / 'table.md', text.encode())
+    print(text)
 
 
 if __name__ == '__main__':

@@ -98,27 +98,38 @@ def curves(args):
 
 
 def graphs(args):
-    """Accuracy on graphs against β, by data set and objective, over the repeats: mean and standard deviation."""
+    """Accuracy on graphs by data set, objective and β: a dot for each repeat, their mean and standard deviation."""
     try:
-        found = pd.concat(pd.read_csv(path).assign(data=path.stem.removesuffix('_published').removesuffix('_graphcl'))
+        found = pd.concat(pd.read_csv(path, dtype={'data': str, 'digest': str})
                           for path in sorted(args.paths[0].glob('*.csv')))
-        found = found.drop_duplicates(['data', 'objective', 'beta', 'tau_plus', 'repeat'])  # untrained: in each file
-        betas = sorted(found['beta'].dropna().unique())
-        groups = found.groupby('data')
+        found = found.drop_duplicates(['data', 'digest', 'objective', 'beta', 'tau_plus', 'repeat'])
+        groups, drawn = found.groupby(['data', 'digest']), found[found['objective'] != 'untrained']
+        series = sorted({*zip(drawn['objective'], drawn['tau_plus'])}, key=lambda s: ([*GRAPHS].index(s[0]), s[1]))
     except (ValueError, KeyError):
         raise UserError(f'{args.paths[0]} holds no CSV files of misc/graphs.py, or others beside them') from None
-    figure, panels = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.4), squeeze=False)
-    for axes, (data, rows) in zip(panels[0], groups):
+    sets, objectives = [data for data, _ in groups.groups], [objective for objective, _ in series]
+    betas, span = sorted(drawn['beta'].unique()), groups['accuracy'].agg(np.ptp).max() + 2  # a point is as long in all
+    figure, panels = plt.subplots(1, len(groups), figsize=(max(5, 4 * len(groups)), 4), squeeze=False)
+    handles = {}
+    for axes, ((data, digest), rows) in zip(panels[0], groups):
         untrained = rows.loc[rows['objective'] == 'untrained', 'accuracy']
-        axes.axhspan(untrained.mean() - untrained.std(), untrained.mean() + untrained.std(), color='#eeeeee')
-        axes.axhline(untrained.mean(), color='#555555', linestyle=':', label='untrained')
-        for i, (objective, name) in enumerate(GRAPHS.items()):
-            by = rows[rows['objective'] == objective].groupby('beta')['accuracy']
-            place = [betas.index(beta) + 0.08 * (i - 1) for beta in by.groups]
-            axes.errorbar(place, by.mean(), by.std(), color=COLOURS[i], marker=MARKERS[i], capsize=3, label=name)
-        axes.set(title=data, xlabel='β', xticks=range(len(betas)), xticklabels=[f'{beta:g}' for beta in betas])
+        columns = [(-1, untrained, '#555555', 'o', 'untrained')]
+        for i, (objective, tau_plus) in enumerate(series):
+            label = GRAPHS[objective] + f', τ⁺ = {tau_plus:g}' * (objectives.count(objective) > 1)
+            own = rows[(rows['objective'] == objective) & (rows['tau_plus'] == tau_plus)]
+            columns += [(betas.index(beta) + 0.8 * ((i + 0.5) / len(series) - 0.5), a, COLOURS[i % len(COLOURS)],
+                         MARKERS[i % len(MARKERS)], label) for beta, a in own.groupby('beta')['accuracy']]
+        for x, a, colour, marker, label in columns:
+            axes.scatter(np.full(len(a), x - 0.06), a, s=16, color=colour, alpha=0.4, linewidths=0)
+            handles[label] = axes.errorbar(x + 0.06, a.mean(), a.std(), color=colour, marker=marker, capsize=2)
+        axes.axhline(untrained.mean(), color='#555555', linestyle=':')
+        bottom = (rows['accuracy'].max() + rows['accuracy'].min() - span) / 2
+        axes.set(title=data if sets.count(data) == 1 else f'{data} {digest}', xlabel='β', ylim=(bottom, bottom + span),
+                 xticks=range(-1, len(betas)), xticklabels=['untrained', *(f'{beta:g}' for beta in betas)])
+        axes.xaxis.grid(False)
     panels[0, 0].set_ylabel('accuracy of an RBF SVM (%)')
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=4)
+    del handles['untrained']  # named on the axis
+    figure.legend(handles.values(), handles, loc='outside lower center', ncols=3)
     return figure
 
 

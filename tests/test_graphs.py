@@ -1,10 +1,13 @@
 import io
 import math
+import random
 import runpy
+import shutil
 import sys
 from argparse import Namespace
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -38,6 +41,7 @@ def write_tu(root, name, graphs, labels=True):
         lines['node_labels'] = [k % 3 for size in sizes for k in range(size)]
     for part, values in lines.items():
         (raw / f'{name}_{part}.txt').write_text(''.join(f'{value}\n' for value in values))
+    return raw
 
 
 @pytest.fixture(scope='module')
@@ -155,7 +159,7 @@ def test_scores_of_thousands_give_finite_losses_and_gradients():
 # The encoder, the data and the views
 
 def test_linear_layers_start_as_xavier_and_embeddings_are_sums_over_nodes_of_three_layers(root):
-    graphs, _ = g.load(root, 'TINY')
+    graphs, *_ = g.load(root, 'TINY')
     b = pyg.data.Batch.from_data_list(graphs)
     model = g.GIN(3)
     linear = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, pyg.nn.Linear))]
@@ -173,7 +177,7 @@ def test_linear_layers_start_as_xavier_and_embeddings_are_sums_over_nodes_of_thr
 
 def test_nodes_without_features_get_their_degree_one_hot_or_standardised_above_1000(tmp_path):
     write_tu(tmp_path, 'BARE', [SHAPES['path']] * 20, labels=False)
-    graphs, _ = g.load(tmp_path, 'BARE')
+    graphs, *_ = g.load(tmp_path, 'BARE')
     assert graphs[0].x.tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]]
     star = [(0, k) for k in range(1, 1001)]
     write_tu(tmp_path, 'STAR', [star] + [SHAPES['path']] * 19, labels=False)
@@ -206,13 +210,14 @@ def test_same_line_gives_the_same_csv_but_for_seconds(tiny, tmp_path):
     first = tiny('--betas', '0', '2', '--repeats', '1')
     (tmp_path / 'TINY.csv').unlink()
     second = tiny('--betas', '0', '2', '--repeats', '1')
-    assert list(first) == ['objective', 'beta', 'tau_plus', 'repeat', 'accuracy', 'seconds']
+    assert list(first) == ['data', 'digest', 'objective', 'beta', 'tau_plus', 'repeat', 'accuracy', 'seconds']
+    assert {*first['data']} == {'TINY'} and first['digest'].nunique() == 1
     pd.testing.assert_frame_equal(first.drop(columns='seconds'), second.drop(columns='seconds'))
     assert first['objective'].tolist() == ['untrained', 'infograph', 'infograph']
     assert first[['beta', 'tau_plus']].isna().all(axis=1).tolist() == [True, False, False]
 
 
-def test_a_line_given_again_continues_and_a_finished_one_needs_no_data(tiny, root, tmp_path, monkeypatch, capsys):
+def test_a_line_given_again_continues_and_a_finished_one_trains_nothing(tiny, tmp_path, monkeypatch, capsys):
     first = tiny('--published', '--betas', '0', '--repeats', '1', file='TINY_published.csv')
     both = tiny('--published', '--betas', '0', '--repeats', '2', file='TINY_published.csv')
     pd.testing.assert_frame_equal(first, both[:2])  # seconds too: nothing ran twice
@@ -220,7 +225,7 @@ def test_a_line_given_again_continues_and_a_finished_one_needs_no_data(tiny, roo
     (tmp_path / 'TINY_published.csv').unlink()
     whole = tiny('--published', '--betas', '0', '--repeats', '2', file='TINY_published.csv')
     pd.testing.assert_frame_equal(both.drop(columns='seconds'), whole.drop(columns='seconds'))
-    monkeypatch.setattr(g, 'load', None)
+    monkeypatch.setattr(g, 'train', None)
     tiny('--published', '--betas', '0', '--repeats', '2', file='TINY_published.csv')
     assert (tmp_path / 'table.md').read_text() in capsys.readouterr().out
 
@@ -250,12 +255,12 @@ def losses(monkeypatch):
 
 def test_a_last_graph_alone_joins_the_batch_before(root, losses):
     for batch in (23, 12, 11):
-        g.train(*g.load(root, 'TINY'), 'infograph', 1.0, 0.1, 0, epochs=1, batch=batch)
+        g.train(*g.load(root, 'TINY')[:2], 'infograph', 1.0, 0.1, 0, epochs=1, batch=batch)
     assert [size for size, _ in losses] == [24, 12, 12, 11, 11, 2]
 
 
 def test_training_lowers_the_loss(root, losses):
-    g.train(*g.load(root, 'TINY'), 'infograph', 1.0, 0.1, 0, epochs=30)
+    g.train(*g.load(root, 'TINY')[:2], 'infograph', 1.0, 0.1, 0, epochs=30)
     assert len(losses) == 30 and losses[-1][1] < 0.5 * losses[0][1]
 
 
@@ -263,7 +268,7 @@ def test_accuracy_is_an_rbf_svms_over_10_shuffled_folds_with_c_from_5_inner_ones
     seen = []
     real = g.cross_val_score
     monkeypatch.setattr(g, 'cross_val_score', lambda *args, **kw: seen.append((*args, kw)) or real(*args, **kw))
-    accuracy = g.train(*g.load(root, 'TINY'), 'untrained', 0.0, 0.0, 3)
+    accuracy = g.train(*g.load(root, 'TINY')[:2], 'untrained', 0.0, 0.0, 3)
     svm, z, y, kwargs = seen[0]
     assert svm.param_grid == {'C': [1e-3, 1e-2, 1e-1, 1, 10, 100, 1000]} and svm.cv == 5
     assert svm.estimator.get_params() == g.SVC().get_params()
@@ -272,25 +277,175 @@ def test_accuracy_is_an_rbf_svms_over_10_shuffled_folds_with_c_from_5_inner_ones
     assert 50 < accuracy <= 100
 
 
+HEAD = 'data,digest,objective,beta,tau_plus,repeat,accuracy,seconds\n'
+
+
 def test_table_tells_means_deviations_and_gains_repeat_by_repeat(tiny, tmp_path, capsys):
-    head = 'objective,beta,tau_plus,repeat,accuracy,seconds\n'
-    (tmp_path / 'A_B_graphcl.csv').write_text(head + 'untrained,,,0,80,1\ngraphcl,0,0.1,0,81,1\ngraphcl,2,0.1,0,85,1\n'
-                                              'untrained,,,1,70,1\ngraphcl,0,0.1,1,73,1\ngraphcl,2,0.1,1,79,1\n')
-    (tmp_path / 'A_B.csv').write_text(head + 'untrained,,,0,80,2\nuntrained,,,1,70,2\n')
+    (tmp_path / 'any.csv').write_text(HEAD + 'A_B,1,untrained,,,0,80,1\nA_B,1,graphcl,0,0.1,0,81,1\n'
+                                      'A_B,1,graphcl,2,0.1,0,85,1\nA_B,1,untrained,,,1,70,1\n'
+                                      'A_B,1,graphcl,0,0.1,1,73,1\nA_B,1,graphcl,2,0.1,1,79,1\n')
+    (tmp_path / 'other.csv').write_text(HEAD + 'A_B,1,untrained,,,0,80,2\nA_B,1,untrained,,,1,70,2\n')
     tiny('--repeats', '1', '--betas', '0')
     table = capsys.readouterr().out
     assert '| A_B | untrained |  |  | 2 | 75.0 ± 7.1 |  |  |' in table
     assert '| A_B | graphcl | 2 | 0.1 | 2 | 82.0 ± 4.2 | +5.0 ± 1.4 | +7.0 ± 2.8 |' in table
-    panel = next(axes for axes in plot.graphs(Namespace(paths=[tmp_path])).axes if axes.get_title() == 'A_B')
-    (x, y), line = panel.containers[-1].lines[0].get_data(), panel.lines[0]
-    assert list(line.get_ydata()) == [75, 75]
-    assert panel.patches[0].get_height() == pytest.approx(2 * 50**0.5)  # twice the deviation of the untrained
-    assert [panel.get_xticklabels()[round(place)].get_text() for place in x] == ['0', '2'] and list(y) == [77, 82]
+
+
+def test_picture_has_a_dot_for_each_repeat_beside_mean_and_deviation_on_an_axis_of_accuracy(tmp_path):
+    rows = [('A', 1, 'untrained', '', '', (80, 70)), ('A', 1, 'graphcl', 0, 0.1, (81, 73)),
+            ('A', 1, 'graphcl', 2, 0.1, (85, 79)), ('A', 1, 'graphcl', 2, 0.2, (75, 76)),
+            ('A', '2e1', 'untrained', '', '', (10, 11)), ('B', 3, 'untrained', '', '', (50, 51))]
+    lines = [(*key, repeat, accuracy, 1) for *key, found in rows for repeat, accuracy in enumerate(found)]
+    text = HEAD + ''.join(','.join(map(str, line)) + '\n' for line in lines)
+    for name in ('x', 'y'):  # the same rows in two files count once
+        (tmp_path / f'{name}.csv').write_text(text)
+    figure = plot.graphs(Namespace(paths=[tmp_path]))
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert [*panels] == ['A 1', 'A 2e1', 'B']
+    axes = panels['A 1']
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['untrained', '0', '2']
+    dots = [tuple(dot.get_offsets()[:, 1]) for dot in axes.collections if len(dot.get_offsets())]
+    bars = [container.lines for container in axes.containers]
+    means = [bar[0].get_ydata()[0] for bar in bars]
+    assert [dot for dot in dots if dot in [found for *_, found in rows]] == [found for *_, found in rows[:4]]
+    assert means == [75, 77, 82, 75.5]
+    low, high = bars[2][2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((82 - 18**0.5, 82 + 18**0.5))
+    assert [np.ptp(axes.get_ylim()) for axes in panels.values()] == pytest.approx([15 + 2] * 3)  # one scale for all
+    assert all(low < y < high for y in (70, 85) for low, high in [axes.get_ylim()])
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ['GraphCL, τ⁺ = 0.1', 'GraphCL, τ⁺ = 0.2']
+
+
+# What an accuracy belongs to
+
+def test_other_data_of_the_same_name_get_accuracies_and_a_name_of_their_own(tiny, root, tmp_path, capsys):
+    first = tiny('--betas', '0', '--repeats', '1')
+    write_tu(tmp_path / 'tuB', 'TINY', [SHAPES['path'], [(0, k) for k in range(1, 6)]] * 11)
+    both = tiny('--betas', '0', '--repeats', '1', '--root', str(tmp_path / 'tuB'))
+    pd.testing.assert_frame_equal(first, both[:2])
+    assert len(both) == 4 and both['digest'].nunique() == 2
+    table = capsys.readouterr().out
+    for digest, rows in both.groupby('digest'):
+        assert f'| TINY {digest} | untrained |  |  | 1 | {rows["accuracy"].iloc[0]:.1f} ± nan |' in table
+    shutil.copytree(root / 'TINY', tmp_path / 'moved/TINY')
+    pd.testing.assert_frame_equal(tiny('--betas', '0', '--repeats', '1', '--root', str(tmp_path / 'moved')), both)
+
+
+def test_changed_files_count_as_other_data_and_line_ends_do_not(tiny, root, tmp_path):
+    shutil.copytree(root / 'TINY', tmp_path / 'TINY')
+    flags = '--betas', '0', '--repeats', '1', '--root', str(tmp_path)
+    before = tiny(*flags)
+    for path in (tmp_path / 'TINY/raw').iterdir():
+        path.write_bytes(path.read_bytes().replace(b'\n', b'\r\n'))
+    pd.testing.assert_frame_equal(tiny(*flags), before)
+    labels = tmp_path / 'TINY/raw/TINY_graph_labels.txt'
+    labels.write_text(''.join(f'{random.Random(i).choice("12")}\n' for i in range(24)))
+    after = tiny(*flags)
+    assert len(after) == 4 and after['accuracy'][2] < before['accuracy'][0] - 10
+    assert {path.name for path in (tmp_path / 'TINY').iterdir()} == {'raw'}  # PyG's cache would keep the old graphs
+
+
+# Files
+
+def test_graphs_are_those_that_pyg_reads(root, tmp_path):
+    raw = shutil.copytree(root / 'TINY', tmp_path / 'TINY') / 'raw'
+    edges = (raw / 'TINY_A.txt').read_text().splitlines()
+    random.Random(0).shuffle(edges)
+    (raw / 'TINY_A.txt').write_text('\n'.join([*edges, '7, 7', *edges[:9]]) + '\n')  # a loop, and some edges twice
+    labels = [[3 * (i % 2), -i % 3] for i in range(len((raw / 'TINY_node_labels.txt').read_text().splitlines()))]
+    (raw / 'TINY_node_labels.txt').write_text(''.join(f'{a}, {b}\n' for a, b in labels))  # 1 and 2 are nobody's
+    graphs, y, _ = g.load(tmp_path, 'TINY')
+    theirs = pyg.datasets.TUDataset(tmp_path, 'TINY')
+    assert len(graphs) == len(theirs) == 24 and list(y) == [graph.y.item() for graph in theirs]
+    for ours, other in zip(graphs, theirs):
+        assert ours.x.equal(other.x) and ours.edge_index.equal(other.edge_index) and ours.x.shape[1] == 4 + 3
+
+
+def test_attributes_are_features_standardised_and_separate_classes_that_labels_do_not(tmp_path):
+    raw = write_tu(tmp_path, 'ATTR', [SHAPES['ring']] * 40)
+    bare = g.train(*g.load(tmp_path, 'ATTR')[:2], 'untrained', 0, 0, 0)
+    values = [1000 + 50 * (i % 2) + random.Random(i).random() for i in range(40) for _ in range(4)]
+    (raw / 'ATTR_node_attributes.txt').write_text(''.join(f'{value}, 7.5\n' for value in values))
+    graphs, y, _ = g.load(tmp_path, 'ATTR')
+    x = torch.cat([graph.x for graph in graphs])
+    assert x.shape == (160, 1 + 3)  # nothing of the constant
+    torch.testing.assert_close(x[:, 0].mean(), torch.tensor(0.), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x[:, 0].std(), torch.tensor(1.))
+    assert x[:, 1:].equal(torch.eye(3)[torch.arange(4).repeat(40) % 3])
+    assert g.train(graphs, y, 'untrained', 0, 0, 0) == 100 > bare + 30
+
+
+def part(name, old=None, new=None, count=-1):
+    """Change the text of a file: of the whole, or where the old text is."""
+    def change(raw):
+        path = raw / f'TINY_{name}.txt'
+        path.write_text(new if old is None else path.read_text().replace(old, new, count))
+    return change
+
+
+def cut(name, size):
+    def change(raw):
+        path = raw / f'TINY_{name}.txt'
+        path.write_bytes(path.read_bytes()[:size])
+    return change
+
+
+DAMAGE = dict(
+    no_labels=(lambda raw: (raw / 'TINY_graph_labels.txt').unlink(), 'graph_labels.txt must hold .*No such'),
+    cut=(cut('A', 1001), 'A.txt must hold .* may be cut off'),
+    half=(cut('graph_labels', 25), 'do not fit together.*graph_indicator 120, graph_labels 10,'),
+    empty=(cut('graph_indicator', 0), 'graph_indicator.txt must hold .* may be cut off'),
+    blank=(part('A', new='\n'), 'A.txt must hold .*No columns'),
+    html=(part('node_labels', new='<!DOCTYPE html>\n<p>Not, found</p>\n'), 'node_labels.txt must hold whole numbers'),
+    few_nodes=(part('node_labels', '0\n', '', 1), 'do not fit together.*graph_indicator 120.*node_labels 119'),
+    ragged=(part('node_labels', '0\n', '0, 1\n', 1), 'node_labels.txt must hold .*equally many'),
+    skipped=(part('graph_indicator', '\n2\n', '\n3\n'), 'do not fit together'),
+    between=(part('A', '1, 2\n', '1, 5\n'), 'pairs of nodes of one graph'),
+    beyond=(part('A', '120, ', '121, '), 'pairs of nodes of one graph'),
+    zero=(part('A', '120, ', '0, '), 'pairs of nodes of one graph'),
+    nan=(part('node_attributes', new='0.5\n' * 119 + 'nan\n'), 'finite numbers'),
+    targets=(part('graph_labels', '-1', '0.53'), 'graph_labels.txt must hold whole numbers'),
+    large=(part('graph_labels', '-1', '9' * 30), 'graph_labels.txt must hold whole numbers'),
+    small=(part('graph_labels', '-1', '3', 3), '10 graphs or more.* It holds 3, the smallest of 3'),
+    one=(part('graph_labels', '-1', '1'), 'two classes or more.* It holds 1, the smallest of 24'),
+    two=(part('graph_labels', '1\n', '1, 1\n'), 'two classes or more'),
+)
+
+
+@pytest.mark.parametrize('change, text', DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_are_one_line_and_once_restored_leave_nothing(change, text, root, tmp_path):
+    shutil.copytree(root / 'TINY', tmp_path / 'TINY')
+    change(tmp_path / 'TINY/raw')
+    with pytest.raises(UserError, match=text) as error:
+        g.load(tmp_path, 'TINY')
+    assert '\n' not in str(error.value) and str(tmp_path / 'TINY/raw') in str(error.value)
+    shutil.rmtree(tmp_path / 'TINY/raw')
+    shutil.copytree(root / 'TINY/raw', tmp_path / 'TINY/raw')
+    assert len(g.load(tmp_path, 'TINY')[0]) == 24
+
+
+def test_sets_are_downloaded_and_what_is_no_zip_file_leaves_nothing(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(pyg.datasets.TUDataset, 'url', tmp_path.as_uri())
+    page = tmp_path / 'TINY.zip'
+    page.write_text('<!DOCTYPE html>')
+    with pytest.raises(UserError, match='cannot download .*TINY.zip .*not a zip file') as error:
+        g.load(tmp_path / 'new', 'TINY')
+    assert '\n' not in str(error.value) and not (tmp_path / 'new').exists()
+    shutil.copytree(root / 'TINY/raw', tmp_path / 'zip/TINY')
+    shutil.make_archive(page.with_suffix(''), 'zip', tmp_path / 'zip')
+    written, write = [], g.files.write
+    monkeypatch.setattr(g.files, 'write', lambda path, data: written.append(path.name) or write(path, data))
+    graphs, y, digest = g.load(tmp_path / 'new', 'TINY')
+    assert digest == g.load(root, 'TINY')[2] and len(graphs) == len(y) == 24
+    assert len(written) == 4 and written[-1] == 'TINY_A.txt'  # by which a later run knows that all are there
+    page.unlink()
+    g.load(tmp_path / 'new', 'TINY')
 
 
 @pytest.mark.parametrize('flags', [['--repeats', '0'], ['--tau_plus', '1'], ['--betas', 'nan'], ['--betas', 'x'],
                                    ['--objective', 'graphcl', '--betas', '-1'], ['--objective', 'jsd'],
-                                   ['--published', '--objective', 'graphcl']])
+                                   ['--published', '--objective', 'graphcl'], ['--dataset_name', 'a/b']])
 def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
     with pytest.raises(SystemExit) as error:
         g.main(flags)
@@ -298,21 +453,12 @@ def test_wrong_flags_end_with_one_line_and_code_2(flags, capsys):
 
 
 def test_missing_data_is_one_line_that_names_folder_and_files(tmp_path, monkeypatch):
-    def offline(self):
-        raise OSError('no network')
-    monkeypatch.setattr(pyg.datasets.TUDataset, 'download', offline)
+    monkeypatch.setattr(pyg.datasets.TUDataset, 'url', tmp_path.as_uri())
     with pytest.raises(UserError) as error:
         g.main(['--dataset_name', 'NONE', '--root', str(tmp_path), '--results_dir', str(tmp_path / 'out')])
     text = str(error.value)
     assert '\n' not in text and f'{tmp_path}/NONE/raw' in text and not (tmp_path / 'out/NONE.csv').exists()
     assert all(f'NONE_{part}.txt' in text for part in ('A', 'graph_indicator', 'graph_labels', 'node_labels'))
-
-
-def test_missing_labels_are_one_line(tmp_path):
-    write_tu(tmp_path, 'BARE', [SHAPES['path']] * 20)
-    (tmp_path / 'BARE/raw/BARE_graph_labels.txt').unlink()
-    with pytest.raises(UserError, match='BARE_graph_labels.txt'):
-        g.main(['--dataset_name', 'BARE', '--root', str(tmp_path), '--results_dir', str(tmp_path)])
 
 
 def test_foreign_csv_file_is_one_line_and_stays(tiny, tmp_path):
