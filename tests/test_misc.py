@@ -284,7 +284,8 @@ def test_neighbours_are_framed_by_class(run_of_one_epoch, tree, on_the_cpu):
     right = data.train_labels[found] == data.test_labels[chosen][:, None]
     frames = [[axes.spines['left'].get_edgecolor() for axes in figure.axes[10 * row + 1:10 * row + 10]]
               for row in range(5)]
-    assert [[plt.matplotlib.colors.to_hex(c) == pictures.RIGHT.lower() for c in row] for row in frames] == right.tolist()
+    found_right = [[plt.matplotlib.colors.to_hex(c) == pictures.RIGHT.lower() for c in row] for row in frames]
+    assert found_right == right.tolist()
     assert torch.equal(torch.tensor(figure.axes[1].images[0].get_array()).permute(2, 0, 1), data.train[found[0, 0]])
 
 
