@@ -3,9 +3,10 @@
     python misc/graphs.py --dataset_name MUTAG --root data --betas 0 1 2 10 --repeats 10   # the paper's form
     python misc/graphs.py --dataset_name MUTAG --root data --published                     # the released code's form
     python misc/graphs.py --dataset_name MUTAG --root data --objective graphcl             # two views of each graph
-A GIN learns without labels; an RBF SVM on its graph embeddings gives the accuracy (percent). A line writes one CSV
-file, which it continues if it was stopped, and then table.md of all files there. HCL's released code (joshr17/HCL,
-graph/) departs from the paper, and --published keeps all of it. In both, gradients flow through negatives' weights.
+A GIN learns without classes from node labels and node attributes; an RBF SVM on its graph embeddings gives the accuracy
+(percent). A line writes one CSV file, which it continues if it was stopped, and then table.md of all files there. The
+column digest tells what the data set's files held. HCL's released code (joshr17/HCL, graph/) departs from the paper,
+and --published keeps all of it. In both, gradients flow through negatives' weights.
 1. A score s weighs exp(-2 beta s / max|s|), which stresses the least similar graphs; the paper's weight is exp(beta s).
    With beta = 10 and s = -1, 0, 0.5, 2, nearly the whole gradient acts on -1. --betas -1 -2 -10 turns the sign.
 2. A node's own graph stays among the negatives with a score of 0, in their sum and in the mean of their weights.

@@ -353,8 +353,8 @@ def test_graphs_are_those_that_pyg_reads(root, tmp_path):
     edges = (raw / 'TINY_A.txt').read_text().splitlines()
     random.Random(0).shuffle(edges)
     (raw / 'TINY_A.txt').write_text('\n'.join([*edges, '7, 7', *edges[:9]]) + '\n')  # a loop, and some edges twice
-    labels = [[3 * (i % 2), -i % 3] for i in range(len((raw / 'TINY_node_labels.txt').read_text().splitlines()))]
-    (raw / 'TINY_node_labels.txt').write_text(''.join(f'{a}, {b}\n' for a, b in labels))  # 1 and 2 are nobody's
+    labels = [[3 * (i % 2) - 2, -i % 3 + 5] for i in range(120)]
+    (raw / 'TINY_node_labels.txt').write_text(''.join(f'{a}, {b}\n' for a, b in labels))  # -1 and 0 are nobody's
     graphs, y, _ = g.load(tmp_path, 'TINY')
     theirs = pyg.datasets.TUDataset(tmp_path, 'TINY')
     assert len(graphs) == len(theirs) == 24 and list(y) == [graph.y.item() for graph in theirs]
