@@ -30,7 +30,7 @@ def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=Non
         Ng   = max((R - tau_plus N P) / (1 - tau_plus), N exp(-1/t))
         loss = mean of -log(exp(s_v) / (exp(s_v) + Ng))              over anchors and positives
 
-    where the gradient flows through both sums of R and, where the floor is active, through Ng by t alone.
+    The gradient flows through both sums of R; an active floor has one in t alone.
 
     Args:
         views: V >= 2 floating-point tensors (B, D) on one device; row i of each is a view of sample i.
@@ -45,23 +45,44 @@ def contrastive_loss(*views, temperature=0.5, tau_plus=0.1, beta=1.0, labels=Non
         chunk_size: samples along a tile of s (default: as many as fit a fixed size). It changes speed, not values.
 
     Returns a scalar: float64 if a view is float64, else float32, under autocast too. NaN in a view gives NaN.
-    Raises ValueError, naming the argument that does not fit and what it got, and in backward RuntimeError with
-    create_graph=True, since there is no second derivative.
+    Raises ValueError, which names the argument and what it got; RuntimeError in backward with create_graph=True.
 
     Under an initialised torch.distributed group, each rank passes its own samples, equally many, and gets the loss of
     the whole batch. The gradient at its views is scaled so that DistributedDataParallel's mean over ranks is the whole
     batch's gradient. A tensor temperature gets the whole batch's gradient on every rank.
     """
     _check(views, temperature, tau_plus, beta, labels, chunk_size)
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in views) else torch.float32
+    dtype = torch.float64 if any(z.dtype == torch.float64 for z in views) else torch.float32
     # An anchor's negatives are in its own tower, which holds all views, or in all other towers, of one view each.
-    x = torch.stack([x.to(dtype) for x in views], 1 if intra_view else 0)  # V x (B, D) -> (B, V, D) or (V, B, D)
-    x = x.unsqueeze(0 if intra_view else 2)  # -> (towers T, B, views in each P, D)
-    t = temperature.to(dtype).reshape(()) if isinstance(temperature, torch.Tensor) else float(temperature)
+    z = torch.stack([z.to(dtype) for z in views], 1 if intra_view else 0)  # V x (B, D) -> (B, V, D) or (V, B, D)
+    z = z.unsqueeze(0 if intra_view else 2)  # -> (T towers, B, U views in each, D)
+    learnable = isinstance(temperature, torch.Tensor)
+    t = temperature.to(dtype).reshape(()) if learnable else z.new_full((), temperature)
     # Unit rows bound |s| by 1/t. Within this range, sums of exponentials need no maximum taken out.
-    bounded = normalize and isinstance(t, float) and (1 + beta) / t <= 0.7 * math.log(torch.finfo(dtype).max)
-    with_grad = torch.is_grad_enabled() and (x.requires_grad or getattr(t, 'requires_grad', False))
-    return _ContrastiveLoss.apply(x, t, tau_plus, beta, labels, normalize, chunk_size, bounded, with_grad)
+    bounded = normalize and not learnable and (1 + beta) / temperature <= 0.7 * math.log(torch.finfo(dtype).max)
+    norm = z.norm(dim=-1, keepdim=True).clamp(min=1e-12) if normalize else 1
+    y = z / (norm * t.detach().sqrt())  # so that s = y·y'
+    return _Loss.apply(y, t, tau_plus, beta, labels, chunk_size, bounded, torch.is_grad_enabled())
+
+
+def objective(S, W, s_pos, N, t, tau_plus, offset=None):
+    """The sum of -log(exp(s_v) / (exp(s_v) + Ng)) over A anchors and their positives v, in log space.
+
+    S = sum_j exp((1 + beta) s_j) and W = sum_j exp(beta s_j) run over an anchor's N negatives j, all (A,); s_pos is
+    (A, V - 1). With an offset (A,), S and W are the sums for s_j - offset.
+    """
+    log_R = S.log() - W.log()  # here R and Ng are without their factor N
+    if offset is not None:
+        log_R = log_R + offset
+    log_Ng = log_R
+    if tau_plus:
+        log_P = s_pos.logsumexp(1) - math.log(s_pos.shape[1])
+        log_share = math.log(tau_plus) + log_P - log_R  # of tau_plus P in R
+        at_floor = 1 - log_share.exp() <= (1 - tau_plus) * (-1 / t - log_R).exp()
+        share = log_share.masked_fill(at_floor, -math.inf).exp()  # finite, so that its gradient is, too
+        log_Ng = torch.where(at_floor, -1 / t, log_R + torch.log1p(-share) - math.log1p(-tau_plus))
+    x = (N.log() + log_Ng)[:, None] - s_pos
+    return torch.logaddexp(x, torch.zeros_like(x)).sum()  # log(1 + e^x) = -log(exp(s_v) / (exp(s_v) + Ng))
 
 
 def _check(views, temperature, tau_plus, beta, labels, chunk_size):
@@ -92,118 +113,134 @@ def _check(views, temperature, tau_plus, beta, labels, chunk_size):
         raise ValueError(f'tau_plus must be 0 with labels, which leave no false negatives, got {tau_plus}')
 
 
-class _ContrastiveLoss(torch.autograd.Function):
-    """By tiles of s, anchors i by columns j. In one process s is symmetric, and tiles on and above its diagonal serve i
-    and j. They are visited for maxima, if exponentials need any, for sums, and for the gradient."""
+class _Loss(torch.autograd.Function):
+    """The mean of the objective. Its gradient is computed with its value, so that no similarities outlive the call."""
 
     @staticmethod
-    def forward(ctx, x, t, tau_plus, beta, labels, normalize, chunk_size, bounded, with_grad):
-        with torch.autocast(x.device.type, enabled=False):
-            (T, b, P, D), (world, rank) = x.shape, _ranks()
-            V, B, first = T * P, b * world, b * rank  # first: the place of this rank's samples in the whole batch
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12) if normalize else 1
-            z = x / norm
-            rows, samples = z.flatten(0, 2), z.transpose(0, 1).flatten(1, 2)  # (T, b, P, D) -> (Vb, D), (b, V, D)
-            columns = _gather(z.transpose(0, 1), world).transpose(0, 1).flatten(0, 2)  # (VB, D)
-            own = torch.eye(V, dtype=torch.bool, device=x.device).view(T, 1, P, V)
-            s_pos = (z @ samples.mT / t).masked_fill_(own, -math.inf)  # (T, b, P, V), of anchors and positives
-            N = rows.new_full((V * b,), max(P, V - P) * (B - 1))
-            if labels is not None:
-                labels = torch.where(labels < 0, -1 - torch.arange(first, first + b, device=x.device), labels).long()
-                labels_all = _gather(labels, world)
-                ends = torch.searchsorted(labels_all.sort().values, torch.stack([labels, labels + 1]))
-                N = (max(P, V - P) * (B - ends.diff(dim=0)[0])).to(N.dtype).repeat_interleave(P).repeat(T)
+    def forward(ctx, y, t, tau_plus, beta, labels, chunk_size, bounded, with_grad):
+        with torch.autocast(y.device.type, enabled=False):
+            (T, b, U, D), (world, rank) = y.shape, _ranks()
+            V, B, first = T * U, b * world, b * rank  # first: the place of this rank's samples in the whole batch
+            labels, same = (None, 1) if labels is None else _classes(labels, first, world)
+            N = (y.new_zeros(T, b, U) + max(U, T - 1) * (B - same)).flatten()  # -> (A,)
+            rows, columns = y.flatten(0, 2), _gather(y.transpose(0, 1), world).transpose(0, 1).flatten(0, 2)  # (V B, D)
+            side = U * (chunk_size or max(1, SIDE.get(y.device.type, 2**8) // U))
+            tiles = _Tiles(rows, columns, T, side, (U, b, B, first, labels))
+            S, W, offset = _sums(tiles, N, beta, bounded)
 
-            def tile(i, j):
-                s = scaled[i] @ columns[j].T
-                k, m, window = i.start // P % b, j.start // P % B, s.view(len(s) // P, P, -1, P)
-                if labels is None:
-                    window.diagonal(first + k - m, 0, 2).fill_(-math.inf)  # empty where i and j share no sample
-                else:
-                    same = labels[k:k + len(window), None] == labels_all[m:m + window.shape[2]]
-                    window.masked_fill_(same[:, None, :, None], -math.inf)
-                return s
+            def loss(S, W, y, t):
+                s_pos = [(y * y.roll(k, 0 if T > 1 else 2)).sum(-1).flatten() for k in range(1, V)]  # (A,) each
+                return objective(S, W, torch.stack(s_pos, 1), N, t, tau_plus, offset)
 
-            def visit():
-                """Every tile, and the sides it serves: anchors and the dimension over which their sums run."""
-                for n, (i, j) in enumerate(pairs):
-                    if n == len(kept) and keep:
-                        kept.append(tile(i, j))
-                    yield i, j, kept[n] if keep else tile(i, j), ((i, 1), (j, 0))[:2 if world == 1 else 1]
-
-            def exponentials(s, sides):
-                """u = exp(s) and w = exp(beta s), relative to the maxima of each side unless s is bounded."""
-                for x, served in [(s, sides)] if bounded else [(s - top[a].unsqueeze(d), [(a, d)]) for a, d in sides]:
-                    u = x.exp()
-                    yield u, u if beta == 1 else (beta * x).exp_() if beta else None, served
-
-            step, scaled, kept = P * (chunk_size or max(1, SIDE.get(x.device.type, 2**8) // P)), rows / t, []
-            blocks = [[slice(k, min(k + step, u + n)) for u in range(0, T * n, n) for k in range(u, u + n, step)]
-                      for n in (b * P, B * P)]  # of anchors and of columns, none in two towers
-            pairs = [(i, j) for n, i in enumerate(blocks[0]) for j in blocks[1][n if world == 1 else 0:]
-                     if T == 1 or i.start // b != j.start // B]
-            keep = sum((i.stop - i.start) * (j.stop - j.start) for i, j in pairs) <= KEPT.get(x.device.type, 2**24)
-            top = torch.full_like(N, 0 if bounded else -1e30)  # finite without negatives too
-            for a, d, s in ((*side, s) for _, _, s, sides in visit() for side in sides) if not bounded else ():
-                top[a] = torch.maximum(top[a], s.amax(d))
-            S, W = torch.zeros_like(N), N.clone() if beta == 0 else torch.zeros_like(N)
-            for i, j, s, sides in visit():
-                for u, w, served in exponentials(s, sides[:1] if i == j else sides):  # such a tile is whole
-                    for a, d in served:
-                        S[a].add_((u * w if beta else u).sum(d))
-                        W[a].add_(w.sum(d) if beta else 0)
-            total, dS, dW, d_pos, dt = _anchors(S, W, top, N, s_pos.flatten(0, 2), t, tau_plus, beta)
-            sums, count = torch.stack([total, dt]), V * B * (V - 1)
-            if with_grad:
-                grad = torch.zeros_like(rows)
-                grad_columns = grad if world == 1 else torch.zeros_like(columns)
-                for i, j, s, sides in visit():
-                    G = None
-                    for u, w, served in exponentials(s, sides):  # dL/ds = w (u dS - dW)
-                        g = sum(dS[a].unsqueeze(d) for a, d in served) * u
-                        g = g.sub_(sum(dW[a].unsqueeze(d) for a, d in served)).mul_(w) if beta else g
-                        G = g if G is None else G.add_(g)
-                    grad[i].addmm_(G, columns[j])
-                    if world > 1 or i != j:
-                        grad_columns[j].addmm_(G.T, rows[i])
+            (total, pullback), count = torch.func.vjp(loss, S, W, y, t), V * B * (V - 1)
+            dt = torch.zeros_like(t)
+            if with_grad := with_grad and any(ctx.needs_input_grad):
+                dS, dW, dy, dt = pullback(torch.full_like(total, world / count))
+                dy = dy.reshape(rows.shape)
+                d_columns = dy if world == 1 else torch.zeros_like(columns)
+                _add_gradient(tiles, dy, d_columns, (1 + beta) * dS, beta * dW, offset, beta)
                 if world > 1:  # the anchors of each rank act on the rows of all
-                    dist.all_reduce(grad_columns)
-                    grad += grad_columns.view(T, B, P, D)[:, first:first + b].flatten(0, 2)
-                d_pos = d_pos.view_as(s_pos)  # it acts on the anchor, and on the positive
-                grad = grad.view_as(z) + d_pos @ samples + (d_pos.mT @ z).sum(0).unflatten(1, (T, P)).transpose(0, 1)
-                radial = (z * grad.div_(t * count)).sum(-1, keepdim=True)
-                sums[1] -= radial.sum() * count / (2 * t)  # t dL/dt = -sum(s dL/ds) = -sum(z·dL/dz) / 2, for s = z·z'/t
+                    dist.all_reduce(d_columns)
+                    dy += d_columns.view(T, B, U, D)[:, first:first + b].flatten(0, 2)
+                dt = (dt - (rows * dy).sum() / (2 * t)) / world  # rows are proportional to t^(-1/2)
+            results = torch.stack([total / count, dt])
             if world > 1:
-                dist.all_reduce(sums)
+                dist.all_reduce(results)
             if with_grad:
-                ctx.save_for_backward(((grad - radial * z) / norm if normalize else grad) * world, sums[1] / count)
-            return sums[0] / count
+                ctx.save_for_backward(dy.view_as(y), results[1])
+            return results[0]
 
     @staticmethod
     def backward(ctx, grad_output):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled, torch refuses by itself
             raise RuntimeError('contrastive_loss has a first derivative only: no backward with create_graph=True')
-        grad, dt = ctx.saved_tensors
-        return grad_output * grad, grad_output * dt if ctx.needs_input_grad[1] else None, *[None] * 7
+        return *[grad_output * x for x in ctx.saved_tensors], *[None] * 6
 
 
-def _anchors(S, W, top, N, s_pos, t, tau_plus, beta):
-    """S = sum(u w), W = sum(w), top and N (A,), s_pos (A, V) -> the sum of losses, dS, dW, d_pos and, of floors, dt."""
-    S, W, log_N = *(y.clamp(min=torch.finfo(y.dtype).tiny) for y in (S, W)), N.clamp(min=1).log()
-    log_R = log_N + top + S.log() - W.log()
-    log_P = s_pos.logsumexp(1) - math.log(s_pos.shape[1] - 1)
-    ratio = (tau_plus * (log_N + log_P - log_R).clamp(max=80).exp()).clamp_(max=1)  # tau_plus N P / R
-    log_Ng = log_R + torch.log1p(-ratio) - math.log1p(-tau_plus)
-    floor = log_N - 1 / t
-    active = (log_Ng <= floor) & (tau_plus > 0)  # uncorrected, R is below it by rounding alone
-    x = torch.where(active, floor, log_Ng)[:, None] - s_pos
-    x = x.masked_fill(s_pos.isneginf() | (N == 0)[:, None], -math.inf)
-    loss = torch.logaddexp(x, torch.zeros_like(x)).sum()  # log(1 + e^x) = -log(e^s_pos / (e^s_pos + Ng))
-    p = x.sigmoid()  # dL/dx: pulls the positive up and pushes Ng down, through R and P
-    d_log_Ng = p.sum(1)
-    d_log_R = torch.where(active, 0, d_log_Ng / (1 - ratio))
-    d_pos, dt = -p - (d_log_R * ratio)[:, None] * s_pos.softmax(1), torch.where(active, d_log_Ng, 0).sum() / t**2
-    return loss, (1 + beta) * d_log_R / S, beta * d_log_R / W, d_pos, dt
+def _classes(labels, first, world):
+    """This rank's labels (b,) -> all ranks', in which each unknown one is its own, and how many have each: (b, 1)."""
+    own = torch.where(labels < 0, -1 - torch.arange(first, first + len(labels), device=labels.device), labels).long()
+    labels = _gather(own, world)
+    ordered = labels.sort().values
+    return labels, (torch.searchsorted(ordered, own, right=True) - torch.searchsorted(ordered, own))[:, None]
+
+
+class _Tiles:
+    """Similarities s = rows @ columns.T of anchors (A, D) with (C, D), of which a tile is computed at a time."""
+
+    def __init__(self, rows, columns, T, side, views):
+        self.rows, self.columns, self.views, self.kept = rows, columns, views, {}
+        self.mirrored = len(rows) == len(columns)  # s is symmetric: half of the tiles do
+        slices = [[(u, slice(k, min(k + side, u * n + n))) for u in range(T) for k in range(u * n, u * n + n, side)]
+                  for n in (len(rows) // T, len(columns) // T)]  # none across two of T towers
+        self.tiles = [(i, j) for k, (u, i) in enumerate(slices[0]) for v, j in slices[1][k if self.mirrored else 0:]
+                      if T == 1 or u != v]
+        numbers = sum((i.stop - i.start) * (j.stop - j.start) for i, j in self.tiles)
+        self.few = numbers <= KEPT.get(rows.device.type, 2**24)
+
+    def __iter__(self):
+        """Yield each tile's slices and s, and its sides: anchors, and the dimension over which their sums run."""
+        for n, (i, j) in enumerate(self.tiles):
+            s = self.kept[n] if n in self.kept else self.similarities(i, j)
+            if self.few:
+                self.kept[n] = s
+            yield i, j, s, ((i, 1), (j, 0))[:1 + (self.mirrored and i != j)]
+
+    def similarities(self, i, j):
+        """A tile of s, -inf between views of one sample or, with labels, of one label."""
+        s = self.rows[i] @ self.columns[j].T
+        U, b, B, first, labels = self.views
+        k, m = first + i.start // U % b, j.start // U % B  # the first samples of rows and of columns
+        by_sample = s.view(len(s) // U, U, -1, U)  # (rows, columns) -> (samples, views, samples, views)
+        if labels is None:
+            by_sample.diagonal(k - m, 0, 2).fill_(-math.inf)  # empty where rows and columns share no sample
+        else:
+            same = labels[k:k + by_sample.shape[0], None] == labels[m:m + by_sample.shape[2]]
+            by_sample.masked_fill_(same[:, None, :, None], -math.inf)
+        return s
+
+
+def _exponentials(s, sides, offset, beta):
+    """Yield u = exp(s), w = exp(beta s) and the sides that they serve: all, or one with its own offset."""
+    for x, served in [(s, sides)] if offset is None else [(s - offset[a].unsqueeze(d), [(a, d)]) for a, d in sides]:
+        u = x.exp()
+        yield u, u if beta == 1 else (beta * x).exp_() if beta else None, served
+
+
+def _sums(tiles, N, beta, bounded):
+    """The objective's S, W and offset. Without negatives S and W are 1, as the loss is 0 whatever they are."""
+    offset = None
+    if not bounded:
+        offset = torch.full_like(N, -1e30)
+        for _, _, s, sides in tiles:
+            for a, d in sides:
+                offset[a] = torch.maximum(offset[a], s.amax(d))
+    S, W = torch.zeros_like(N), torch.zeros_like(N) if beta else N
+    for _, _, s, sides in tiles:
+        for u, w, served in _exponentials(s, sides, offset, beta):
+            uw = u * w if beta else u
+            for a, d in served:
+                S[a].add_(uw.sum(d))
+                if beta:
+                    W[a].add_(w.sum(d))
+    return S.masked_fill(N == 0, 1), W.masked_fill(N == 0, 1), offset
+
+
+def _add_gradient(tiles, d_rows, d_columns, dS, dW, offset, beta):
+    """Add dL/drows and dL/dcolumns, given (1 + beta) dL/dS and beta dL/dW."""
+    for i, j, s, sides in tiles:
+        ds = None  # dL/ds = w (u dS + dW)
+        for u, w, served in _exponentials(s, sides, offset, beta):
+            g = u * sum(dS[a].unsqueeze(d) for a, d in served)
+            if beta:
+                for a, d in served:
+                    g.add_(dW[a].unsqueeze(d))
+                g.mul_(w)
+            ds = g if ds is None else ds.add_(g)
+        whole = tiles.mirrored and i == j
+        d_rows[i].addmm_(ds + ds.T if whole else ds, tiles.columns[j])
+        if not whole:
+            d_columns[j].addmm_(ds.T, tiles.rows[i])
 
 
 def _ranks():

@@ -116,7 +116,7 @@ FAULTS = [
     (main, 'train_step', '(*z,', '(*(x[x.isfinite().all(1)] for x in z),'),
     (main, 'main', 'data.train_labels.to(device) if', 'data.train_labels if'),
     (main, 'encode', '.to(images.device)).to(device)', '.to(images.device))'),
-    (losses._ContrastiveLoss, 'forward', 'torch.eye(V, dtype=torch.bool, device=x.device)', 'torch.eye(V).bool()'),
+    (losses, '_classes', ', device=labels.device', ''),
     (augment, 'resize_weights', 'torch.arange(size, device=start.device)', 'torch.arange(size)'),
     (augment, 'gaussian_blur', 'r, h, w =', 'if not sigma.any(): return x\n    r, h, w ='),
     (augment, 'luma', 'return ', 'torch.tensor(LUMA, device=x.device); return '),

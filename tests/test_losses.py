@@ -1,4 +1,4 @@
-"""The objective against a double loop written from the papers' equations, its limits and its invariants."""
+"""The objective against the papers' equations on the whole matrix, its limits and its invariants."""
 
 import ast
 import math
@@ -23,29 +23,24 @@ def unit_views(B, D, V=2, dtype=torch.float64, seed=0, correlation=0.5):
 
 
 def oracle(*views, temperature, tau_plus, beta, labels=None, intra_view=True, normalize=True):
-    """The objective, anchor by anchor, in float64: nothing shared with losses.py but the equations."""
-    V, (B, _) = len(views), views[0].shape
-    t = torch.as_tensor(temperature, dtype=torch.float64)
-    views = [F.normalize(z.double(), dim=1) if normalize else z.double() for z in views]
-    terms = []
-    for v in range(V):
-        for i in range(B):
-            anchor = views[v][i]
-            positives = [anchor @ views[u][i] / t for u in range(V) if u != v]
-            negatives = [anchor @ views[u][j] / t for u in range(V) if intra_view or u != v for j in range(B)
-                         if j != i and (labels is None or labels[i] != labels[j])]
-            N = len(negatives)
-            if N == 0:
-                terms += [0 * positives[0]] * (V - 1)
-                continue
-            s = torch.stack(negatives)
-            weight = torch.softmax(beta * s, 0)  # N * sum(e^{(1+b)s}) / sum(e^{bs})
-            log_R = math.log(N) + torch.logsumexp(s + weight.log(), 0)
-            P = torch.stack(positives).exp().mean()
-            corrected, floor = (log_R.exp() - tau_plus * N * P) / (1 - tau_plus), N * (-1 / t).exp()
-            Ng = floor if corrected < floor else corrected
-            terms += [torch.log1p((Ng.log() - p).exp()) if Ng.log() - p < 600 else Ng.log() - p for p in positives]
-    return torch.stack(terms).mean()
+    """The objective from the whole matrix of similarities, in float64: nothing shared with losses.py but equations."""
+    V, B = len(views), len(views[0])
+    z, t = torch.cat(views).double(), torch.as_tensor(temperature, dtype=torch.float64)  # V x (B, D) -> (V B, D)
+    z = F.normalize(z, dim=1) if normalize else z
+    view, sample = torch.arange(V).repeat_interleave(B), torch.arange(B).repeat(V)
+    other_view, other_sample = view != view[:, None], sample != sample[:, None]
+    neg = other_sample & (other_view | intra_view)
+    if labels is not None:
+        neg &= (labels[sample] != labels[sample, None]) | (labels[sample] < 0)
+    s = z @ z.T / t
+    some = neg.any(1)  # an anchor without negatives adds 0
+    s_pos = s[other_view & ~other_sample].view(V * B, V - 1)[some]
+    s, neg, P = s[some], neg[some], s_pos.exp().mean(1)
+    N = neg.sum(1).double()
+    R = N * ((beta * s).masked_fill(~neg, -math.inf).softmax(1) * s.exp()).sum(1)
+    corrected, floor = (R - tau_plus * N * P) / (1 - tau_plus), N * (-1 / t).exp()
+    Ng = torch.where(corrected < floor, floor, corrected)
+    return (Ng[:, None] * (-s_pos).exp()).log1p().sum() / (V * B * (V - 1))
 
 
 def value_and_gradient(f, views, temperature=None, **kwargs):
