@@ -19,6 +19,7 @@ from runtime import UserError, ranks, say
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()  # of those that Pillow reads
             if kind in set(Image.OPEN) - {'BUFR', 'GRIB', 'HDF5', 'MPEG', 'WMF'}}  # and not just recognises
 SYSTEM = ('@eadir', '#recycle', '__macosx', 'thumbs.db', 'desktop.ini', '$recycle.bin', 'lost+found')
+ALIKE = ('train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 'unlabelled')  # but for capitals
 CACHE = '.decoded'  # where the images of a folder are kept once they are decoded, if it can be written
 
 
@@ -153,6 +154,9 @@ def _groups(listing, unlabeled, holdout):
         if len(classes) > 1:
             say(f'{root}: its directories ({classes[0]}, {classes[1]}, …) are not taken as classes. --holdout 0.1 '
                 'takes them, and tests with a tenth of their images')
+        meant = [path.name for path in sorted(root.glob('*')) if path.is_dir() and path.name.lower() in ALIKE]
+        if meant:
+            say(f'{root}: {", ".join(meant)} read as any other directory; known are train, test, val and unlabeled')
         listing.left.clear()
         return [], [(1, -1, [train, root / 'unlabeled'] if top == train else [root])]
     if not holdout and not test.is_dir():

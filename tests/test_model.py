@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from conftest import HOME
 from torch import nn
 
 from model import ARCHS, Model, load_model, read_checkpoint
@@ -82,18 +81,6 @@ def test_an_encoder_without_head_loads_where_features_are_enough(tmp_path, small
     assert torch.equal(loaded.f(x), small.eval().f(x)) and loaded.g is None
     with pytest.raises(ValueError, match='g.0.weight is missing'):
         load_model(path)
-
-
-def test_readmes_line_writes_checkpoints_for_hcl_and_dcl(tmp_path, small):
-    """Their scripts load into DataParallel, and expect `module.` before every name."""
-    line, = [line for line in (HOME / 'README.md').read_text().splitlines() if "'module.' + name" in line]
-    (tmp_path / 'hcl').mkdir()
-    torch.save(small.state_dict(), tmp_path / 'hcl' / 'model_400.pth')
-    code = line.replace('results/', f'{tmp_path}/').partition('"')[2].rpartition('"')[0]
-    exec(code, {})
-    theirs = nn.DataParallel(Model(16, 'resnet18'))
-    theirs.load_state_dict(torch.load(tmp_path / 'theirs.pth'))
-    assert torch.equal(theirs.module.g[3].weight, small.g[3].weight)
 
 
 @pytest.mark.parametrize('tensor', [
