@@ -90,16 +90,16 @@ def test_collectives_of_two_ranks_see_the_device(waits_of, monkeypatch, tmp_path
     """One of two ranks trains; the tensors of the other are always like its own."""
     seen = Counter()
 
-    def all_reduce(x, op=None):
+    def all_reduce(x, op=None, group=None):
         seen[x.device.type, x.dtype] += 1
 
-    def gather(whole, x):
+    def gather(whole, x, group=None):
         seen[whole.device.type, whole.dtype] += 1
         whole.copy_(torch.cat([x, x]))
 
-    for name, value in dict(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: 0,
-                            all_reduce=all_reduce, all_gather_single=gather, all_gather_into_tensor=gather,
-                            broadcast_object_list=lambda objects: None).items():
+    for name, value in dict(is_initialized=lambda: True, get_world_size=lambda group=None: 2,
+                            get_rank=lambda group=None: 0, all_reduce=all_reduce, all_gather_single=gather,
+                            all_gather_into_tensor=gather, broadcast_object_list=lambda objects: None).items():
         monkeypatch.setattr(torch.distributed, name, value, raising=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: sys._getframe(1).f_code.co_name == 'check')  # of signals
     monkeypatch.setattr(runtime, 'distributed', lambda net, device: net)

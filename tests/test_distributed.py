@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from functools import partial
 
 import pandas as pd
 import psutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Job
+from test_losses import oracle, random_case
 from torch import nn
 from torch.multiprocessing import spawn
 
@@ -19,7 +21,8 @@ def everything(rank, world, flags):
     return {'parts': weights_after_steps(rank, world), 'main': update_of_main(rank, world, flags),
             'losses': [losses_and_gradients(rank, world, V) for V in (2, 3)],
             'training': [parameter_gradients(rank, world, *case) for case in TRAININGS],
-            'features': features_and_gathered(rank, world), 'one each': loss_of_one_sample_each(rank, world)}
+            'features': features_and_gathered(rank, world), 'one each': loss_of_one_sample_each(rank, world),
+            'cases': [random_case_on_rank(rank, world, seed) for seed in range(CASES)], 'groups': groups(rank, world)}
 
 
 def joined(rank, world, function, store, out, args):
@@ -96,6 +99,75 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(one, ranks, V):
         for part in parts:
             torch.testing.assert_close(part[:2], (loss, by_t), rtol=1e-11, atol=1e-13)
         torch.testing.assert_close(torch.cat([part[2] for part in parts], 1) / len(ranks), gradient, rtol=0, atol=1e-11)
+
+
+CASES = 60
+
+
+def random_case_on_rank(rank, world, seed):
+    """The value, and the gradients at views, further negatives and temperature, of a rank's part of a random case."""
+    from losses import contrastive_loss
+    views, setting = random_case(seed, sizes=(world, 2 * world, 3 * world))
+    inputs = [z.chunk(world)[rank].clone().requires_grad_() for z in views]
+    if 'labels' in setting:
+        setting['labels'] = setting['labels'].chunk(world)[rank]
+    if 'negatives' in setting:
+        setting['negatives'] = setting['negatives'][rank::world]
+    for name in {'negatives', 'temperature'} & set(setting):
+        setting[name] = torch.as_tensor(setting[name], dtype=torch.float64).clone().requires_grad_()
+    value = contrastive_loss(*inputs, **setting)
+    value.backward()
+    by_negatives = setting['negatives'].grad if 'negatives' in setting else None
+    return value.detach(), torch.stack([z.grad for z in inputs]), by_negatives, setting['temperature'].grad
+
+
+def test_random_cases_are_the_equations_with_negatives_for_each_rank(ranks):
+    world = len(ranks)
+    for seed, parts in enumerate(zip(*(rank['cases'] for rank in ranks))):
+        views, setting = random_case(seed, sizes=(world, 2 * world, 3 * world))
+        V, B = len(views), len(views[0])
+        views = [z.requires_grad_() for z in views]
+        t = setting['temperature'] = torch.as_tensor(setting['temperature'], dtype=torch.float64).requires_grad_()
+        if 'negatives' in setting:
+            owner = torch.arange(world).repeat_interleave(B // world)[:, None] == torch.arange(
+                len(setting['negatives'].requires_grad_())) % world  # (B, K)
+            setting['meet'] = torch.cat([owner & (setting['intra_view'] or v == 0) for v in range(V)])
+        expected = oracle(*views, **setting)
+        expected.backward()
+        for rank, (value, by_views, by_negatives, by_t) in enumerate(parts):
+            close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12, msg=lambda m: f'case {seed}: {m}')  # noqa: B023
+            close((value, by_t), (expected.detach(), t.grad))
+            close(by_views / world, torch.stack([z.grad.chunk(world)[rank] for z in views]))
+            if by_negatives is not None:
+                close(by_negatives / world, setting['negatives'].grad[rank::world])
+
+
+def groups(rank, world):
+    """A rank's losses alone, among pairs and with the group left out, and errors: not a member, not equally many."""
+    from losses import contrastive_loss
+    views = torch.randn(2, BATCH, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if world == 1:
+        return None
+    mine, errors = views.chunk(world, 1)[rank], []
+    pairs = [torch.distributed.new_group([i, i + 1]) for i in range(0, world, 2)]
+    for views, group in (mine, pairs[rank // 2 - 1] if world > 2 else 1), (mine[:, rank % 2:], None):
+        with pytest.raises(ValueError) as error:
+            contrastive_loss(*views, group=group)
+        errors.append(str(error.value))
+    return [contrastive_loss(*mine, group=group) for group in (False, pairs[rank // 2], None)], errors
+
+
+def test_a_group_makes_the_batch(ranks):
+    from losses import contrastive_loss
+    views = torch.randn(2, BATCH, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts = views.chunk(len(ranks), 1)
+    for rank, (values, (outside, unequal)) in enumerate(rank['groups'] for rank in ranks):
+        pair = torch.cat(parts[rank // 2 * 2:][:2], 1)
+        expected = [contrastive_loss(*z) for z in (parts[rank], pair, views)]
+        torch.testing.assert_close(values, expected, rtol=1e-12, atol=0)
+        assert outside.startswith('group must be None, False or a ProcessGroup that holds this process, got ')
+        numbers = [BATCH // len(ranks) - rank % 2 for rank in range(len(ranks))]
+        assert unequal == f'views must hold equally many samples on every rank, got {numbers}'
 
 
 class WholeBatchNorm(nn.BatchNorm2d):
