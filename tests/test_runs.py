@@ -43,8 +43,8 @@ def test_a_run_of_an_earlier_version_ends_with_the_bits_of_a_new_one(old, tmp_pa
     flags, build = [*OLD, '--precision', 'fp32', '--results_dir'], main.build
     before = torch.load(old / 'last.pth', weights_only=True)
 
-    def build_old(args, device):
-        net, *rest = build(args, device)
+    def build_old(*args):
+        net, *rest = build(*args)
         for name, x in net.state_dict().items():
             torch.testing.assert_close(x, before['model'][name], rtol=0, atol=1e-6)
         net.load_state_dict(before['model'])

