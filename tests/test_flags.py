@@ -150,6 +150,7 @@ def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
 
 def test_defaults_are_the_published_recipe():
     args, _ = main.arguments([])
+    flags.choose_sizes(args, None, {})
     recipe = {'dataset_name': 'stl10', 'arch': 'resnet50', 'feature_dim': 128, 'temperature': 0.5, 'tau_plus': 0.1,
               'beta': 1.0, 'batch_size': 256, 'epochs': 400, 'lr': 1e-3, 'weight_decay': 1e-6, 'k': 200,
               'image_size': 32, 'test_size': 0, 'views': 2, 'anneal': 'none', 'joint_views': False, 'width': 1,
