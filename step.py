@@ -94,7 +94,7 @@ def build(args, device, init=None):
     net.to(device, memory_format=torch.channels_last)
     if args.optimizer == 'sgd':
         optimizer = torch.optim.SGD(net.parameters(), args.lr, 0.9, weight_decay=args.weight_decay, fused=True)
-        for p in net.parameters():  # torch leaves it uninitialised if fp16 makes it skip the first step
+        for p in net.parameters():  # if fp16 skips the first step, torch leaves them uninitialised
             optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
     else:
         optimizer = torch.optim.Adam(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)

@@ -256,8 +256,8 @@ def update_of_main(rank, world, flags):
     import main
     build, found = main.build, {}
     for m in (12, 6) if world == 1 else (24 // world,):
-        def spy(args, device):
-            net, *others = build(args, device)
+        def spy(*args):
+            net, *others = build(*args)
             spy.net, spy.before = net, [p.detach().clone() for p in net.parameters()]
             return net, *others
 

@@ -40,7 +40,7 @@ def old(tmp_path):
 
 def test_a_run_of_an_earlier_version_ends_with_the_bits_of_a_new_one(old, tmp_path, monkeypatch, capsys):
     """From the same weights, as other machines may draw them otherwise in the last bit."""
-    flags, build = [*OLD, '--precision', 'fp32', '--results_dir'], main.build
+    flags, build = [*OLD, '--precision', 'fp32', '--knn_every', '0', '--results_dir'], main.build
     before = torch.load(old / 'last.pth', weights_only=True)
 
     def build_old(*args):
@@ -66,7 +66,7 @@ def test_a_run_of_an_earlier_version_ends_with_the_bits_of_a_new_one(old, tmp_pa
     assert all(torch.equal(x, new_states[file][name]) for file in states for name, x in states[file].items())
     assert states.keys() == new_states.keys() and 'model_1.pth' in states
     pd.testing.assert_frame_equal(log[1:], new[1:], check_exact=True)
-    pd.testing.assert_frame_equal(log.drop(columns='encoder'), new.drop(columns='encoder'), rtol=1e-3)
+    assert log['test_acc@1'][0] == 31.5 and new.loc[0].drop(['epoch', 'encoder']).isna().all()  # its own measures stay
 
 
 def test_a_directory_in_which_no_step_was_taken_may_be_used_with_other_settings(old, monkeypatch):
