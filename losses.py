@@ -8,7 +8,7 @@
 HCL: Robinson, Chuang, Sra, Jegelka. Contrastive Learning with Hard Negative Samples. ICLR 2021, arXiv 2010.04592.
 DCL: Chuang, Robinson, Lin, Torralba, Jegelka. Debiased Contrastive Learning. NeurIPS 2020, arXiv 2007.00224.
 SimCLR: Chen, Kornblith, Norouzi, Hinton. ICML 2020, arXiv 2002.05709. CLIP: Radford et al. 2021, arXiv 2103.00020.
-From "Contrastive learning with hard negatives". MIT License, (c) 2026 its authors. Tested on torch 2.4 to 2.14.
+From "Contrastive learning with hard negatives". MIT License, (c) 2026 its authors. Its tests pass on torch 2.4 to 2.14.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 __version__ = '1.0'
+OLD = torch.__version__ < '2.6'  # compiled, an autograd.Function there gets gradients of 0 from torch.func.vjp
 SIDE = {'cpu': 2**8, 'cuda': 2**13}  # rows of a tile of similarities: 256 kB in float32 on a CPU, for a core's cache
 KEPT = {'cpu': 2**24, 'cuda': 2**28}  # similarities kept at most: 64 MB in float32 on a CPU
 
@@ -37,8 +38,7 @@ def contrastive_loss(*views, negatives=None, temperature=0.5, tau_plus=0.1, beta
     Args:
         views: V >= 2 floating-point tensors (B, D) on one device; row i of each is a view of sample i.
         negatives: (K, D), optional: further negatives of every anchor, like a queue; a gradient if they require one.
-        temperature: t > 0, a number or a tensor of one element, which gets its gradient. A tensor's value is not
-            checked, as reading it would wait for the device: out of range, the loss is NaN, infinite or wrong.
+        temperature: t > 0: a number, or a tensor of one element, which gets a gradient and whose value is not checked.
         tau_plus: the prior probability, in [0, 1), that a negative has the anchor's class. 0: no correction.
         beta: concentration >= 0 of the weights on hard negatives. 0: every negative weighs the same.
         labels: (B,) integers, optional. Views with the anchor's label are no negatives, the papers' unbiased oracle: N
@@ -105,8 +105,7 @@ def _check(views, negatives, temperature, tau_plus, beta, labels, chunk_size, gr
         return not torch.is_tensor(x) and hasattr(x, '__float__') and low <= x < high
 
     need(len(views) > 1 and all(real(x) and x.ndim == 2 and x.shape == views[0].shape and len(x) for x in views),
-         'views must be 2 or more floating-point tensors (B, D) of one shape on one device, each an argument of its '
-         'own, contrastive_loss(z1, z2)', *views)
+         'views must be 2 or more floating-point tensors (B, D) of one shape on one device, each an argument', *views)
     (B, D), device = views[0].shape, views[0].device
     need(negatives is None or real(negatives) and negatives.ndim == 2 and negatives.shape[1] == D,
          f'negatives must be a floating-point tensor (K, {D}) on {device}', negatives)
@@ -132,6 +131,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, further, t, tau_plus, beta, labels, chunk_size, bounded, group, with_grad):
+        if OLD and torch.compiler.is_compiling():
+            raise RuntimeError('contrastive_loss is compiled by torch 2.6 or newer')  # torch runs it uncompiled
         with torch.autocast(y.device.type, enabled=False):
             (T, b, U, D), (world, rank) = y.shape, _ranks(group)
             V, B, first = T * U, b * world, b * rank  # first: the place of this rank's samples in the whole batch
@@ -147,8 +148,7 @@ class _Loss(torch.autograd.Function):
                 s_pos = [(y * y.roll(k, 0 if T > 1 else 2)).sum(-1).flatten() for k in range(1, V)]  # (A,) each
                 return objective(S, W, torch.stack(s_pos, 1), N, t, tau_plus, offset)
 
-            (total, pullback), count = torch.func.vjp(loss, S, W, y, t), V * B * (V - 1)
-            dt = torch.zeros_like(t)
+            (total, pullback), dt, count = torch.func.vjp(loss, S, W, y, t), torch.zeros_like(t), V * B * (V - 1)
             if with_grad := with_grad and any(ctx.needs_input_grad):
                 dS, dW, dy, dt = pullback(torch.full_like(total, world / count))
                 dy = dy.reshape(rows.shape)
@@ -272,9 +272,8 @@ def _ranks(group):
 
 def _gather(x, group):
     """(b, ...) on each rank -> (B, ...), the whole batch in rank order."""
-    world = _ranks(group)[0]
-    if world == 1:
+    if _ranks(group)[0] == 1:
         return x
-    whole = x.new_empty(world * len(x), *x.shape[1:])
+    whole = x.new_empty(_ranks(group)[0] * len(x), *x.shape[1:])
     getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(whole, x.contiguous(), group=group)  # new, old name
     return whole

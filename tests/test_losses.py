@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 import losses
 from losses import contrastive_loss
@@ -115,8 +115,8 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = {x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
-        old = {x.untyped_storage()._cdata for x in tree_leaves([args, kwargs]) if isinstance(x, torch.Tensor)}
+        made = {x.untyped_storage() for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)}
+        old = {x.untyped_storage()._cdata for x in tree_flatten([args, kwargs])[0] if isinstance(x, torch.Tensor)}
         self.storages |= {x._cdata: (StorageWeakRef(x), x.nbytes()) for x in made if x._cdata not in old}
         self.storages = {key: found for key, found in self.storages.items() if not found[0].expired()}
         self.peak = max(self.peak, sum(nbytes for _, nbytes in self.storages.values()))
@@ -281,7 +281,7 @@ def test_it_compiles_whole(backend):
                     dict(temperature=torch.tensor(0.1, dtype=torch.float64), intra_view=False),
                     dict(negatives=unit_views(7, 5, 1, seed=1)[0])):
         torch._dynamo.reset()
-        compiled = torch.compile(contrastive_loss, fullgraph=True, backend=backend)
+        compiled = torch.compile(contrastive_loss, fullgraph=not losses.OLD, backend=backend)
         torch.testing.assert_close(value_and_gradient(compiled, unit_views(6, 5), **setting),
                                    value_and_gradient(contrastive_loss, unit_views(6, 5), **setting))
 
@@ -454,8 +454,8 @@ Z = torch.zeros(4, 8)
 @pytest.mark.parametrize('views, setting, message', [
     ([Z], {}, r'views must be 2 or more .* got \(4, 8\) torch.float32 on cpu$'),
     ([], {}, 'views must be 2 or more'),
-    ([torch.zeros(2, 4, 8)], {}, r'each an argument of its own, contrastive_loss\(z1, z2\), got \(2, 4, 8\)'),
-    ([[Z, Z]], {}, 'each an argument of its own'),
+    ([torch.zeros(2, 4, 8)], {}, r'each an argument, got \(2, 4, 8\)'),
+    ([[Z, Z]], {}, 'each an argument'),
     ([Z, torch.zeros(5, 8)], {}, r'of one shape on one device.*\(4, 8\) .*; \(5, 8\)'),
     ([Z, Z.to('meta')], {}, 'on one device.* on cpu; .* on meta'),
     ([Z, Z.long()], {}, 'floating-point.*torch.int64'),
