@@ -9,6 +9,8 @@ those of RandomResizedCrop, horizontal flip, ColorJitter in random order, graysc
 OpenCV. Pixels are whole grey levels from 0 to 255 after every step, rounded where PIL rounds and cut where it cuts.
 Drawing is apart from applying, and both are plain torch operations without a synchronisation, for CPU and CUDA, eager
 and compiled.
+
+From "Contrastive learning with hard negatives". MIT License, (c) 2026 its authors.
 """
 
 import math
@@ -16,6 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+__version__ = '1.0'
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, on every data set, as published
 CROP_RATIO = (3 / 4, 4 / 3)
 JITTER = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue
