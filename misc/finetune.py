@@ -86,7 +86,7 @@ def finetune(args, net, data, device, out, about):
     labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
     batches = Batches(len(labels), args.batch_size, 1, args.seed, drop_last=False)
     views, rows = DeviceViews(data.train, batches, args.image_size, device, resident, **flags.recipe(vars(args))), []
-    for epoch in tqdm(range(1, args.epochs + 1), out.name, leave=False):
+    for epoch in tqdm(range(1, args.epochs + 1), out.name, leave=False, disable=None):
         pairs = features_of_views(net, views.epoch(epoch), labels, autocast, drift=True)
         train, test = one_epoch(head, pairs, len(labels), optimizer), (math.nan,) * 3
         if not math.isfinite(train[0]):
