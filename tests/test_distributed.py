@@ -229,16 +229,18 @@ def weights_after_steps(rank, world):
     import runtime
     import step
     from losses import contrastive_loss
-    B, found = 16, {}
-    views = torch.randn(5, 2, B, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()  # of five steps
+    B, found = 32, {}
+    views = torch.randn(20, 2, B, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
     part = slice(rank * B // world, (rank + 1) * B // world)
-    for m in (8, 4) if world == 1 else (None, 4):
+    for m in (16, 8) if world == 1 else (None, 8):
         torch.manual_seed(0)
         args, _ = main.arguments(['--arch', 'resnet18', '--width', '0.125', '--feature_dim', '8', '--hidden_dim', '16',
                                   '--optimizer', 'sgd', '--lr', '0.1', '--batch_size', str(B),
                                   *(['--micro_batch', str(m)] if m else [])])
         net, optimizer, scaler = step.build(args, torch.device('cpu'))
         ddp, autocast = runtime.distributed(net.double(), torch.device('cpu')), torch.autocast('cpu', enabled=False)
+        for state in optimizer.state.values():
+            state['momentum_buffer'] = state['momentum_buffer'].double()
         for x in views:
             step.train_step(ddp, list(x[:, part]), None, optimizer, contrastive_loss, autocast, scaler, False, m)
         found[m or B // world] = torch.cat([p.detach().flatten() for p in net.parameters()])

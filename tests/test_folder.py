@@ -454,7 +454,8 @@ def test_images_without_labels_train_are_looked_at_and_probed_on_another_set(tmp
     assert (results / 'curves.png').exists() and (results / 'neighbours.png').exists()
     labels = [axes.get_ylabel() for axes in plot.curves(Namespace(paths=[results])).axes]
     assert [label.split(' ')[0] for label in labels] == ['training', 'alignment', 'uniformity', 'RankMe']
-    grid = plot.neighbours(Namespace(paths=[results / 'model_2.pth'], **dict.fromkeys(DEFAULTS), seed=0)).axes
+    how = dict(paths=[results / 'model_2.pth'], **dict.fromkeys(DEFAULTS), seed=0, memory=23, query=None)
+    grid = plot.pictures.neighbours(Namespace(**how)).axes
     query, *found = (axes.images[0].get_array() for axes in grid[:10])
     assert len(found) == 9 and not any((query == image).all() for image in found)
     path = ['--model_path', str(results / 'model_2.pth'), '--epochs', '1', '--batch_size', '8']
@@ -471,6 +472,6 @@ def test_on_another_data_set_an_encoder_keeps_its_sizes_and_nothing_else():
     settings = dict(dataset_name='folder', root='mine', store_size=64, image_size=24, test_size=48, skip_damaged=True)
     other, same = (Namespace(**{**dict.fromkeys(DEFAULTS), 'dataset_name': name}) for name in ('cifar10', None))
     flags.fill_data_flags(other, settings)
-    assert vars(other) == {**DEFAULTS, 'dataset_name': 'cifar10', 'image_size': 24, 'test_size': 48}
+    assert vars(other) == {**DEFAULTS, 'dataset_name': 'cifar10', 'image_size': 24, 'test_size': 48, 'store_size': 64}
     flags.fill_data_flags(same, settings)
     assert vars(same) == {**settings, 'cache_dir': None, 'fit': 'crop', 'holdout': 0.0}

@@ -673,14 +673,14 @@ def test_logistic_probe_is_scikit_learns(monkeypatch):
                                    rtol=1e-3, atol=1e-4)
 
 
-def test_probe_of_another_data_set_does_not_take_this_ones_sizes(finished, monkeypatch):
+def test_probe_of_another_data_set_takes_the_encoders_sizes_and_not_this_ones_place(finished, monkeypatch):
     given = {}
     monkeypatch.setattr(linear, 'load_data', lambda name, root, store_size, *rest: given.update(
         name=name, root=root, store_size=store_size) or 1 / 0)
     checkpoint = ['--model_path', str(finished / 'model_3.pth')]
     with pytest.raises(ZeroDivisionError):
         linear.main([*checkpoint, '--dataset_name', 'stl10'])
-    assert given == dict(name='stl10', root='data', store_size=0)
+    assert given == dict(name='stl10', root='data', store_size=16)
     with pytest.raises(ZeroDivisionError):
         linear.main(checkpoint)
     assert given['name'] == 'folder' and given['store_size'] == 16
