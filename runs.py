@@ -95,15 +95,15 @@ def difference(results, config, settings, described):
     return ''
 
 
+def deciding(settings):
+    """The settings that decide results, without later ones at the values that the code had before them."""
+    return {name: value for name, value in settings.items() if name not in FREE and (name, value) not in LATER.items()}
+
+
 def fingerprint(settings, data, by_content=True):
     """Identifies a run by its settings and data: by their content, or, as runs without its digest do, by labels."""
-    kept = {name: value for name, value in settings.items() if name not in FREE and (name, value) not in LATER.items()}
-    return digest([kept, *([data.digest] if by_content else labels_of(data))])
-
-
-def labels_of(data):
-    """By what an earlier version knew its data."""
-    return data.classes, data.train_labels, data.test_labels
+    known = [data.digest] if by_content else [data.classes, data.train_labels, data.test_labels]
+    return digest([deciding(settings), *known])
 
 
 def check_log(file, rows):
@@ -212,8 +212,7 @@ def read_run(directory):
     run, log = read_json(directory / 'config.json'), read_table(directory / 'log.csv', LOG)
     settings = run['settings']
     run.update(log=log, objective=objective_name(settings), data=data_name(settings))
-    kept = {name: value for name, value in settings.items() if name not in FREE and (name, value) not in LATER.items()}
-    run['identity'] = kept | dict(objective=run['objective'], data=run['data'], ranks=run['ranks'],
+    run['identity'] = deciding(settings) | dict(objective=run['objective'], data=run['data'], ranks=run['ranks'],
                                   images='{train} + {test}'.format(**run['images']))
     return run
 
@@ -242,7 +241,7 @@ def is_data_of(about, data):
     if about.get('data_digest'):
         return about['data_digest'] == data.digest
     if about.get('data'):  # an older probe's
-        return about['data'] == digest([{}, *labels_of(data)])
+        return about['data'] == fingerprint({}, data, by_content=False)
     return about.get('classes') == data.classes and about['images']['test'] == len(data.test)
 
 
