@@ -23,6 +23,8 @@ from runtime import UserError, ranks, say
 LOG = ('epoch', 'train_loss', 'test_acc@1', 'test_acc@5', 'alignment', 'uniformity', 'rankme', 'lr', 'images/s',
        'seconds', 'encoder')  # encoder: CRC-32 of model_{epoch}.pth, if one was kept
 PROBE = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test_acc@1', 'test_acc@5')
+PROBES = dict(linear='linear probe', linear_bn_train='probe, BatchNorm drifting',
+              linear_cached='linear probe on cached features', logistic='logistic regression')  # by their files' names
 LATER = dict(micro_batch=None, fit='crop', holdout=0.0, crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False,
              init=None, label_fraction=1.0)
 # settings that came after the first runs, at the values that the code had before them

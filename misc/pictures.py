@@ -1,4 +1,4 @@
-"""The pictures of encoders that misc/plot.py makes: similarity, neighbours, a map, and what negatives feel."""
+"""The pictures of encoders that misc/plot.py makes: similarity, neighbours, and what negatives feel."""
 
 import copy
 import os
@@ -11,7 +11,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.manifold import TSNE
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,8 +29,6 @@ from runtime import UserError
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
 STANDARD, DEBIASED, HARD = 'standard', 'debiased, τ⁺ = 0.1', 'hard, τ⁺ = 0.1, β = 1'
 OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[2], HARD: COLOURS[1]}  # in all pictures of objectives
-CLASSES = ['#3f90da', '#ffa90e', '#bd1f01', '#94a4a2', '#832db6', '#a96b59', '#e76300', '#b9ac70', '#717581', '#92dadd']
-# Petroff, Accessible color sequences for data visualization, arXiv 2107.02270
 RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
 MARKERS = 'os^Dv'
 BATCH = 256  # images of the batch whose negatives are drawn
@@ -41,15 +38,24 @@ plt.rcParams.update({'figure.dpi': 160, 'savefig.facecolor': 'white', 'font.size
                      'axes.spines.right': False, 'legend.frameon': False, 'figure.constrained_layout.use': True})
 
 
-def names(runs, but=None):
-    """A name for each run: its objective, and the settings by which runs of one objective differ, but for one."""
+def names(runs, but=()):
+    """A name for each run: its objective, and the settings, but for some, by which runs of one objective differ."""
     found = [run['objective'] for run in runs]
     settings = pd.DataFrame([run['identity'] for run in runs]).drop(columns=['objective', *OBJECTIVE])
-    differ = [name for name in settings if settings[name].nunique(dropna=False) > 1 and name != but]
+    differ = [name for name in settings if settings[name].nunique(dropna=False) > 1 and name not in but]
     if len({*found}) == len(found):
         return found
     return [', '.join([name, *(f'{setting} {run["identity"][setting]}' for setting in differ)])
             for name, run in zip(found, runs)]
+
+
+def colours(titles):
+    """A colour for each title: an objective that occurs once has its own in all pictures."""
+    own = [OWN.get(title) if titles.count(title) == 1 else None for title in titles]
+    spare = [colour for colour in COLOURS if colour not in own]
+    if own.count(None) > len(spare):
+        raise UserError(f'{len(titles)} different runs, and {len(COLOURS)} colours to tell them apart')
+    return [colour or spare.pop(0) for colour in own]
 
 
 def open_checkpoint(path, args, unlabeled=False):
@@ -106,8 +112,11 @@ def similarity(args):
 
 
 def neighbours(args):
-    """A grid of test images, or of the files --query, each with the training images whose features are nearest."""
-    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True)
+    """A grid of test images, or of the files --query, each with the training images that each encoder finds nearest."""
+    opened = [open_checkpoint(path, args, unlabeled=True) for path in args.paths]
+    _, run, data = opened[0]
+    if any(other.digest != data.digest for _, _, other in opened):
+        raise UserError('the encoders were trained on different data: say by --root which images to search')
     memory = (data.train_labels >= 0).nonzero()[:, 0]
     images, chosen = data.test, some(len(data.test), 5, args.seed)
     if not data.classes or args.query:
@@ -117,34 +126,40 @@ def neighbours(args):
         chosen = torch.arange(len(images))
     elif not data.classes:
         images, chosen = data.train, memory[:5]
-    columns = min(9, len(memory) - 1)
+    columns = min(max(3, 10 // len(opened)), len(memory) - 1)
     if columns < 1:
         raise UserError(f'{run["data"]}: one image has no neighbours')
-    queries, known = (unit(features(net, *of, run)) for of in ((images, chosen), (data.train, memory)))
-    cosine = queries @ known.T  # (rows, memory)
-    if not data.classes and not args.query:
-        cosine.fill_diagonal_(-2)  # not an image itself
-    figure, axes = plt.subplots(len(chosen), columns + 1, figsize=(8, 8 * (len(chosen) + 1.4) / (columns + 1)), dpi=110,
-                                squeeze=False)
+    width = 1 + (columns + 0.3) * len(opened)  # in images
+    figure, grid = plt.subplots(len(chosen), 1 + (columns + 1) * len(opened), dpi=110, squeeze=False, figsize=(
+        8, 8 * (len(chosen) + 1.6) / width), width_ratios=[1, *[0.3, *[1] * columns] * len(opened)])
+    truths = data.test_labels[chosen].tolist() if data.classes and not args.query else [-1] * len(chosen)
+    for axes, query, truth in zip(grid[:, 0], chosen.tolist(), truths):
+        picture(axes, images[query], data.classes[truth] if truth >= 0 else '', None)
     named = bool(args.query and data.names)
-    for line, query, near, found in zip(axes, chosen, *(x.tolist() for x in cosine.topk(columns))):
-        truth = int(data.test_labels[query]) if data.classes and not args.query else -1
-        picture(line[0], images[int(query)], data.classes[truth] if truth >= 0 else '', None)
-        for panel, value, index in zip(line[1:], near, memory[found].tolist()):
-            label = int(data.train_labels[index])
-            colour = None if truth < 0 else RIGHT if label == truth else WRONG
-            if args.query:
-                text = f'{Path(data.names[index]).stem[-11:]}\n{value:.3f}' if named else f'{value:.3f}'
-            else:
-                text = '' if label == truth else f'× {data.classes[label]}'
-            picture(panel, data.train[index], text, colour)
-    what = 'Image (left) and its {} nearest others by cosine of features. ' if not data.classes or args.query else (
-        'Test image (left) and its {} nearest training images by cosine of features: same class green,\n'
-        'another class red, marked × and named. ')
-    figure.suptitle(shown(f'{what.format(columns)}{run["data"]}, {run["objective"]}'), fontsize=9)
-    if named:
-        for query, found in zip(args.query, cosine.topk(columns).indices):
-            print(f'{query}: {", ".join(data.names[i] for i in memory[found].tolist())}')
+    for i, (title, (net, run, _)) in enumerate(zip(names([run for _, run, _ in opened]), opened)):
+        queries, known = (unit(features(net, *of, run)) for of in ((images, chosen), (data.train, memory)))
+        cosine = queries @ known.T  # (rows, memory)
+        if not data.classes and not args.query:
+            cosine.fill_diagonal_(-2)  # not an image itself
+        near, found = cosine.topk(columns)
+        found, right = memory[found].tolist(), 0
+        block = grid[:, 1 + i * (columns + 1):][:, :columns + 1]
+        for axes, truth, values, indices in zip(block, truths, near.tolist(), found):
+            axes[0].axis('off')
+            for panel, value, index in zip(axes[1:], values, indices):
+                label = int(data.train_labels[index])
+                right += label == truth
+                text = '' if label == truth else f'× {data.classes[label]}' if truth >= 0 else f'{value:.3f}'
+                if named:
+                    text = f'{Path(data.names[index]).stem[-11:]}\n{value:.3f}'
+                picture(panel, data.train[index], text, None if truth < 0 else RIGHT if label == truth else WRONG)
+        count = f': {right} of {columns * len(chosen)} of the query\'s class' if max(truths) >= 0 else ''
+        block[0, 1].set_title(shown(f'{title}{count}'), loc='left', fontsize=8)
+        if named:
+            for query, indices in zip(args.query, found):
+                print(f'{query}: {", ".join(data.names[i] for i in indices)}')
+    figure.suptitle(shown(f'{run["data"]}: images (left) and their nearest {"training " * bool(data.classes)}images by '
+                          'cosine of features'), fontsize=9)
     return figure
 
 
@@ -170,26 +185,6 @@ def picture(axes, image, text, colour):
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set(visible=colour is not None, color=colour or 'none', linewidth=3)
-
-
-def class_map(args):
-    """A map of the test images' features in two dimensions, by t-SNE, coloured by class."""
-    net, run, data = open_checkpoint(args.paths[0], args)
-    chosen = some(len(data.test), args.images, args.seed)
-    x = unit(features(net, data.test, chosen, run)).numpy()
-    labels = data.test_labels[chosen].numpy()
-    if len(x) < 5:
-        raise UserError(f'{run["data"]}: a map needs 5 test images, and there are {len(x)}')
-    place = TSNE(metric='cosine', random_state=args.seed, perplexity=min(30, len(x) / 4)).fit_transform(x)  # (n, 2)
-    figure, axes = plt.subplots(figsize=(8, 6))
-    for label, name in enumerate(data.classes):  # 50 styles; those of like hue differ in the marker
-        style = dict(color=CLASSES[label % 10], marker=MARKERS[(label + 3 * (label // 5)) % 5])
-        axes.scatter(*place[labels == label].T, s=10, alpha=0.8, linewidths=0, label=shown(name), **style)
-    axes.set(xlabel='t-SNE dimension 1 (no unit)', ylabel='t-SNE dimension 2 (no unit)', xticks=[], yticks=[],
-             title=shown(f'f\'s features of {len(x)} test images, {run["data"]}, {run["objective"]}'))
-    figure.legend(*axes.get_legend_handles_labels(), loc='outside right center', markerscale=2,
-                  ncols=1 + len(data.classes) // 30)
-    return figure
 
 
 def push(views, **objective):

@@ -2,8 +2,8 @@
 
     python misc/plot.py curves results/mine/*_?                      # loss and kNN accuracy of any number of runs
     python misc/plot.py similarity results/mine/*_0/model_4.pth      # cosines of pairs of the same and of other classes
+    python misc/plot.py temperature results/mine/*_?                 # accuracy against the loss's temperature
     python misc/plot.py neighbours results/model_400.pth             # test images and their nearest training images
-    python misc/plot.py map results/model_400.pth                    # t-SNE of the test images' features
     python misc/plot.py negatives results/model_400.pth              # which negatives each objective pushes away
     python misc/plot.py graphs results/graphs                        # accuracies that misc/graphs.py found
 
@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 
 import pictures
-from pictures import BATCH, COLOURS, MARKERS, OWN, names, plt
+from pictures import BATCH, COLOURS, MARKERS, colours, names, plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import flags
 import runtime
 from files import write
-from runs import name_data, read_run
+from runs import PROBES, name_data, read_probe, read_run
 from runtime import UserError
 
 GRAPHS = dict(infograph='InfoGraph, the paper\'s form', published='InfoGraph, the released code\'s', graphcl='GraphCL')
@@ -39,14 +39,14 @@ def main(argv=None):
         command = commands.add_parser(name, help=function.__doc__.partition('\n')[0])
         command.add_argument('paths', nargs='+' if plural else 1, type=flags.path, help=what)
         command.add_argument('--out', type=flags.path, help=f'file to write (default: {name}.png in the first run)')
-        if name not in ('curves', 'graphs'):
+        if name not in WHOLE:
             flags.add(command, 'data (default: as in config.json)',
                       *((name, None, kind, text) for name, _, kind, text in flags.DATA))
             command.add_argument('--seed', default=0, type=flags.seed, help='of the images (default: %(default)s)')
         if name == 'negatives':
             command.add_argument('--query', default=0, type=flags.integer(0, BATCH - 1),
                                  help='which image of the batch is the query (default: %(default)s)')
-        if name in ('similarity', 'map'):
+        if name == 'similarity':
             command.add_argument('--images', default=2000, type=flags.integer(100, 5000),
                                  help='test images, at most, drawn at random (default: %(default)s)')
         if name == 'neighbours':
@@ -55,9 +55,8 @@ def main(argv=None):
             command.add_argument('--memory', default=10_000, type=flags.integer(2, 10_000_000),
                                  help='images that are searched, at most, drawn at random (default: %(default)s)')
     args = parser.parse_args(argv)
-    whole = args.what in ('curves', 'graphs')  # a picture of a directory
     args.paths = [*map(Path, args.paths)]
-    args.out = Path(args.out or (args.paths[0] if whole else args.paths[0].parent) / f'{args.what}.png')
+    args.out = Path(args.out or (args.paths[0] if args.what in WHOLE else args.paths[0].parent) / f'{args.what}.png')
     if args.out.suffix != '.png':
         parser.error(f'--out {args.out}: pictures are PNG files, their names end in .png')
     figure, png = PICTURES[args.what][0](args), io.BytesIO()
@@ -72,20 +71,14 @@ def curves(args):
     name_data(found)
     for run in found:
         groups.setdefault(repr(run['identity'] | {'seed': None}), []).append(run)
-    if len(groups) > len(COLOURS):
-        raise UserError(f'{len(groups)} different runs, and {len(COLOURS)} colours to tell them apart')
     groups = sorted(groups.values(), key=lambda runs: (runs[0]['settings']['tau_plus'], runs[0]['settings']['beta']))
-    titles = names([runs[0] for runs in groups], but='seed')
+    titles = names([runs[0] for runs in groups], but=['seed'])
     columns = max(1, min(3, 110 // (max(map(len, titles)) + 8)))  # of the legend, which 8 inches hold
     labelled = any(run['classes'] for runs in groups for run in runs)
     shown = CURVES[:2] if labelled else CURVES[:1] + CURVES[2:]  # two or four panels
     rows = len(shown) // 2
     figure, panels = plt.subplots(rows, 2, figsize=(8, 2.8 * rows + 0.2 * -(-len(titles) // columns)))
-    objectives = [runs[0]['objective'] for runs in groups]
-    own = [OWN.get(name) if objectives.count(name) == 1 else None for name in objectives]
-    spare = [colour for colour in COLOURS if colour not in own]
-    colours = [colour or spare.pop(0) for colour in own]
-    for name, colour, marker, runs in zip(titles, colours, 'os^DvP*X', groups):
+    for name, colour, marker, runs in zip(titles, colours(titles), 'os^DvP*X', groups):
         log = pd.concat(run['log'] for run in runs)
         for axes, (column, what) in zip(panels.flat, shown):
             by = log.dropna(subset=column).groupby('epoch')[column]
@@ -95,6 +88,33 @@ def curves(args):
             axes.set(xlabel='epoch', ylabel=what)
             axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc='outside upper center', ncols=columns)
+    return figure
+
+
+def temperature(args):
+    """Accuracy against the temperature of the loss, by objective: a dot for each run, and a line through the means."""
+    found, rows = [read_run(path) for path in args.paths], []
+    name_data(found)
+    titles = names(found, but=['seed', 'temperature', 'knn_temperature'])
+    for path, run, title in zip(args.paths, found, titles):
+        settings = run['settings']
+        probes = [(what, read_probe(path, settings['epochs'], probe)[1]) for probe, what in PROBES.items()]
+        rows.append({'title': title, 't': settings['temperature'], 'kNN': run['log']['test_acc@1'].iloc[-1]}
+                    | {what: row['test_acc@1'] for what, row in probes if row is not None})
+    rows = pd.DataFrame(rows).dropna(axis=1, how='all')
+    shown, titles = list(rows)[2:], list(rows['title'].unique())
+    if not shown:
+        raise UserError('no run there has measured an accuracy')
+    figure, panels = plt.subplots(1, len(shown), figsize=(max(5, 4 * len(shown)), 3.4), squeeze=False)
+    for title, colour, marker in zip(titles, colours(titles), 'os^DvP*X'):
+        own = rows[rows['title'] == title]
+        for axes, what in zip(panels[0], shown):
+            mean = own.groupby('t')[what].mean()
+            axes.plot(mean.index, mean, color=colour, marker=marker, markersize=7, markerfacecolor='none', label=title)
+            axes.scatter(own['t'], own[what], s=14, color=colour, alpha=0.5, linewidths=0)
+            axes.set(title=what, xlabel='temperature t of the loss', xticks=sorted({*rows['t']}))
+    panels[0, 0].set_ylabel('accuracy on test images (%)')
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=3)
     return figure
 
 
@@ -136,12 +156,13 @@ def graphs(args):
 
 PICTURES = {
     'curves': (curves, 'directories of runs', True),
+    'temperature': (temperature, 'directories of runs', True),
     'similarity': (pictures.similarity, 'checkpoints', True),
-    'neighbours': (pictures.neighbours, 'a checkpoint', False),
-    'map': (pictures.class_map, 'a checkpoint', False),
+    'neighbours': (pictures.neighbours, 'checkpoints', True),
     'negatives': (pictures.negatives, 'a checkpoint', False),
     'graphs': (graphs, 'a directory of misc/graphs.py', False),
 }
+WHOLE = 'curves', 'temperature', 'graphs'  # are of directories
 
 if __name__ == '__main__':
     runtime.run(main)

@@ -1,6 +1,11 @@
-"""contrastive_loss on sequences: 20 kinds of Markov chain, in 5 groups of 4 similar ones, told apart without labels.
+"""Objectives compared on sequences: 20 kinds of Markov chain, in 5 groups of 4, told apart without labels.
+
+    python misc/sequences.py
+
 Two views of a sequence are two windows of it with a fifth of their symbols replaced. Some minutes on a CPU.
 """
+
+import argparse
 import sys
 from pathlib import Path
 
@@ -53,8 +58,10 @@ def accuracy(seed, steps=400, width=64, **objective):
 
 
 if __name__ == '__main__':
-    found = {}
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--seeds', default=5, type=int, help='runs of each objective')
+    seeds, found = parser.parse_args().seeds, {}
     for name, objective in OBJECTIVES.items():
-        found[name] = a = torch.tensor([accuracy(seed, **objective) for seed in range(5)])
+        found[name] = a = torch.tensor([accuracy(seed, **objective) for seed in range(seeds)])
         gain = a - found['standard']
         print(f'{name}: kNN {a.mean():.1f} ± {a.std():.1f} %, to standard {gain.mean():+.1f} ± {gain.std():.1f}')

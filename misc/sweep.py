@@ -34,14 +34,13 @@ OBJECTIVES = {
     'hard_b2': ['--estimator', 'hard', '--beta', '2'],
 }
 OWN = ('--estimator', '--debiased', '--beta', '--seed')  # flags of main.py that the sweep sets
-METRICS = ['knn', 'linear', 'linear_bn_train', 'linear_cached', 'logistic']
+METRICS = ['knn', *runs.PROBES]
 LABEL_FREE = ['alignment', 'uniformity', 'rankme']  # of evaluate.py, beside the accuracies
 TITLES = dict(alignment='alignment', uniformity='uniformity', rankme='RankMe', knn='kNN, %',
-              linear='linear probe, %', linear_bn_train='probe, BatchNorm drifting, %',
-              linear_cached='linear probe on cached features, %', logistic='logistic regression, %',
+              **{name: f'{what}, %' for name, what in runs.PROBES.items()},
               **{f'{name}_gain': 'against standard' for name in METRICS})
 SHOWN = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'epochs', 'precision',
-         *(f'{probe}_how' for probe in METRICS[1:]), 'device', 'versions']
+         *(f'{probe}_how' for probe in runs.PROBES), 'device', 'versions']
 
 
 def main(argv=None):
@@ -126,7 +125,7 @@ def run_all(planned, probe, jobs):
         call('main.py', *words, '--results_dir', str(directory))
         epochs = files.read_json(directory / 'config.json')['settings']['epochs']
         wanted = ['--model_path', str(directory / f'model_{epochs}.pth'), *probe]
-        for name in METRICS[1:]:
+        for name in runs.PROBES:
             settings, _ = runs.read_probe(directory, epochs, name)
             if settings and shlex.split(settings['command'])[1:] == wanted:
                 return f'{directory}: probed before'
@@ -171,7 +170,7 @@ def make_table(results):
         row = run['identity'] | dict(minutes=log['seconds'].sum() / 60, knn=log['test_acc@1'].iloc[-1],
                                      **log[LABEL_FREE].iloc[-1], command=run['command'], device=run['device'],
                                      versions=', '.join(map(' '.join, run['versions'].items())))
-        for probe in METRICS[1:]:
+        for probe in runs.PROBES:
             settings, last = runs.read_probe(directory, epochs, probe, run.get('data_digest'))
             row |= {probe: None if last is None else last['test_acc@1'], f'{probe}_command': None, f'{probe}_how': None}
             if settings:
@@ -182,8 +181,8 @@ def make_table(results):
     if not rows:
         raise UserError(f'{results} holds no finished run')
     found = pd.DataFrame(rows).astype(dict.fromkeys(METRICS, float))
-    commands = ['command', *(f'{probe}_command' for probe in METRICS[1:])]
-    told = [*(f'{probe}_how' for probe in METRICS[1:]), 'device', 'versions']  # rows may mix these, and then say so
+    commands = ['command', *(f'{probe}_command' for probe in runs.PROBES)]
+    told = [*(f'{probe}_how' for probe in runs.PROBES), 'device', 'versions']  # rows may mix these, and then say so
     same = [name for name in found if name not in ['seed', 'minutes', *METRICS, *LABEL_FREE, *commands, *told]]
     twice = found.duplicated([*same, 'seed'])
     if twice.any():

@@ -242,7 +242,7 @@ def test_curves_are_means_over_seeds(logs):
     lines = {line.get_label(): line for line in loss.lines}
     assert set(lines) == {'standard', 'hard, τ⁺ = 0.1, β = 0.5'}
     assert lines['hard, τ⁺ = 0.1, β = 0.5'].get_ydata().tolist() == [5, 4.5]
-    assert lines['standard'].get_color() == plot.OWN['standard'] != lines['hard, τ⁺ = 0.1, β = 0.5'].get_color()
+    assert lines['standard'].get_color() == pictures.OWN['standard'] != lines['hard, τ⁺ = 0.1, β = 0.5'].get_color()
     assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[0, 9], [2, 15]], [[0, 9], [2, 18]]]
     assert loss.get_xlabel() == 'epoch' and '%' in accuracy.get_ylabel()
 
@@ -257,6 +257,18 @@ def test_long_names_stay_within_the_picture(logs):
     legend, = figure.legends
     assert len(legend.get_texts()) == 3 and legend.get_window_extent().x0 >= 0
     assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_accuracies_by_temperature_are_those_of_the_logs(logs):
+    config = files.read_json(logs / 'hard_1' / 'config.json')
+    config['settings'] |= dict(temperature=0.1, knn_temperature=0.1)
+    files.write_json(logs / 'hard_1' / 'config.json', config)
+    knn, probe = plot.temperature(arguments(*sorted(logs.iterdir()))).axes
+    for axes, standard, hard in ((knn, [15], [22, 14]), (probe, [35], [38, 36])):
+        lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        assert lines == {'standard': [[0.5, *standard]], 'hard, τ⁺ = 0.1, β = 0.5': [[0.1, hard[0]], [0.5, hard[1]]]}
+    dots = sorted(y for dots in knn.collections for _, y in dots.get_offsets().tolist())
+    assert dots == [10, 14, 20, 22]
 
 
 def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree, on_the_cpu):
@@ -274,19 +286,25 @@ def test_similarity_counts_every_pair_of_test_images(run_of_one_epoch, tree, on_
         assert f'{wins:.3f}' in panel.get_title()
 
 
-def test_neighbours_are_framed_by_class(run_of_one_epoch, tree, on_the_cpu):
-    figure = pictures.neighbours(arguments(run_of_one_epoch / 'model_1.pth'))
-    net, data = model.load_model(run_of_one_epoch / 'model_1.pth').eval(), load_data('folder', tree, 16)
-    chosen = pictures.some(9, 5, 0)
-    x, y = (F.normalize(net.f(normalize(images)).flatten(1)) for images in
-            (data.test[chosen], data.train))
-    found = (x @ y.T).topk(9).indices
-    right = data.train_labels[found] == data.test_labels[chosen][:, None]
-    frames = [[axes.spines['left'].get_edgecolor() for axes in figure.axes[10 * row + 1:10 * row + 10]]
-              for row in range(5)]
-    found_right = [[plt.matplotlib.colors.to_hex(c) == pictures.RIGHT.lower() for c in row] for row in frames]
-    assert found_right == right.tolist()
-    assert torch.equal(torch.tensor(figure.axes[1].images[0].get_array()).permute(2, 0, 1), data.train[found[0, 0]])
+@pytest.mark.parametrize('encoders', [1, 2])
+def test_neighbours_are_framed_by_class(run_of_one_epoch, tree, on_the_cpu, encoders):
+    checkpoints = [run_of_one_epoch / f'model_{1 - i}.pth' for i in range(encoders)]
+    figure, data = pictures.neighbours(arguments(*checkpoints)), load_data('folder', tree, 16)
+    chosen, columns, panels = pictures.some(9, 5, 0), 10 // encoders, np.array(figure.axes).reshape(5, -1)
+    for i, checkpoint in enumerate(checkpoints):
+        f = model.load_model(checkpoint).eval().f
+        x, y = (F.normalize(f(normalize(images)).flatten(1)) for images in (data.test[chosen], data.train))
+        found = (x @ y.T).topk(columns).indices
+        right = data.train_labels[found] == data.test_labels[chosen][:, None]
+        block = panels[:, 2 + i * (columns + 1):][:, :columns]
+        framed = [[plt.matplotlib.colors.to_hex(axes.spines['left'].get_edgecolor()) == pictures.RIGHT.lower()
+                   for axes in line] for line in block]
+        assert framed == right.tolist()
+        assert f': {right.sum()} of {right.numel()} ' in block[0, 0].get_title('left')
+        for line, row in zip(block, found):
+            for axes, index in zip(line, row):
+                shown = torch.tensor(axes.images[0].get_array()).permute(2, 0, 1)
+                assert torch.equal(shown, data.train[index])
 
 
 def test_push_is_the_derivative_of_the_loss_by_a_cosine():
@@ -311,9 +329,9 @@ def test_every_picture_is_written(run_of_one_epoch, logs, tmp_path, monkeypatch,
     names = [what for what in plot.PICTURES if what != 'graphs']  # that one has a test beside misc/graphs.py's
     for what in names:
         out = tmp_path / f'{what}.png'
-        plot.main([what, str(run_of_one_epoch) if what == 'curves' else checkpoint, '--out', str(out)])
+        plot.main([what, str(run_of_one_epoch) if what in plot.WHOLE else checkpoint, '--out', str(out)])
         pixels = plt.imread(out)
-        assert pixels.shape[1] == {'similarity': 640, 'neighbours': 880}.get(what, 1280)
+        assert pixels.shape[1] == dict(similarity=640, temperature=800, neighbours=880).get(what, 1280)
         assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50  # a picture, not a blank sheet
     said = [line for line in capsys.readouterr().out.splitlines() if line.endswith('.png')]
     assert said == [str(tmp_path / f'{what}.png') for what in names]
@@ -322,7 +340,7 @@ def test_every_picture_is_written(run_of_one_epoch, logs, tmp_path, monkeypatch,
 @pytest.mark.parametrize('flags, message', [
     (['curves', 'nowhere'], 'nowhere is not the directory of a run: config.json is missing'),
     (['similarity', 'nowhere/model_1.pth'], 'nowhere/model_1.pth: no such file'),
-    (['map', '{foreign}'], 'foreign.pth: '),
+    (['neighbours', '{foreign}'], 'foreign.pth: '),
     (['curves', '{run}', '--out', 'nowhere/a.png'], 'cannot write nowhere/a.png'),
     (['negatives', '{run}/model_1.pth'], '9 images')], ids=lambda value: value[0] if len(value) < 9 else '')
 def test_pictures_of_nothing_are_refused(run_of_one_epoch, tmp_path, flags, message):
