@@ -1,7 +1,10 @@
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 if 'TEST_CUDA' not in os.environ:
@@ -13,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-torch.set_num_threads(1)  # the tests' tensors are too small to share, and their bits must not depend on the machine
 HOME = Path(__file__).parents[1]
+os.environ.update(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(str(HOME / part) for part in ('', 'misc', 'tests')))
+multiprocessing.set_forkserver_preload(['main', 'linear', 'sweep', 'test_distributed'])  # imported once, forked often
+torch.set_num_threads(1)  # the tests' tensors are too small to share, and their bits must not depend on the machine
 
 
 @pytest.fixture(scope='session')
@@ -39,17 +44,20 @@ def tiny(tree):
 
 
 class Job:
-    """One of the scripts as a process of its own."""
+    """One of the scripts as a process of its own: forked from one that has imported torch, or, with torchrun, an
+    environment or arguments of Popen, started anew."""
 
-    def __init__(self, script, flags, torchrun=(), env=None, **kwargs):
+    def __init__(self, script, flags, torchrun=(), env=None, cwd=None, **kwargs):
+        command = [str(HOME / script), *map(str, flags)]
+        if not (torchrun or env or kwargs):
+            self.process = Forked(command, cwd)
+            return
         start = [sys.executable]
         if torchrun:
             start += ['-m', 'torch.distributed.run', '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', *torchrun]
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1', **(env or {})}
-        environment = {name: value for name, value in environment.items() if value is not None}
+        environment = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([*start, str(HOME / script), *map(str, flags)], env=environment,
-                                        **{**pipes, **kwargs})
+        self.process = subprocess.Popen([*start, *command], env=environment, cwd=cwd, **{**pipes, **kwargs})
 
     def finish(self, timeout=120):
         try:
@@ -62,6 +70,48 @@ class Job:
     @property
     def code(self):
         return self.process.returncode
+
+
+class Forked:
+    """What a Job needs of subprocess.Popen, of a process that takes a tenth of a second to start."""
+
+    def __init__(self, command, cwd):
+        self.texts = [Path(tempfile.mkstemp()[1]) for _ in range(2)]  # of stdout and stderr
+        self.forked = multiprocessing.get_context('forkserver').Process(
+            target=execute, args=(command, dict(os.environ), cwd or os.getcwd(), self.texts))
+        self.forked.start()
+        self.pid, self.kill = self.forked.pid, self.forked.kill
+
+    def poll(self):
+        return self.forked.exitcode
+
+    returncode = property(poll)
+
+    def send_signal(self, signum):
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def communicate(self, timeout):
+        self.forked.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+        said = [path.read_text(errors='replace') for path in self.texts]
+        for path in self.texts:
+            path.unlink()
+        return said
+
+
+def execute(command, environment, cwd, texts):
+    """Become `python COMMAND`."""
+    for descriptor, path in zip((1, 2), texts):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+    sys.stdout, sys.stderr = (open(descriptor, 'w', closefd=False) for descriptor in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = command
+    sys.path[0] = str(Path(command[0]).parent)
+    runpy.run_path(command[0], run_name='__main__')
 
 
 @pytest.fixture(scope='session')

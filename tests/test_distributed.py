@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import Job
 from test_losses import oracle, random_case
 from torch import nn
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
 
 def everything(rank, world, flags):
@@ -37,7 +37,7 @@ def joined(rank, world, function, store, out, args):
 
 def on_ranks(world, function, out, *args):
     """function(rank, world, *args) in `world` processes that form a gloo group -> the list of what they return."""
-    spawn(joined, (world, function, out / 'store', out, args), nprocs=world)
+    start_processes(joined, (world, function, out / 'store', out, args), world, start_method='forkserver')
     return [torch.load(out / f'{rank}.pt') for rank in range(world)]
 
 
