@@ -61,6 +61,7 @@ def main(argv=None):
         parser.error(f'--out {args.out}: pictures are PNG files, their names end in .png')
     figure, png = PICTURES[args.what][0](args), io.BytesIO()
     figure.savefig(png)
+    plt.close(figure)
     write(args.out, png.getbuffer())
     print(args.out)
 

@@ -1,3 +1,5 @@
+import importlib
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -45,12 +47,15 @@ def tiny(tree):
 
 class Job:
     """One of the scripts as a process of its own: forked from one that has imported torch, or, with torchrun, an
-    environment or arguments of Popen, started anew."""
+    environment or arguments of Popen, started anew.
 
-    def __init__(self, script, flags, torchrun=(), env=None, cwd=None, **kwargs):
+    strike=('os.replace', n, signum) sends a forked one the signal when it calls the function for the nth time.
+    """
+
+    def __init__(self, script, flags, torchrun=(), env=None, cwd=None, strike=None, **kwargs):
         command = [str(HOME / script), *map(str, flags)]
         if not (torchrun or env or kwargs):
-            self.process = Forked(command, cwd)
+            self.process = Forked(command, cwd, strike)
             return
         start = [sys.executable]
         if torchrun:
@@ -75,10 +80,10 @@ class Job:
 class Forked:
     """What a Job needs of subprocess.Popen, of a process that takes a tenth of a second to start."""
 
-    def __init__(self, command, cwd):
+    def __init__(self, command, cwd, strike):
         self.texts = [Path(tempfile.mkstemp()[1]) for _ in range(2)]  # of stdout and stderr
         self.forked = multiprocessing.get_context('forkserver').Process(
-            target=execute, args=(command, dict(os.environ), cwd or os.getcwd(), self.texts))
+            target=execute, args=(command, dict(os.environ), cwd or os.getcwd(), self.texts, strike))
         self.forked.start()
         self.pid, self.kill = self.forked.pid, self.forked.kill
 
@@ -101,7 +106,7 @@ class Forked:
         return said
 
 
-def execute(command, environment, cwd, texts):
+def execute(command, environment, cwd, texts, strike):
     """Become `python COMMAND`."""
     for descriptor, path in zip((1, 2), texts):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
@@ -111,6 +116,16 @@ def execute(command, environment, cwd, texts):
     os.chdir(cwd)
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
+    if strike:
+        call, nth, signum = strike
+        module, name = importlib.import_module(call.rpartition('.')[0]), call.rpartition('.')[2]
+        function, calls = getattr(module, name), itertools.count(1)
+
+        def struck(*args, **kwargs):
+            if next(calls) == nth:
+                os.kill(os.getpid(), signum)
+            return function(*args, **kwargs)
+        setattr(module, name, struck)
     runpy.run_path(command[0], run_name='__main__')
 
 

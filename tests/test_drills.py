@@ -1,6 +1,7 @@
 """Faults against the real scripts as processes: kills, signals, full disks, two runs in one place."""
 
 import fcntl
+import itertools
 import os
 import pty
 import random
@@ -30,10 +31,10 @@ def flags(tiny):
 
 @pytest.fixture(scope='module')
 def whole(flags, run, tmp_path_factory):
-    """An uninterrupted run, and how long it took."""
-    results, began = tmp_path_factory.mktemp('drills') / 'whole', time.monotonic()
+    """The outcome of an uninterrupted run."""
+    results = tmp_path_factory.mktemp('drills') / 'whole'
     assert run('main.py', [*flags, results]).code == 0
-    return results, time.monotonic() - began
+    return outcome(results)
 
 
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143),
@@ -51,7 +52,7 @@ def test_train_stop_resume_probe(flags, run, whole, tmp_path, signum, code):
     assert job.out.splitlines()[-1].endswith('the same command continues')
     again = run('main.py', [*flags, tmp_path / 'r'])
     assert again.code == 0 and 'Continuing' in again.out and 'Finished' in again.out
-    assert_same_outcome(tmp_path / 'r', outcome(whole[0]))
+    assert_same_outcome(tmp_path / 'r', whole)
     probe = run('linear.py', ['--model_path', tmp_path / 'r' / 'model_3.pth', '--epochs', '2'])
     assert probe.code == 0 and 'linear probe' in probe.out.splitlines()[-1]
     assert len(pd.read_csv(tmp_path / 'r' / 'model_3_linear.csv')) == 2
@@ -97,7 +98,7 @@ def test_closed_pipe_and_closed_terminal_save_or_lose_nothing(flags, whole, run,
     job.process.wait(60)
     for name in ('pipe', 'terminal'):
         assert run('main.py', [*flags, tmp_path / name]).code == 0
-        assert_same_outcome(tmp_path / name, outcome(whole[0]))
+        assert_same_outcome(tmp_path / name, whole)
 
 
 def test_places_that_cannot_be_written(flags, run, tmp_path):
@@ -131,7 +132,7 @@ def test_full_disk_keeps_what_was_saved(flags, run, whole, tmp_path):
     for path in results.glob('*.pth'):
         read_checkpoint(path)
     assert run('main.py', [*flags, results]).code == 0
-    assert_same_outcome(results, outcome(whole[0]))
+    assert_same_outcome(results, whole)
 
 
 def test_unreadable_image_files_end_before_training(tree, tiny, run, tmp_path):
@@ -148,66 +149,58 @@ def test_unreadable_image_files_end_before_training(tree, tiny, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_forty_moments_it_always_finishes_with_the_same_bits(flags, whole, run, tmp_path):
-    """SIGKILL at random times of the run and, every third time, in the middle of writing a checkpoint."""
-    dice, results, kills, during_write, end = random.Random(0), tmp_path / 'r', 0, 0, whole[1]
-    rounds = 0
-    while kills < 40:
-        rounds += 1
-        assert rounds < 120
-        job = Job('main.py', [*flags, results])
-        if rounds % 3 == 0:
-            part = results / 'last.pth.part'
-            wait_for(lambda part=part: part.exists() and part.stat().st_size > 0, job)
-            during_write += job.process.poll() is None and part.exists()
-        else:
-            wait_for(lambda: False, job, timeout=dice.uniform(0.5, end))
-        kills += job.process.poll() is None
-        job.process.kill()
-        job.finish()
-        if job.code == 0:  # it finished first: compare, and begin again
-            assert_same_outcome(results, outcome(whole[0]))
-            results = tmp_path / f'r{rounds}'
-    assert during_write > 0
-    assert run('main.py', [*flags, results]).code == 0
-    assert_same_outcome(results, outcome(whole[0]))
+@pytest.mark.parametrize('call', ['os.fsync', 'os.replace', 'step.train_step'])
+def test_killed_at_every_call_the_same_command_ends_with_the_same_bits(flags, whole, run, tmp_path, call):
+    """SIGKILL before each flush to the disk, each replacement of a file and each step."""
+    for n in itertools.count(1):
+        results = tmp_path / str(n)
+        job = Job('main.py', [*flags, results], strike=(call, n, signal.SIGKILL)).finish()
+        if job.code == 0:
+            break
+        for path in results.glob('*.pth'):
+            read_checkpoint(path)
+        assert job.code == -signal.SIGKILL and run('main.py', [*flags, results]).code == 0
+        assert_same_outcome(results, whole)
+    assert n > 9
 
 
 @pytest.mark.slow
-def test_signals_at_random_moments(flags, whole, run, tmp_path):
+def test_killed_again_and_again_it_ends_with_the_same_bits(flags, whole, tmp_path):
+    kills = 0
+    while (job := Job('main.py', [*flags, tmp_path], strike=('os.replace', 4, signal.SIGKILL)).finish()).code:
+        kills += job.code == -signal.SIGKILL
+        assert kills < 9
+    assert_same_outcome(tmp_path, whole)
+    assert kills > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('call, calls', [('data.load_data', 1), ('os.replace', 14), ('step.train_step', 9)])
+def test_signals_at_every_call(flags, whole, run, tmp_path, call, calls, signum):
     """Until training begins there is nothing to save, and a signal ends the process as any; later it saves first."""
-    dice, saved, results = random.Random(1), 0, tmp_path / 'r'
-    for i in range(10):
-        signum, lock = (signal.SIGTERM, signal.SIGINT)[i % 2], results / '.lock'  # made when a run takes the directory
-        lock.unlink(missing_ok=True)
-        job = Job('main.py', [*flags, results])
-        wait_for(lock.exists, job)
-        time.sleep(dice.uniform(0, 0.4 * whole[1]))
-        job.process.send_signal(signum)
-        job.finish()
-        if job.code == 0:
-            results = tmp_path / f'r{i}'
-        elif 'the same command continues' in job.out:
+    for n in range(1, calls + 1):
+        results = tmp_path / str(n)
+        job = Job('main.py', [*flags, results], strike=(call, n, signum)).finish()
+        if job.code:
+            assert job.code in (-signum, 128 + signum)
+        if call == 'step.train_step' and n < 9:  # after the last one there is nothing left to stop
+            assert 'the same command continues' in job.out
+        if 'the same command continues' in job.out:
             assert job.code == 128 + signum
             state = read_checkpoint(results / 'last.pth')
             assert f'in epoch {state["epoch"] + 1} after step {state["step"]}' in job.out
-            saved += 1
-        else:
-            assert job.code in (-signum, 128 + signum)
-    assert saved > 2
-    assert run('main.py', [*flags, results]).code == 0
-    assert_same_outcome(results, outcome(whole[0]))
+        assert run('main.py', [*flags, results]).code == 0
+        assert_same_outcome(results, whole)
 
 
 @pytest.mark.slow
-def test_bit_flips_are_noticed(whole, flags, run, tmp_path):
+def test_bit_flips_are_noticed(flags, run, tmp_path):
     """One flipped bit anywhere in last.pth is an error, or changes nothing that a run reads."""
     results = tmp_path / 'r'
-    results.mkdir()
-    for name in ('config.json', 'log.csv', 'model_3.pth'):
-        os.link(whole[0] / name, results / name)
-    good, dice = (whole[0] / 'last.pth').read_bytes(), random.Random(2)
-    expected, noticed = torch.load(whole[0] / 'last.pth', weights_only=True), 0
+    assert run('main.py', [*flags, results]).code == 0
+    good, dice = (results / 'last.pth').read_bytes(), random.Random(2)
+    expected, noticed = torch.load(results / 'last.pth', weights_only=True), 0
     for _ in range(30):
         bad, place = bytearray(good), dice.randrange(len(good))
         bad[place] ^= 1 << dice.randrange(8)

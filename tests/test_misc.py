@@ -37,6 +37,12 @@ def run_of_one_epoch(tiny, tmp_path_factory):
     return results
 
 
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close('all')
+
+
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr(plot.runtime, 'start', lambda: torch.device('cpu'))
