@@ -154,12 +154,12 @@ def neighbours(args):
                     text = f'{Path(data.names[index]).stem[-11:]}\n{value:.3f}'
                 picture(panel, data.train[index], text, None if truth < 0 else RIGHT if label == truth else WRONG)
         count = f': {right} of {columns * len(chosen)} of the query\'s class' if max(truths) >= 0 else ''
-        block[0, 1].set_title(shown(f'{title}{count}'), loc='left', fontsize=8)
+        block[0, 1].text(0, 1.15, shown(f'{title}{count}'), transform=block[0, 1].transAxes, fontsize=8, in_layout=False)
         if named:
             for query, indices in zip(args.query, found):
                 print(f'{query}: {", ".join(data.names[i] for i in indices)}')
     figure.suptitle(shown(f'{run["data"]}: images (left) and their nearest {"training " * bool(data.classes)}images by '
-                          'cosine of features'), fontsize=9)
+                          'cosine of features\n'), fontsize=9)
     return figure
 
 
@@ -181,7 +181,7 @@ def picture(axes, image, text, colour):
     """An image (3, h, w), uint8 or in [0, 1], in a frame of the colour, with a line of text below."""
     axes.imshow(image.permute(1, 2, 0).numpy())  # (3, h, w) -> (h, w, 3)
     axes.set(xticks=[], yticks=[])
-    axes.set_xlabel(shown(text), fontsize=7, labelpad=2)
+    axes.set_xlabel(shown(text), fontsize=6, labelpad=2)
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set(visible=colour is not None, color=colour or 'none', linewidth=3)
@@ -222,16 +222,19 @@ def negatives(args):
         pushes = {name: push(views, temperature=t, tau_plus=tau_plus, beta=beta)[query, negative]
                   for name, (t, tau_plus, beta) in objectives.items()}
     figure, axes = plt.subplots(figsize=(8, 5.2))
-    mean, x = pushes['standard'].mean().item(), cosine[negative].numpy()
+    mean, x = pushes[STANDARD].mean().item(), cosine[negative].numpy()
+    pushed = torch.stack([pushes[name] for name in OWN]) / mean
     for name, values in pushes.items():
         values = values / mean if name in OWN else values / values.mean()
         colour = OWN.get(name, COLOURS[7])
-        axes.scatter(x[~same], values[~same], s=12, color=colour, linewidths=0, alpha=0.8, label=name)
+        most = '' if name in OWN else f' (up to {values.max():.0f})'  # beyond the axis
+        axes.scatter(x[~same], values[~same], s=12, color=colour, linewidths=0, alpha=0.8, label=name + most)
         axes.scatter(x[same], values[same], s=36, color=colour, marker='x', linewidths=1.2)
     of_class = f', {data.classes[labels[query]]}' if data.classes else ''
     axes.scatter([], [], color='#555555', marker='x', s=36, linewidths=1.2, label='false negative: the query\'s class')
     axes.axhline(0, color='#555555', linewidth=1)
-    axes.set(ylabel='push apart: ∂ loss / ∂ cosine  (mean of standard = 1)', xlim=(x[0] - 0.06, x[-1] + 0.06))
+    axes.set(ylabel='push apart: ∂ loss / ∂ cosine  (mean of standard = 1)', xlim=(x[0] - 0.06, x[-1] + 0.06),
+             ylim=(pushed.min().item() - 0.5, 1.1 * pushed.max().item()))
     axes.set_xlabel('cosine similarity of a negative to the query, and what is found there', labelpad=46)
     title = f'encoder: {run["objective"]}, {settings["epochs"]} epochs; objectives at t = {t:g}'
     axes.set_title(shown(title), fontsize=9)

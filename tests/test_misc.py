@@ -306,7 +306,7 @@ def test_neighbours_are_framed_by_class(run_of_one_epoch, tree, on_the_cpu, enco
         framed = [[plt.matplotlib.colors.to_hex(axes.spines['left'].get_edgecolor()) == pictures.RIGHT.lower()
                    for axes in line] for line in block]
         assert framed == right.tolist()
-        assert f': {right.sum()} of {right.numel()} ' in block[0, 0].get_title('left')
+        assert f': {right.sum()} of {right.numel()} ' in block[0, 0].texts[0].get_text()
         for line, row in zip(block, found):
             for axes, index in zip(line, row):
                 shown = torch.tensor(axes.images[0].get_array()).permute(2, 0, 1)
