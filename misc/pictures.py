@@ -154,7 +154,8 @@ def neighbours(args):
                     text = f'{Path(data.names[index]).stem[-11:]}\n{value:.3f}'
                 picture(panel, data.train[index], text, None if truth < 0 else RIGHT if label == truth else WRONG)
         count = f': {right} of {columns * len(chosen)} of the query\'s class' if max(truths) >= 0 else ''
-        block[0, 1].text(0, 1.15, shown(f'{title}{count}'), transform=block[0, 1].transAxes, fontsize=8, in_layout=False)
+        first = block[0, 1]
+        first.text(0, 1.15, shown(f'{title}{count}'), transform=first.transAxes, fontsize=8, in_layout=False)
         if named:
             for query, indices in zip(args.query, found):
                 print(f'{query}: {", ".join(data.names[i] for i in indices)}')
