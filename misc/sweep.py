@@ -54,6 +54,8 @@ def main(argv=None):
               ('--seeds', 3, flags.integer(1, 1000), 'runs of each: seeds 0, 1, ...'),
               ('--jobs', 1, flags.integer(1, 256), 'runs at a time, which share the cores'),
               ('--probe', '', str, 'flags of linear.py, in quotes: --probe="--epochs 10" (default: none)'),
+              ('--against', None, flags.positive(100), 'temperature of the standard runs over which gains are told '
+               '(default: each run\'s own)'),
               ('--table_only', False, bool, 'train nothing: make the table of what is there'))
     args, rest = parser.parse_known_args(argv)  # the rest is main.py's, which checks it
     results = Path(args.results_dir)
@@ -79,10 +81,13 @@ def main(argv=None):
         for _, wanted in planned[:len(planned) // args.seeds]:
             check('main.py', *wanted, '--dataset_name', 'folder', '--root', os.devnull)
         run_all(planned, probe, args.jobs)
-    table = make_table(results)
+    table = make_table(results, args.against)
+    text = markdown(table)
+    if args.against:
+        text = text.replace(' against standard ', f' against standard, t = {args.against:g} ')
     files.write_table(results / 'table.csv', table, list(table))
-    files.write(results / 'table.md', markdown(table).encode(errors='replace'))
-    print(f'\n{markdown(table)}\nfiles in {results}: table.csv, table.md')
+    files.write(results / 'table.md', text.encode(errors='replace'))
+    print(f'\n{text}\nfiles in {results}: table.csv, table.md')
 
 
 def check(script, *arguments):
@@ -144,11 +149,11 @@ def run_all(planned, probe, jobs):
             signal.signal(signum, handler)
 
 
-def make_table(results):
+def make_table(results, against=None):
     """A row for every group of finished runs in the directory that differ in the seed alone.
 
     Of each accuracy (percent): the mean over seeds, the standard deviation, and mean and standard deviation of its
-    difference, seed by seed, to the standard objective's at the same settings.
+    difference, seed by seed, to the standard objective's at the same settings, or at the temperature `against`.
 
     Raises:
         UserError: no finished run there, or two of the same settings and seed.
@@ -188,8 +193,11 @@ def make_table(results):
     if twice.any():
         raise UserError(f'{results} holds the same run twice: {found.loc[twice, "command"].iloc[0]}')
     pair = ['seed', *(name for name in same if name not in ('objective', *runs.OBJECTIVE))]
-    standard = found.loc[found['estimator'] == 'standard', [*pair, *METRICS]]
-    base = found[pair].merge(standard, 'left', pair, validate='m:1')[METRICS].where(found['estimator'] != 'standard')
+    is_base, on = found['estimator'] == 'standard', pair
+    if against:
+        is_base &= found['temperature'] == against
+        on = [name for name in pair if name not in ('temperature', 'knn_temperature')]
+    base = found[on].merge(found.loc[is_base, [*on, *METRICS]], 'left', on, validate='m:1')[METRICS].where(~is_base)
     found[[f'{name}_gain' for name in METRICS]] = found[METRICS] - base
     columns = dict(seeds=('seed', 'size'), minutes=('minutes', 'mean'))
     for name in METRICS + [f'{name}_gain' for name in METRICS] + LABEL_FREE:

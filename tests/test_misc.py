@@ -84,6 +84,17 @@ def test_table_has_means_deviations_and_paired_differences(logs, capsys):
     assert 'resnet18' in text and text in capsys.readouterr().out
 
 
+def test_gains_over_standard_at_a_temperature_of_its_own(logs):
+    for name in 'standard_0', 'standard_1', 'hard_0':
+        config = files.read_json(logs / name / 'config.json')
+        config['settings'] |= dict(temperature=0.1, knn_temperature=0.1)
+        files.write_json(logs / name / 'config.json', config)
+    sweep.main(['--table_only', '--against', '0.1', '--results_dir', str(logs)])
+    table = pd.read_csv(logs / 'table.csv').set_index(['estimator', 'temperature'])
+    assert table['knn_gain'].dropna().to_dict() == {('hard', 0.1): 4, ('hard', 0.5): 2}
+    assert ' against standard, t = 0.1 ' in (logs / 'table.md').read_text()
+
+
 def test_table_keeps_other_settings_apart_and_leaves_unfinished_runs_out(logs, capsys):
     for name, change in (('hard_0', dict(batch_size=16)), ('hard_1', dict(epochs=3))):
         config = files.read_json(logs / name / 'config.json')
