@@ -3,7 +3,9 @@
 import os
 import signal
 import time
+from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -19,6 +21,7 @@ from torch.multiprocessing import spawn
 def everything(rank, world, flags):
     """All that this file compares, on one rank."""
     return {'parts': weights_after_steps(rank, world), 'main': update_of_main(rank, world, flags),
+            'statistics': statistics(rank, world, flags) if world > 1 else None,
             'losses': [losses_and_gradients(rank, world, V) for V in (2, 3)],
             'training': [parameter_gradients(rank, world, *case) for case in TRAININGS],
             'features': features_and_gathered(rank, world), 'one each': loss_of_one_sample_each(rank, world),
@@ -292,19 +295,87 @@ def features_and_gathered(rank, world):
     features = evaluate.encode(net, images, torch.arange(23), 0, torch.autocast('cpu', enabled=False),
                                torch.device('cpu'), block=5)
     gathered = runtime.gather(torch.arange(7).tensor_split(world)[rank])
-    net.f[1].running_var.fill_(rank)
-    averaged = runtime.averaged_buffers(net).get('f.1.running_var', net.f[1].running_var)
-    assert (net.f[1].running_var == rank).all()  # its own, with which it trains on, stay
-    return features, gathered, averaged.unique().tolist()
+    return features, gathered
 
 
 def test_features_are_identical_and_no_image_counts_twice(one, ranks):
-    for features, gathered, _ in (rank['features'] for rank in ranks):
+    for features, gathered in (rank['features'] for rank in ranks):
         assert torch.equal(features, one['features'][0]) and torch.equal(gathered, torch.arange(7))
 
 
-def test_running_statistics_become_their_mean_over_ranks(ranks):
-    assert [rank['features'][2] for rank in ranks] == [[(len(ranks) - 1) / 2]] * len(ranks)
+def running(state):
+    return torch.cat([x.flatten() for name, x in state.items() if 'running' in name])
+
+
+def statistics(rank, world, flags):
+    """BatchNorm's running statistics, step by step, of a run that one rank is asked to stop, and of a probe.
+
+    Each rank's own after a step under 'own'; by name those that are saved, or that encode the images of a monitor.
+    """
+    import linear
+    import main
+    import runs
+    import runtime
+    seen, inputs, results = [], [], Path(f'{flags[-1]}_statistics')
+    train_step, write, views = main.train_step, runs.write_tensors, linear.features_of_views
+
+    def steps():
+        return sum(name == 'own' for name, _ in seen)
+
+    def step(ddp, *args):
+        net = getattr(ddp, 'module', ddp)
+        if steps() % 3 == 0:  # at the start of an epoch they may be all ranks'
+            inputs[:] = [net.f[1].running_mean.clone()]
+        hook = net.f[1].register_forward_pre_hook(lambda _, x: inputs.append(inputs[-1].lerp(x[0].mean((0, 2, 3)), .1)))
+        done = train_step(ddp, *args)
+        hook.remove()
+        torch.testing.assert_close(net.f[1].running_mean, inputs[-1])  # of this rank's own images
+        seen.append(('own', running(net.state_dict())))
+        if rank == world - 1 and steps() == 5:  # in the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    def features_of_views(net, *args):
+        for pair in views(net, *args):
+            seen.append(('own', running(net.state_dict())))
+            yield pair
+
+    def save(path, content):
+        if 'model' in content or 'f.0.weight' in content:
+            seen.append((path.name, running(content.get('model', content))))
+        return write(path, content)
+
+    def encode(net, images, index, *args, **how):
+        seen.append(('monitor', running(net.state_dict())))
+        return torch.rand(len(index), net.features if how.get('view') is None else 4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Saver, 'due', lambda self: steps() == 2)
+        for module, name, value in ((main, 'train_step', step), (runs, 'write_tensors', save), (main, 'encode', encode),
+                                    (linear, 'features_of_views', features_of_views), (linear, 'encode', encode)):
+            patch.setattr(module, name, value)
+        with pytest.raises(SystemExit) as stopped:
+            main.main([*flags, '--results_dir', str(results), '--epochs', '2', '--knn_every', '1'])
+        assert stopped.value.code == 128 + signal.SIGTERM
+        runtime.on_rank0((results / 'model_0.pth').unlink)
+        linear.main(['--model_path', str(results / 'model_1.pth'), '--bn', 'train', '--epochs', '1', '--batch_size',
+                     '8'])
+    return seen
+
+
+def test_running_statistics_become_their_mean_over_ranks_wherever_they_are_used(ranks):
+    own = list(zip(*([x for name, x in rank['statistics'] if name == 'own'] for rank in ranks)))
+    assert all((a - b).norm() > 1e-3 for a, b, *_ in own)
+    for rank in ranks:
+        steps, used = 0, Counter()
+        for name, x in rank['statistics']:
+            steps += name == 'own'
+            if name != 'own' and steps not in (0, 5) or name == 'last.pth' and steps:
+                torch.testing.assert_close(x, torch.stack(own[steps - 1]).mean(0), msg=f'{name} after {steps} steps')
+                used[name, steps] += 1
+        monitored = {('monitor', 3), ('monitor', 9)}
+        assert set(used) == monitored | ({('last.pth', 2), ('last.pth', 3), ('model_1.pth', 3), ('last.pth', 5)}
+                                         if rank is ranks[0] else set())
 
 
 def memory_of_the_loss(rank, world, B):

@@ -382,14 +382,6 @@ def test_network_trains_in_train_mode_after_the_monitor(tiny, tmp_path, monkeypa
     assert modes == [True] * 6
 
 
-def test_statistics_are_averaged_over_ranks_before_the_monitor_sees_them(tiny, tmp_path, monkeypatch):
-    calls, monitor = [], main.monitor
-    monkeypatch.setattr(runtime, 'averaged_buffers', lambda net: calls.append('average') or {})
-    monkeypatch.setattr(main, 'monitor', lambda *args: calls.append('monitor') or monitor(*args))
-    main.main([*tiny, '--epochs', '2', '--knn_every', '1', '--results_dir', str(tmp_path)])
-    assert calls == ['monitor', 'average', 'monitor', 'average', 'monitor']
-
-
 def test_state_is_saved_once_a_minute_though_no_encoder_is_kept(tiny, tmp_path, monkeypatch):
     saved, clock = [], iter(range(0, 10**6, 25))
     monkeypatch.setattr(runs.Saver, 'save', lambda self, state, keep=False: saved.append((state['epoch'], keep)))
