@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+import random
 import shutil
 import signal
 import zlib
+from argparse import Namespace
 
 import numpy as np
 import pandas as pd
@@ -28,7 +30,7 @@ import runs
 import runtime
 import step
 from augment import MEAN, STD
-from data import load_data
+from data import Data, load_data
 from losses import contrastive_loss
 from runtime import UserError
 
@@ -375,6 +377,51 @@ def test_positives_by_label_and_the_recipe_reach_the_views(tiny, tmp_path, monke
     assert recipe == dict(blur=False, crop_min=0.3, jitter=0.5, grayscale=0.1, vertical_flip=True)
 
 
+def test_rows_of_the_log_are_those_of_the_numbers_that_were_measured(tiny, tmp_path, monkeypatch):
+    """Of 5 epochs of 3 steps, stopped in the second; what takes time on the clock is a step, or a monitor."""
+    draw, steps, clock, measured, rates = random.Random(0), [], [0], [], []
+
+    def train_step(net, views, labels, optimizer, *args):
+        steps.append((draw.random(), draw.uniform(1, 9)))  # loss and seconds
+        rates.append(optimizer.param_groups[0]['lr'])
+        clock[0] += steps[-1][1]
+        return torch.tensor(steps[-1][0]), 0
+
+    def measures(*names):
+        clock[0] += 100
+        measured.append({name: draw.random() for name in names})
+        return measured[-1]
+
+    for name, value in dict(
+            train_step=train_step, time=Namespace(monotonic=lambda: clock[0]),
+            label_free=lambda *_: measures('alignment', 'uniformity', 'rankme'),
+            knn=lambda *_: measures('test_acc@1', 'test_acc@5').values(),
+            encode=lambda net, images, index, size, **_: torch.zeros(len(index), 1)).items():
+        monkeypatch.setattr(main, name, value)
+    flags = [*tiny, '--epochs', '5', '--schedule', 'cosine', '--warmup', '2', '--lr', '0.3', '--results_dir']
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(SystemExit):
+            main.main([*flags, str(tmp_path)])
+    main.main([*flags, str(tmp_path)])
+
+    def rate(epochs):
+        return 0.3 * (epochs / 2 if epochs < 2 else (1 + math.cos(math.pi * (epochs - 2) / 3)) / 2)
+
+    assert rates == pytest.approx([rate(i / 3) for i in range(15)])
+    rows = []
+    for epoch in range(6):
+        rows.append(dict(epoch=epoch))
+        if epoch:
+            losses, seconds = zip(*steps[3 * epoch - 3:3 * epoch])
+            rows[-1] |= {'train_loss': sum(losses) / 3, 'lr': rate(epoch), 'seconds': sum(seconds),
+                         'images/s': 24 / sum(seconds)}
+        if epoch in (0, 2, 4, 5):  # every second one, and the last
+            rows[-1] |= measured.pop(0) | measured.pop(0)
+    found = pd.read_csv(tmp_path / 'log.csv').drop(columns='encoder')
+    pd.testing.assert_frame_equal(found, pd.DataFrame(rows), check_like=True, check_dtype=False, rtol=1e-6)
+
+
 def test_network_trains_in_train_mode_after_the_monitor(tiny, tmp_path, monkeypatch):
     modes, train_step = [], main.train_step
     monkeypatch.setattr(main, 'train_step', lambda net, *args: modes.append(net.training) or train_step(net, *args))
@@ -390,22 +437,6 @@ def test_state_is_saved_once_a_minute_though_no_encoder_is_kept(tiny, tmp_path, 
     for epoch in range(1, 6):
         saver.epoch_ended(dict(epoch=epoch, log=[]), keep=epoch == 2)
     assert saved == [(2, True), (4, False), (5, False)]  # 25 s an epoch; save() itself would start a new minute
-
-
-def test_log_counts_the_time_before_a_stop(tiny, tmp_path, monkeypatch):
-    stop_after(5, monkeypatch)
-    flags = [*tiny, '--epochs', '1', '--results_dir', str(tmp_path)]
-    with pytest.raises(SystemExit):
-        main.main(flags)
-    monkeypatch.undo()
-    state = torch.load(tmp_path / 'last.pth', weights_only=True)
-    assert state['step'] == 1 and state['seconds'] > 0
-    later = {**state, 'seconds': 1000.0}
-    del later['digest']
-    torch.save({**later, 'digest': files.digest(later)}, tmp_path / 'last.pth')
-    main.main(flags)
-    row = pd.read_csv(tmp_path / 'log.csv').iloc[1]
-    assert 1000 < row['seconds'] < 1100 and row['images/s'] == pytest.approx(24 / row['seconds'])
 
 
 @pytest.mark.parametrize('bn', ['eval', 'train'])
@@ -645,13 +676,57 @@ def test_probe_on_cached_features_classifies_again_from_its_file(finished, tree,
     assert row['train_acc@1'] > 90
 
 
-def test_testing_a_probe_builds_no_graph(monkeypatch):
-    losses, real, probe = [], F.cross_entropy, torch.nn.Linear(5, 3)
-    monkeypatch.setattr(F, 'cross_entropy', lambda *args: losses.append(real(*args)) or losses[-1])
-    pairs, optimizer = [(torch.randn(4, 5), torch.tensor([0, 1, 2, 0]))], torch.optim.Adam(probe.parameters())
-    linear.one_epoch(probe, pairs, 4, optimizer)
-    linear.one_epoch(probe, pairs, 4)
-    assert [loss.requires_grad for loss in losses] == [True, False]
+@pytest.mark.parametrize('flags', [[], ['--bn', 'train'], ['--augment', 'none']], ids=' '.join)
+def test_rows_of_a_probe_are_those_of_what_entered_its_loss(finished, tmp_path, monkeypatch, flags):
+    """Of batches of 13, 13 and 4 images and all test images, by hand; seeds and epochs see other views of an image."""
+    for name in ('config.json', 'model_3.pth'):
+        shutil.copy(finished / name, tmp_path)
+    images, labels, calls, seen = torch.randint(256, (50, 3, 16, 16)).byte(), torch.arange(50) * 3 % 8, [], []
+    monkeypatch.setattr(linear, 'load_data', lambda *_: Data(images[:30], labels[:30], images[30:], labels[30:],
+                                                             list('abcdefgh'), 'digest'))
+    views, cross_entropy, one_epoch = linear.features_of_views, F.cross_entropy, linear.one_epoch
+
+    def loss(output, target):
+        value = cross_entropy(output, target)
+        calls[-1].append((output.detach(), target, value.requires_grad))
+        return value
+
+    def epoch(probe, pairs, n, optimizer=None):
+        calls.append([])
+        before, done = probe.weight.clone(), one_epoch(probe, pairs, n, optimizer)
+        assert torch.equal(probe.weight, before) == (optimizer is None)
+        assert all(grad == (optimizer is not None) for _, _, grad in calls[-1])
+        return done
+
+    def features_of_views(net, batches, *args):
+        kept = list(batches)
+        index = torch.cat([index for _, index in kept])
+        seen.append((index, torch.cat([x for (x,), _ in kept])[index.argsort()]))
+        return views(net, kept, *args)
+
+    monkeypatch.setattr(F, 'cross_entropy', loss)
+    monkeypatch.setattr(linear, 'one_epoch', epoch)
+    monkeypatch.setattr(linear, 'features_of_views', features_of_views)
+    for seed in '01':
+        calls.clear()
+        linear.main(['--model_path', str(tmp_path / 'model_3.pth'), '--epochs', '3', '--batch_size', '13', '--lr', '.1',
+                     '--seed', seed, *flags])
+        rows, found = [], pd.read_csv(next(tmp_path.glob('model_3_*.csv')))
+        for numbers in ([len(target) for _, target, _ in call] for call in calls[::2]):
+            assert numbers == [13, 13, 4]
+        for call in calls:
+            output, target = (torch.cat(x) for x in list(zip(*call))[:2])
+            rank = (output > output.gather(1, target[:, None])).sum(1)  # how many classes come before
+            rows.append([-output.log_softmax(1).gather(1, target[:, None]).mean().item(),
+                         *(100 * (rank < k).double().mean().item() for k in (1, 5))])
+        if 'train' in flags:
+            rows[1:1] = rows[3:3] = [[math.nan] * 3]
+        rows = [[i + 1, *rows[2 * i], *rows[2 * i + 1]] for i in range(3)]
+        names = ['epoch', *(f'{part}_{what}' for part in ('train', 'test') for what in ('loss', 'acc@1', 'acc@5'))]
+        np.testing.assert_allclose(found[names], rows, rtol=1e-5)
+    for i, (index, x) in enumerate(seen):
+        for other, y in seen[:i]:
+            assert not torch.equal(index, other) and (x != y).flatten(1).any(1).float().mean() > 0.9
 
 
 def test_logistic_probe_is_scikit_learns(monkeypatch):
