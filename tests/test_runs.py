@@ -1,6 +1,7 @@
 """What makes a run the same run: settings, also those that an earlier version did not have, and the content of data."""
 
 import json
+import os
 import shutil
 
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 from conftest import HOME, assert_same_outcome, outcome
 from PIL import Image
 
+import files
 import linear
 import main
 import runtime
@@ -139,3 +141,46 @@ def test_a_probe_on_another_folder_of_the_same_name_has_files_of_its_own(tree, t
     assert made['other'] == {f'model_1_linear_{tree.name}_{digest[:8]}_cached.{suffix}' for suffix in (
         'csv', 'json', 'pth')}
     assert json.loads((results / 'model_0_linear_cached.json').read_text())['data_digest'] != digest
+
+
+def test_the_untrained_encoder_is_probed_again_if_its_data_changed_and_only_then(tree, tiny, begun, tmp_path):
+    """In the directory of an older run, without a digest: any data of its classes and numbers count as its own."""
+    results, place, made = shutil.copytree(begun, tmp_path / 'results'), tmp_path / 'elsewhere', []
+    shutil.copytree(tree, place)
+    config = read_json(results / 'config.json')
+    config.pop('data_digest')
+    files.write_json(results / 'config.json', config)
+    for change in (False, False, True, False, True):
+        if change:
+            change_a_pixel(place / 'train/b/3.png')
+        linear.main(['--model_path', str(results / 'model_1.pth'), '--augment', 'none', '--epochs', '1', '--root',
+                     str(place)])
+        made.append((results / 'model_0_linear_cached.pth').stat().st_mtime_ns)
+        about = read_json(results / 'model_0_linear_cached.json')
+        assert about['data_digest'] == load_data('folder', place, 16).digest
+    assert made[0] == made[1] < made[2] == made[3] < made[4]
+
+
+@pytest.mark.parametrize('full', [None, 'fsync', 'replace'])
+def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkeypatch, full):
+    path, new, done, fsync, replace = tmp_path / 'f', b'new' * 1000, [], os.fsync, os.replace
+    path.write_bytes(b'old')
+
+    def step(name, function, size):
+        def spy(*args):
+            done.append(name)
+            assert path.read_bytes() == b'old' and size(*args) == len(new)
+            if name == full:
+                raise OSError(28, 'No space left on device')
+            function(*args)
+        monkeypatch.setattr(os, name, spy)
+
+    step('fsync', fsync, lambda file: os.fstat(file).st_size)  # nothing is kept in a buffer
+    step('replace', replace, lambda part, _: os.stat(part).st_size)
+    if full:
+        with pytest.raises(UserError, match='cannot write .*f .No space left on device.; what was saved before is unt'):
+            files.write(path, new)
+    else:
+        files.write(path, new)
+    assert done == ['fsync', 'replace'][:1 + (full != 'fsync')]
+    assert path.read_bytes() == (b'old' if full else new) and [*tmp_path.iterdir()] == [path]
