@@ -131,7 +131,8 @@ def test_shapes_are_balanced_fixed_and_not_told_by_colour():
     centres = torch.stack([mean[data.train_labels == c].mean(0) for c in range(10)])
     nearest = torch.cdist(data.test.float().mean((2, 3)), centres).argmin(1)
     assert (nearest == data.test_labels).float().mean() < 0.2
-    assert len(torch.cat([data.train, data.test]).flatten(1).unique(dim=0)) == 800  # none is trained on and tested with
+    images = torch.cat([data.train, data.test]).flatten(1)
+    assert len(images.unique(dim=0)) == len(images) == 800  # none is trained on and tested with
     outlines = [outline(x) for x in (data.train, data.test)]
     nearest = data.train_labels[torch.cdist(outlines[1], outlines[0]).argmin(1)]
     assert (nearest == data.test_labels).float().mean() > 0.5

@@ -25,7 +25,7 @@ def encoder(tmp_path):
 
 @pytest.mark.parametrize('form', ['npz', 'csv'])
 def test_features_are_those_of_load_model_under_their_names(encoder, tree, tmp_path, form, monkeypatch):
-    monkeypatch.setattr(embed.embed, '__defaults__', (7,))  # blocks, the last of which is smaller
+    monkeypatch.setattr(embed.embed.__wrapped__, '__defaults__', (7,))  # blocks, the last of which is smaller
     out = tmp_path / f'features.{form}'
     embed.main(['--model_path', str(encoder), '--root', str(tree), '--out', str(out)])
     if form == 'npz':
