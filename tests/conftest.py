@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+import runtime
+
 torch.set_num_threads(1)  # the tests' tensors are too small to share, and their bits must not depend on the machine
 HOME = Path(__file__).parents[1]
 
@@ -92,3 +94,14 @@ def assert_same_outcome(results, expected):
         assert state.keys() == other_states[file].keys()
         for name, value in state.items():
             assert torch.equal(value, other_states[file][name]), (file, name)
+
+
+def stop_after(checks, monkeypatch):
+    """Ask the run to stop at the next look after so many: the first five are of the untrained encoder's measures."""
+    seen = iter([False] * checks + [True])
+
+    def check(self, due=False):
+        if next(seen, False):
+            raise runtime.Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(runtime.Signals, 'check', check)

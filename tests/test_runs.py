@@ -7,28 +7,15 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from conftest import HOME, assert_same_outcome, outcome
+from conftest import HOME, assert_same_outcome, outcome, stop_after
 from PIL import Image
 
 import files
 import linear
 import main
-import runtime
 from data import load_data
 from files import read_json
 from runtime import UserError
-
-
-def stop_after(checks, monkeypatch):
-    """Ask the run to stop at the next look after so many."""
-    seen = iter([False] * checks + [True])
-
-    def check(self, due=False):
-        if next(seen, False):
-            raise runtime.Stopped(15)
-
-    monkeypatch.setattr(runtime.Signals, 'check', check)
-
 
 OLD = ['--dataset_name', 'shapes', '--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8',
        '--hidden_dim', '8', '--feature_dim', '4', '--batch_size', '1000', '--epochs', '1', '--k', '5']
@@ -143,22 +130,23 @@ def test_a_probe_on_another_folder_of_the_same_name_has_files_of_its_own(tree, t
     assert json.loads((results / 'model_0_linear_cached.json').read_text())['data_digest'] != digest
 
 
-def test_the_untrained_encoder_is_probed_again_if_its_data_changed_and_only_then(tree, tiny, begun, tmp_path):
+def test_the_untrained_encoder_is_probed_again_if_flags_or_data_changed_and_only_then(tree, tiny, begun, tmp_path):
     """In the directory of an older run, without a digest: any data of its classes and numbers count as its own."""
     results, place, made = shutil.copytree(begun, tmp_path / 'results'), tmp_path / 'elsewhere', []
     shutil.copytree(tree, place)
+    shutil.copy(results / 'model_1.pth', results / 'model_3.pth')
     config = read_json(results / 'config.json')
     config.pop('data_digest')
     files.write_json(results / 'config.json', config)
-    for change in (False, False, True, False, True):
+    for checkpoint, epochs, change in ((1, 1, 0), (3, 1, 0), (3, 1, 1), (1, 1, 0), (1, 2, 0), (3, 2, 0), (3, 2, 1)):
         if change:
             change_a_pixel(place / 'train/b/3.png')
-        linear.main(['--model_path', str(results / 'model_1.pth'), '--augment', 'none', '--epochs', '1', '--root',
-                     str(place)])
+        linear.main(['--model_path', str(results / f'model_{checkpoint}.pth'), '--augment', 'none', '--epochs',
+                     str(epochs), '--root', str(place)])
         made.append((results / 'model_0_linear_cached.pth').stat().st_mtime_ns)
         about = read_json(results / 'model_0_linear_cached.json')
         assert about['data_digest'] == load_data('folder', place, 16).digest
-    assert made[0] == made[1] < made[2] == made[3] < made[4]
+    assert made[0] == made[1] < made[2] == made[3] < made[4] == made[5] < made[6]
 
 
 @pytest.mark.parametrize('full', [None, 'fsync', 'replace'])
