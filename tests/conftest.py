@@ -80,6 +80,7 @@ def outcome(results):
         states[path.name] = torch.load(path, weights_only=True)
     last = torch.load(results / 'last.pth', weights_only=True)
     states['last'] = last['model']
+    states['scaler'] = {name: torch.as_tensor(x) for name, x in (*last['scaler'].items(), ('skipped', last['skipped']))}
     states['optimizer'] = {f'{i}.{name}': value for i, values in last['optimizer']['state'].items()
                            for name, value in values.items()}
     return log, states

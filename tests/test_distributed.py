@@ -241,6 +241,7 @@ def weights_after_steps(rank, world):
                                   '--optimizer', 'sgd', '--lr', '0.1', '--batch_size', str(B),
                                   *(['--micro_batch', str(m)] if m else [])])
         net, optimizer, scaler = step.build(args, torch.device('cpu'))
+        assert net.f[1].momentum == pytest.approx(1 - 0.9 ** (m * world / B if m else 1))  # of a rank's parts
         ddp, autocast = runtime.distributed(net.double(), torch.device('cpu')), torch.autocast('cpu', enabled=False)
         for state in optimizer.state.values():
             state['momentum_buffer'] = state['momentum_buffer'].double()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import zlib
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -236,6 +237,8 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_state(tiny, tmp
     monkeypatch.setattr(main, 'train_step', broken)
     refuses([*tiny, '--epochs', '3', '--results_dir', str(tmp_path)],
             r'loss is nan at epoch 2, step 2; the last good state is untouched.* --lr too high')
+    with pytest.raises(UserError, match='loss is inf at epoch 3, step 2;'):
+        main.check_finite(torch.tensor([1, math.inf, 2, math.nan]), NO_SCALER, 3)
     assert model.read_checkpoint(tmp_path / 'last.pth')['epoch'] == 1
 
 
@@ -262,8 +265,16 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('flags, message', [(['--batch_size', '31'], 'larger than the data set, 30 images'),
-                                            (['--k', '31'], 'larger than the kNN memory, 30 images')])
-def test_flags_that_do_not_fit_the_data(tiny, tmp_path, flags, message, capsys):
+                                            (['--k', '30'], 'larger than the kNN memory, 29 images')])
+def test_flags_that_do_not_fit_the_data(tiny, tmp_path, flags, message, capsys, monkeypatch):
+    load_data = main.load_data
+
+    def one_without_label(*args):
+        data = load_data(*args)
+        data.train_labels[7] = -1
+        return data
+
+    monkeypatch.setattr(main, 'load_data', one_without_label)
     with pytest.raises(SystemExit) as stop:
         main.main([*tiny, '--results_dir', str(tmp_path / 'new'), *flags])
     assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / 'new').exists()
@@ -326,6 +337,8 @@ def test_oracle_is_given_the_labels_of_the_batch(tiny, tree, tmp_path, monkeypat
                                    ['--precision', 'fp16', '--optimizer', 'sgd'],
                                    ['--anneal', 'down', '--oracle', '--beta', '1']], ids=' '.join)
 def test_variants_resume_to_the_same_bits(tiny, tmp_path, flags, monkeypatch):
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**16, growth_interval=2)  # of fp16: some steps are skipped
+    monkeypatch.setattr(torch.amp, 'GradScaler', scaler)
     flags = [*tiny, '--epochs', '2', '--hidden_dim', '24', *flags, '--results_dir']
     main.main([*flags, str(tmp_path / 'whole')])
     with monkeypatch.context() as patch:
@@ -334,6 +347,8 @@ def test_variants_resume_to_the_same_bits(tiny, tmp_path, flags, monkeypatch):
             main.main([*flags, str(tmp_path / 'parts')])
     main.main([*flags, str(tmp_path / 'parts')])
     assert_same_outcome(tmp_path / 'parts', outcome(tmp_path / 'whole'))
+    skipped = torch.load(tmp_path / 'parts' / 'last.pth')['skipped']
+    assert 0 < skipped < 5 if 'fp16' in flags else skipped == 0, skipped
 
 
 def test_dkobaks_recipe_is_sgd_with_momentum_and_cosine(tiny, tmp_path, monkeypatch):
@@ -424,6 +439,9 @@ def test_state_is_saved_once_a_minute_though_no_encoder_is_kept(tiny, tmp_path, 
     for epoch in range(1, 6):
         saver.epoch_ended(dict(epoch=epoch, log=[]), keep=epoch == 2)
     assert saved == [(2, True), (4, False), (5, False)]  # 25 s an epoch; save() itself would start a new minute
+    for seconds in (600, 601):  # within an epoch
+        monkeypatch.setattr(runs.time, 'monotonic', lambda seconds=seconds: saver.last + seconds)
+        assert saver.due() == (seconds > 600)
 
 
 @pytest.mark.parametrize('bn', ['eval', 'train'])

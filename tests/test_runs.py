@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 
 import pandas as pd
@@ -13,6 +14,7 @@ from PIL import Image
 import files
 import linear
 import main
+import runs
 from data import load_data
 from files import read_json
 from runtime import UserError
@@ -172,3 +174,15 @@ def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkey
         files.write(path, new)
     assert done == ['fsync', 'replace'][:1 + (full != 'fsync')]
     assert path.read_bytes() == (b'old' if full else new) and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize('seed', range(50))
+def test_data_have_one_name_if_and_only_if_their_content_is_one(seed):
+    draw = random.Random(seed)
+    sets = [dict(data_digest=f'{i}' * 64, classes=draw.choice(['ab', 'abc']), images=draw.choice([30, 40]))
+            for i in range(4)]
+    found = [dict(draw.choice(sets), data=draw.choice(['images', 'images', 'other']), identity={}) for _ in range(6)]
+    runs.name_data(found)
+    for a in found:
+        assert a['identity'] == {'data': a['data']}
+        assert all((a['data'] == b['data']) == (a['data_digest'] == b['data_digest']) for b in found)
