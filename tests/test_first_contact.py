@@ -97,20 +97,28 @@ def test_a_rank_joins_with_its_device_once_all_are_ready(monkeypatch, gpus, loca
     assert done == [*[device] * gpu, ('nccl' if gpu else 'gloo', 1, 4, runtime.TIMEOUT, device if gpu else None)]
 
 
-def test_a_signal_is_kept_until_the_loop_asks_and_a_second_ctrl_c_ends_at_once():
-    before, ignored = {signum: signal.getsignal(signum) for signum in runtime.STOP_SIGNALS}, signal.SIGHUP
-    signal.signal(ignored, signal.SIG_IGN)  # as nohup leaves it
+@pytest.fixture
+def handlers():
+    """As a shell leaves them to a process under nohup, whatever the tests run under."""
+    before, nohup = {}, {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_IGN}
+    for signum in runtime.STOP_SIGNALS:
+        before[signum] = signal.signal(signum, nohup.setdefault(signum, signal.SIG_DFL))
+    yield nohup
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_a_signal_is_kept_until_the_loop_asks_and_a_second_ctrl_c_ends_at_once(handlers):
     with runtime.Signals() as signals:
         assert signals.check() is False and signals.check(due=True) is True
-        assert signal.getsignal(ignored) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         for signum, left in ((signal.SIGTERM, signals.catch), (signal.SIGTERM, signals.catch),
                              (signal.SIGINT, signal.SIG_DFL)):
             os.kill(os.getpid(), signum)
             with pytest.raises(runtime.Stopped) as stopped:
                 signals.check()
             assert stopped.value.signum == signum and signal.getsignal(signum) == left
-    signal.signal(ignored, before[ignored])
-    assert before == {signum: signal.getsignal(signum) for signum in before}
+    assert {signum: signal.getsignal(signum) for signum in runtime.STOP_SIGNALS} == handlers
 
 
 def test_data_fit_if_they_take_two_fifths_of_the_free_memory(monkeypatch):
