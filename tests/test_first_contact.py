@@ -64,7 +64,8 @@ def test_ranks_are_the_launchers_until_there_is_a_group(monkeypatch):
     assert runtime.ranks() == (1, 4, 0, 1)
     monkeypatch.setenv('LOCAL_RANK', '1')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
-    assert runtime.ranks() == (1, 4, 1, 2)
+    monkeypatch.setattr(runtime, 'cpu_count', lambda: 7)
+    assert runtime.ranks() == (1, 4, 1, 2) and runtime.cores() == 3
     for name, value in dict(is_initialized=True, get_rank=2, get_world_size=3).items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     assert runtime.ranks() == (2, 3, 1, 2)

@@ -103,6 +103,9 @@ def test_a_folder_is_known_by_its_content_wherever_it_lies(tiny, tree, begun, tm
     with pytest.raises(UserError, match='holds a run on other data .*choose another --results_dir'):
         main.main(flags)
     shutil.copyfile(tree / 'train' / 'b' / '3.png', image)
+    (place / 'train/a/9.png').rename(place / 'train/b/-.png')  # the next in order
+    assert load_data('folder', place, 16).digest != digest
+    (place / 'train/b/-.png').rename(place / 'train/a/9.png')
     shutil.rmtree(place / '.decoded')
     main.main(flags)
     assert 'Continuing' in capsys.readouterr().out
