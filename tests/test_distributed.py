@@ -5,6 +5,7 @@ import signal
 import time
 from collections import Counter
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from conftest import Job
 from test_losses import oracle, random_case
-from torch import nn
 from torch.multiprocessing import spawn
 
 
@@ -23,7 +23,6 @@ def everything(rank, world, flags):
     return {'parts': weights_after_steps(rank, world), 'main': update_of_main(rank, world, flags),
             'statistics': statistics(rank, world, flags) if world > 1 else None,
             'losses': [losses_and_gradients(rank, world, V) for V in (2, 3)],
-            'training': [parameter_gradients(rank, world, *case) for case in TRAININGS],
             'features': features_and_gathered(rank, world), 'one each': loss_of_one_sample_each(rank, world),
             'cases': [random_case_on_rank(rank, world, seed) for seed in range(CASES)], 'groups': groups(rank, world)}
 
@@ -173,58 +172,6 @@ def test_a_group_makes_the_batch(ranks):
         assert unequal == f'views must hold equally many samples on every rank, got {numbers}'
 
 
-class WholeBatchNorm(nn.BatchNorm2d):
-    """BatchNorm with the statistics of all ranks: what SyncBatchNorm, which has no CPU kernels, computes on GPUs."""
-
-    def forward(self, x):
-        from torch.distributed.nn.functional import all_reduce
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        sums = torch.stack([x.mean(dims), (x**2).mean(dims)])
-        if torch.distributed.is_initialized():
-            sums = all_reduce(sums) / torch.distributed.get_world_size()
-        mean, var = sums[0], sums[1] - sums[0]**2
-        x = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
-        return x * self.weight.view(shape) + self.bias.view(shape)
-
-
-def parameter_gradients(rank, world, kind, joint):
-    """The gradients of two steps of main.py's own train_step, under DDP if there are several ranks."""
-    import model
-    import runtime
-    import step
-    from losses import contrastive_loss
-    torch.manual_seed(0)
-    net = model.Model(16, 'resnet18', width=0.25).double()
-    for parent in list(net.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                new = WholeBatchNorm(child.num_features) if kind == 'whole' else nn.Identity()
-                setattr(parent, name, new.double())
-    views = torch.randn(2, BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
-    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    ddp = runtime.distributed(net, torch.device('cpu'))
-    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-    optimizer.skipped, how = 0, (torch.autocast('cpu', enabled=False), torch.amp.GradScaler('cpu', enabled=False))
-    losses = [step.train_step(ddp, [x[part] for x in views], None, optimizer, contrastive_loss, *how, joint)[0]
-              for _ in range(2)]
-    return torch.stack(losses), {name: p.grad for name, p in net.named_parameters()}
-
-
-TRAININGS = [('none', False), ('whole', False), ('whole', True)]
-
-
-@pytest.mark.parametrize('case', range(len(TRAININGS)), ids=str)
-def test_parameter_gradients_are_those_of_one_process(one, ranks, case):
-    """Without BatchNorm, and with BatchNorm over the whole batch, DDP's training is that of one process."""
-    losses, gradients = one['training'][case]
-    for rank in ranks:
-        rank_losses, rank_gradients = rank['training'][case]
-        torch.testing.assert_close(rank_losses, losses, rtol=0, atol=1e-6)
-        for name, gradient in gradients.items():
-            assert (rank_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
-
-
 def weights_after_steps(rank, world):
     """By the images of a part: the weights after steps of SGD in float64. On one process for the parts of any number of
     ranks; on several, also for all of a rank's images at once."""
@@ -233,9 +180,9 @@ def weights_after_steps(rank, world):
     import step
     from losses import contrastive_loss
     B, found = 32, {}
-    views = torch.randn(20, 2, B, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
+    views = torch.randn(10, 2, B, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
     part = slice(rank * B // world, (rank + 1) * B // world)
-    for m in (16, 8) if world == 1 else (None, 8):
+    for m, joint in product((16, 8) if world == 1 else (None, 8), (False, True)):
         torch.manual_seed(0)
         args, _ = main.arguments(['--arch', 'resnet18', '--width', '0.125', '--feature_dim', '8', '--hidden_dim', '16',
                                   '--optimizer', 'sgd', '--lr', '0.1', '--batch_size', str(B),
@@ -246,15 +193,15 @@ def weights_after_steps(rank, world):
         for state in optimizer.state.values():
             state['momentum_buffer'] = state['momentum_buffer'].double()
         for x in views:
-            step.train_step(ddp, list(x[:, part]), None, optimizer, contrastive_loss, autocast, scaler, False, m)
-        found[m or B // world] = torch.cat([p.detach().flatten() for p in net.parameters()])
+            step.train_step(ddp, list(x[:, part]), None, optimizer, contrastive_loss, autocast, scaler, joint, m)
+        found[m or B // world, joint] = torch.cat([p.detach().flatten() for p in net.parameters()])
     return found
 
 
 def test_parts_on_one_process_train_as_ranks(one, ranks):
     for rank in ranks:
-        for m, weights in rank['parts'].items():
-            torch.testing.assert_close(weights, one['parts'][m], rtol=0, atol=1e-9)
+        for part, weights in rank['parts'].items():
+            torch.testing.assert_close(weights, one['parts'][part], rtol=0, atol=1e-9)
 
 
 def update_of_main(rank, world, flags):
