@@ -30,7 +30,7 @@ def contrastive_loss(*views, negatives=None, temperature=0.5, tau_plus=0.1, beta
 
         R    = N sum_j exp((1 + beta) s_j) / sum_j exp(beta s_j)     over the anchor's negatives j
         P    = mean of exp(s_v), not weighted by beta                over the anchor's positives v
-        Ng   = max((R - tau_plus N P) / (1 - tau_plus), N exp(-1/t))
+        Ng   = max((R - tau_plus N P) / (1 - tau_plus), N exp(-1/t)), and R if tau_plus is 0
         loss = mean of -log(exp(s_v) / (exp(s_v) + Ng))              over anchors and positives
 
     The gradient flows through both sums of R; an active floor has one in t alone. An anchor without negatives adds 0.

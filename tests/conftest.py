@@ -18,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+import runtime
+
 HOME = Path(__file__).parents[1]
 os.environ.update(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(str(HOME / part) for part in ('', 'misc', 'tests')))
 multiprocessing.set_forkserver_preload(['main', 'linear', 'sweep', 'test_distributed'])  # imported once, forked often
@@ -143,6 +145,7 @@ def outcome(results):
         states[path.name] = torch.load(path, weights_only=True)
     last = torch.load(results / 'last.pth', weights_only=True)
     states['last'] = last['model']
+    states['scaler'] = {name: torch.as_tensor(x) for name, x in (*last['scaler'].items(), ('skipped', last['skipped']))}
     states['optimizer'] = {f'{i}.{name}': value for i, values in last['optimizer']['state'].items()
                            for name, value in values.items()}
     return log, states
@@ -157,3 +160,14 @@ def assert_same_outcome(results, expected):
         assert state.keys() == other_states[file].keys()
         for name, value in state.items():
             assert torch.equal(value, other_states[file][name]), (file, name)
+
+
+def stop_after(checks, monkeypatch):
+    """Ask the run to stop at the next look after so many: the first five are of the untrained encoder's measures."""
+    seen = iter([False] * checks + [True])
+
+    def check(self, due=False):
+        if next(seen, False):
+            raise runtime.Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(runtime.Signals, 'check', check)

@@ -1,14 +1,15 @@
 """A CUDA device that is not there: tensors in host memory of which some pretend to be on it.
 
 What a GPU would refuse, tensors of two places in one operation, raises. What would make the host wait for the device,
-copies from memory that is not pinned included, is counted by line.
+copies from memory that is not pinned included, is counted by line. Copies come late: on the device in the order of
+streams and events alone, in host memory with an event behind them for which the host has waited.
 """
 
 import linecache
 import math
 import sys
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, namedtuple
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 T, aten, CPU, CUDA = torch.Tensor, torch.ops.aten, torch.device('cpu'), torch.device('cuda', 0)
+autocast = torch.autocast
 READS = {aten._local_scalar_dense, aten.is_nonzero, aten.equal, aten.nonzero, aten.masked_select, aten._unique2}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
@@ -30,19 +32,51 @@ def key(x):
     return x.untyped_storage()._cdata
 
 
-class Pretend(TorchFunctionMode):
-    """torch with a device: each tensor has a place, cpu, pinned or cuda. It is the stream beside the first one, too."""
+class Stream:
+    """How many operations it was given, and how many of which streams come before its next one."""
 
-    def __init__(self):
+    def __init__(self, pretend):
+        self.pretend, self.given, self.after = pretend, 0, Counter()
+
+    def record_event(self):
+        return Event(self.pretend, self.after | Counter({self: self.given}))
+
+    def wait_event(self, event):
+        self.after |= event.after
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
+
+class Event(namedtuple('Event', 'pretend after')):
+    def synchronize(self):
+        for place in self.pretend.late:
+            self.pretend.complete(self.after, place)
+        for k, (stream, number) in list(self.pretend.sources.items()):
+            if number <= self.after[stream]:
+                del self.pretend.sources[k]
+
+
+Place = namedtuple('Place', 'name reference stream number used')  # the reference keeps the storage's key from reuse
+HOST = Place('cpu', *[None] * 4)
+
+
+class Pretend(TorchFunctionMode):
+    """torch with a device: each tensor has a place, cpu, pinned or cuda. Convolutions on it are in its dtype."""
+
+    def __init__(self, dtype=torch.bfloat16):
         super().__init__()
-        self.waits, self.places, self.made = Counter(), {}, 'cpu'
-        self.flying, self.waited, self.late, self.aside = set(), set(), [], False
+        self.waits, self.places, self.made, self.dtype = Counter(), {}, 'cpu', dtype
+        self.current = Stream(self)
+        self.late = {'cpu': {}, 'cuda': {}}  # by place and number: copies that were begun, stream, number and values
+        self.sources = {}  # by key: pinned memory that a copy may still read
 
     def place(self, x):
-        return self.places.get(key(x), ['cpu'])[0]
+        return self.places.get(key(x), HOST).name
 
     def put(self, x, place):
-        self.places[key(x)] = place, StorageWeakRef(x.untyped_storage())  # the reference keeps the key from reuse
+        stream = self.current
+        self.places[key(x)] = Place(place, StorageWeakRef(x.untyped_storage()), stream, stream.given, {stream})
         return x
 
     def wait(self, what):
@@ -58,13 +92,22 @@ class Pretend(TorchFunctionMode):
             return y.clone() if copy else y
         if not non_blocking or before == 'cpu':
             self.wait(f'copy from {before} to {after}')
-        y = self.put(y.clone(), after)
-        if self.aside:
-            self.flying.add(key(y))
-        if non_blocking and after == 'cpu':  # nothing is there before an event after it
-            self.late.append((y, y.clone()))
+        self.current.given += 1
+        y, values = self.put(y.clone(), after), y if before == 'pinned' else y.clone()
+        if non_blocking:
+            copy = self.current, self.current.given
             y.fill_(math.nan if y.is_floating_point() else 0)
+            self.late[after][len(self.places), key(y)] = *copy, y, values
+            if before == 'pinned':
+                self.sources[key(x)] = copy
         return y
+
+    def complete(self, after, place):
+        """Make the copies to a place that are not after what comes before."""
+        for name, (stream, number, x, values) in list(self.late[place].items()):
+            if number <= after[stream]:
+                del self.late[place][name]
+                x.copy_(values)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(func, '__name__', '')
@@ -91,23 +134,14 @@ class Pretend(TorchFunctionMode):
         return out
 
     @contextmanager
-    def stream(self, _):
-        self.aside = True
+    def stream(self, stream):
+        self.current, before = stream, self.current
         yield
-        self.aside = False
+        self.current = before
 
-    def record_event(self):
-        return self
-
-    def synchronize(self):
-        for x, values in self.late:
-            x.copy_(values)
-
-    def wait_stream(self, _):
-        self.waited |= self.flying
-
-    def record(self, x, _):
-        self.flying -= {key(x)} & self.waited
+    def autocast(self, device, *args, **how):
+        """torch.autocast: what acts on the device is the CPU's here, and the CPU's acts on nothing there."""
+        return autocast('cpu', *args, **how) if device == 'cuda' else nullcontext()
 
 
 class Operations(TorchDispatchMode):
@@ -129,11 +163,20 @@ class Operations(TorchDispatchMode):
 
     def check(self, func, found, known, args):
         pretend, name = self.pretend, func.overloadpacket
-        places = [pretend.places.get(k, ['cpu'])[0] for k in known]
-        if not pretend.aside and not pretend.flying.isdisjoint(known):
-            raise RuntimeError(f'{func}: a copy used before its stream was waited for and the tensor recorded')
+        found_places, current = [pretend.places.get(k, HOST) for k in known], pretend.current
+        places = [place.name for place in found_places]
+        if func._schema.is_mutable and not pretend.sources.keys().isdisjoint(known[:1] + known[-1:]):  # self, or out
+            raise RuntimeError(f'{func}: memory used anew while a copy from it may be under way')
         if 'cuda' not in places:
             return 'cpu' if found else pretend.made
+        current.given += 1
+        if pretend.late['cuda']:
+            pretend.complete(current.record_event().after, 'cuda')
+        if any(place.name == 'cuda' and (current not in place.used or place.stream is not current
+                                         and place.number > current.after[place.stream]) for place in found_places):
+            raise RuntimeError(f'{func}: a copy used before its stream was waited for and the tensor recorded')
+        if name is aten.convolution and found[0].dtype != pretend.dtype:
+            raise RuntimeError(f'{func}: in {found[0].dtype}')
         if name is aten.copy_:
             if places[0] != places[1]:
                 pretend.wait(f'copy from {places[1]} to {places[0]}')

@@ -1,13 +1,14 @@
 """The CUDA path without a GPU: no operation mixes places, and the host does not wait for the device at every step."""
 
 import inspect
+import os
 import sys
 import textwrap
 from collections import Counter
 
 import pytest
 import torch
-from pretend import CUDA, Generator, Operations, Pretend
+from pretend import CUDA, Generator, Operations, Pretend, Stream, key
 
 import augment
 import batches
@@ -26,11 +27,13 @@ def waits_of(monkeypatch):
     def waits_of(function, fits=True):
         pretend = Pretend()
         for where, name, value in [
-                (torch, 'Generator', Generator), (torch.cuda, 'Stream', lambda device: pretend),
-                (torch.cuda, 'stream', pretend.stream), (torch.cuda, 'current_stream', lambda device=None: pretend),
-                (torch.Tensor, 'record_stream', lambda x, stream: pretend.record(x, stream)),
+                (torch, 'Generator', Generator), (torch, 'autocast', pretend.autocast),
+                (torch.cuda, 'Stream', lambda device: Stream(pretend)), (torch.cuda, 'stream', pretend.stream),
+                (torch.cuda, 'current_stream', lambda device=None: pretend.current),
+                (torch.Tensor, 'record_stream', lambda x, stream: pretend.places[key(x)].used.add(stream)),
                 (runs, 'device_name', str), (main, 'check_memory', lambda *_: None),
-                (runtime, 'start', lambda: CUDA), (runtime, 'fits', lambda *_: fits)]:
+                (runtime, 'start', lambda: CUDA), (runtime, 'fits', lambda *_: fits),
+                (runtime, 'default_precision', lambda: 'bf16')]:
             monkeypatch.setattr(where, name, value)
         with pretend, Operations(pretend):
             function()
@@ -46,8 +49,9 @@ def waits_of(monkeypatch):
 
 
 def train(results, batch_size, *flags):
-    main.main(['--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8', '--k', '5', *flags,
-               '--epochs', '1', '--batch_size', str(batch_size), '--results_dir', str(results / str(batch_size))])
+    main.main(['--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8', '--k', '5',
+               '--epochs', '1', '--batch_size', str(batch_size),
+               '--results_dir', str(results / str(batch_size)), *flags])
 
 
 @pytest.mark.parametrize('fits, flags', [(True, ['--oracle']), (False, ['--views', '3', '--anneal', 'down']),
@@ -74,6 +78,28 @@ def test_waits_do_not_grow_with_the_steps(waits_of, monkeypatch, tmp_path, fits,
     look = 'copy from cuda to cpu', "losses = state['losses'][:state['step']].cpu()"
     assert [waiting.pop(look) for waiting in waits] == [2, 1]  # after 20 steps, and at the end
     assert waits[0] == waits[1] and len(waits[0]) > 5
+
+
+@pytest.mark.parametrize('nth', range(1, 4))
+def test_a_save_that_fails_in_the_background_ends_the_run_and_keeps_the_former(waits_of, monkeypatch, tmp_path, nth):
+    """The nth of three, as the disk is full: the next save tells, or the end."""
+    replace, states = os.replace, iter(range(1, 4))
+
+    def full(part, path):
+        if path.name == 'last.pth' and next(states) == nth:
+            raise OSError(28, 'No space left on device')
+        replace(part, path)
+
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(runtime.UserError, match='cannot write .*last.pth .No space left on device.; what was saved'):
+        waits_of(lambda: train(tmp_path, 16, '--epochs', '2', '--save_every', '1'))
+    left = {path.name for path in (tmp_path / '16').iterdir()} - {'.lock', 'config.json'}
+    whole = {*(f'model_{epoch}.pth' for epoch in range(nth)), *(['last.pth', 'log.csv'] if nth > 1 else [])}
+    assert left == whole
+    if nth > 1:
+        state = runs.verified(model.read_checkpoint(tmp_path / '16' / 'last.pth'), 'last.pth')
+        log = runs.read_table(tmp_path / '16' / 'log.csv', runs.LOG)
+        assert state['epoch'] == nth - 2 and log['epoch'].tolist() == [*range(nth - 1)]
 
 
 def test_images_in_host_memory_give_the_views_of_resident_ones(waits_of):
@@ -124,8 +150,16 @@ FAULTS = [
     (batches.DeviceViews, 'epoch', 'epoch, step, device=self.device', 'epoch, step'),
     (batches.DeviceViews, 'fetch', ', pin_memory=True', ''),
     (batches.DeviceViews, 'arrived', 'current.wait_stream(self.stream)', 'pass'),
+    (batches.DeviceViews, 'fetch', 'pinned =', "pinned = self.kept = self.kept if hasattr(self, 'kept') else"),
+    (batches.DeviceViews, 'arrived', 'current.wait_stream(self.stream)', 'self.stream.wait_stream(current)'),
+    (batches.DeviceViews, 'arrived', 'current.wait_stream(self.stream)', 'current.wait_stream(current)'),
     (batches.DeviceViews, 'arrived', 'x.record_stream(current)', 'pass'),
-    (runs.Saver, 'write', 'copied.synchronize()', 'pass')]
+    (batches.DeviceViews, 'arrived', 'x.record_stream(current)', 'x.record_stream(self.stream)'),
+    (runtime, 'autocast', 'device.type,', "'cpu',"),
+    (runs.Saver, 'write', 'copied.synchronize()', 'pass'),
+    (runs.Saver, 'save', 'torch.cuda.current_stream().record', "torch.cuda.Stream('cuda').record"),
+    (runs.Saver, 'save', 'self.writing =',
+     "whole['model'] = {name: host(x) for name, x in self.net.state_dict().items()}; self.writing =")]
 
 
 @pytest.mark.parametrize('where, name, good, bad', FAULTS, ids=[f'{name}: {bad}' for _, name, _, bad in FAULTS])
@@ -140,6 +174,7 @@ def test_faults_are_noticed(waits_of, monkeypatch, tmp_path, where, name, good, 
     try:
         waits = [waits_of(lambda n=n: train(tmp_path, n, *flags), fits) for n in (16, 24)]
     except (RuntimeError, runtime.UserError) as error:
-        assert any(text in str(error) for text in ('tensors on CUDA', 'generator on', 'a copy used', 'not finite'))
+        assert any(text in str(error) for text in (
+            'tensors on CUDA', 'generator on', 'a copy used', 'used anew', 'convolution.default: in', 'not finite'))
     else:
         assert waits[0] != waits[1]

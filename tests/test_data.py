@@ -113,8 +113,10 @@ def test_cifar10(tmp_path, monkeypatch):
 
 
 def test_shapes_are_balanced_fixed_and_not_told_by_colour():
-    data, again = sets._shapes(600, 200), sets._shapes(600, 200)
-    assert torch.equal(data.train, again.train) and data.train.shape == (600, 3, 32, 32)
+    data, whole = sets._shapes(600, 200), sets._shapes(800, 0)
+    assert torch.equal(torch.cat([data.train, data.test]), whole.train) and data.train.shape == (600, 3, 32, 32)
+    assert torch.equal(torch.cat([data.train_labels, data.test_labels]), whole.train_labels)
+    assert len(whole.train.flatten(1).unique(dim=0)) == 800
     assert data.train_labels.bincount().min() > 30 and len(data.classes) == 10
     mean = data.train.float().mean((2, 3))  # (600, 3)
     centres = torch.stack([mean[data.train_labels == c].mean(0) for c in range(10)])

@@ -3,7 +3,10 @@
 import os
 import signal
 import time
+from collections import Counter
 from functools import partial
+from itertools import product
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -12,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from conftest import Job
 from test_losses import oracle, random_case
-from torch import nn
 from torch.multiprocessing import start_processes
 
 
 def everything(rank, world, flags):
     """All that this file compares, on one rank."""
     return {'parts': weights_after_steps(rank, world), 'main': update_of_main(rank, world, flags),
+            'statistics': statistics(rank, world, flags) if world > 1 else None,
             'losses': [losses_and_gradients(rank, world, V) for V in (2, 3)],
-            'training': [parameter_gradients(rank, world, *case) for case in TRAININGS],
             'features': features_and_gathered(rank, world), 'one each': loss_of_one_sample_each(rank, world),
             'cases': [random_case_on_rank(rank, world, seed) for seed in range(CASES)], 'groups': groups(rank, world)}
 
@@ -170,58 +172,6 @@ def test_a_group_makes_the_batch(ranks):
         assert unequal == f'views must hold equally many samples on every rank, got {numbers}'
 
 
-class WholeBatchNorm(nn.BatchNorm2d):
-    """BatchNorm with the statistics of all ranks: what SyncBatchNorm, which has no CPU kernels, computes on GPUs."""
-
-    def forward(self, x):
-        from torch.distributed.nn.functional import all_reduce
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        sums = torch.stack([x.mean(dims), (x**2).mean(dims)])
-        if torch.distributed.is_initialized():
-            sums = all_reduce(sums) / torch.distributed.get_world_size()
-        mean, var = sums[0], sums[1] - sums[0]**2
-        x = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
-        return x * self.weight.view(shape) + self.bias.view(shape)
-
-
-def parameter_gradients(rank, world, kind, joint):
-    """The gradients of two steps of main.py's own train_step, under DDP if there are several ranks."""
-    import model
-    import runtime
-    import step
-    from losses import contrastive_loss
-    torch.manual_seed(0)
-    net = model.Model(16, 'resnet18', width=0.25).double()
-    for parent in list(net.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                new = WholeBatchNorm(child.num_features) if kind == 'whole' else nn.Identity()
-                setattr(parent, name, new.double())
-    views = torch.randn(2, BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
-    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-    ddp = runtime.distributed(net, torch.device('cpu'))
-    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-    optimizer.skipped, how = 0, (torch.autocast('cpu', enabled=False), torch.amp.GradScaler('cpu', enabled=False))
-    losses = [step.train_step(ddp, [x[part] for x in views], None, optimizer, contrastive_loss, *how, joint)[0]
-              for _ in range(2)]
-    return torch.stack(losses), {name: p.grad for name, p in net.named_parameters()}
-
-
-TRAININGS = [('none', False), ('whole', False), ('whole', True)]
-
-
-@pytest.mark.parametrize('case', range(len(TRAININGS)), ids=str)
-def test_parameter_gradients_are_those_of_one_process(one, ranks, case):
-    """Without BatchNorm, and with BatchNorm over the whole batch, DDP's training is that of one process."""
-    losses, gradients = one['training'][case]
-    for rank in ranks:
-        rank_losses, rank_gradients = rank['training'][case]
-        torch.testing.assert_close(rank_losses, losses, rtol=0, atol=1e-6)
-        for name, gradient in gradients.items():
-            assert (rank_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12, name
-
-
 def weights_after_steps(rank, world):
     """By the images of a part: the weights after steps of SGD in float64. On one process for the parts of any number of
     ranks; on several, also for all of a rank's images at once."""
@@ -230,27 +180,28 @@ def weights_after_steps(rank, world):
     import step
     from losses import contrastive_loss
     B, found = 32, {}
-    views = torch.randn(20, 2, B, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
+    views = torch.randn(10, 2, B, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
     part = slice(rank * B // world, (rank + 1) * B // world)
-    for m in (16, 8) if world == 1 else (None, 8):
+    for m, joint in product((16, 8) if world == 1 else (None, 8), (False, True)):
         torch.manual_seed(0)
         args, _ = main.arguments(['--arch', 'resnet18', '--width', '0.125', '--feature_dim', '8', '--hidden_dim', '16',
                                   '--optimizer', 'sgd', '--lr', '0.1', '--batch_size', str(B),
                                   *(['--micro_batch', str(m)] if m else [])])
         net, optimizer, scaler = step.build(args, torch.device('cpu'))
+        assert net.f[1].momentum == pytest.approx(1 - 0.9 ** (m * world / B if m else 1))  # of a rank's parts
         ddp, autocast = runtime.distributed(net.double(), torch.device('cpu')), torch.autocast('cpu', enabled=False)
         for state in optimizer.state.values():
             state['momentum_buffer'] = state['momentum_buffer'].double()
         for x in views:
-            step.train_step(ddp, list(x[:, part]), None, optimizer, contrastive_loss, autocast, scaler, False, m)
-        found[m or B // world] = torch.cat([p.detach().flatten() for p in net.parameters()])
+            step.train_step(ddp, list(x[:, part]), None, optimizer, contrastive_loss, autocast, scaler, joint, m)
+        found[m or B // world, joint] = torch.cat([p.detach().flatten() for p in net.parameters()])
     return found
 
 
 def test_parts_on_one_process_train_as_ranks(one, ranks):
     for rank in ranks:
-        for m, weights in rank['parts'].items():
-            torch.testing.assert_close(weights, one['parts'][m], rtol=0, atol=1e-9)
+        for part, weights in rank['parts'].items():
+            torch.testing.assert_close(weights, one['parts'][part], rtol=0, atol=1e-9)
 
 
 def update_of_main(rank, world, flags):
@@ -292,19 +243,87 @@ def features_and_gathered(rank, world):
     features = evaluate.encode(net, images, torch.arange(23), 0, torch.autocast('cpu', enabled=False),
                                torch.device('cpu'), block=5)
     gathered = runtime.gather(torch.arange(7).tensor_split(world)[rank])
-    net.f[1].running_var.fill_(rank)
-    averaged = runtime.averaged_buffers(net).get('f.1.running_var', net.f[1].running_var)
-    assert (net.f[1].running_var == rank).all()  # its own, with which it trains on, stay
-    return features, gathered, averaged.unique().tolist()
+    return features, gathered
 
 
 def test_features_are_identical_and_no_image_counts_twice(one, ranks):
-    for features, gathered, _ in (rank['features'] for rank in ranks):
+    for features, gathered in (rank['features'] for rank in ranks):
         assert torch.equal(features, one['features'][0]) and torch.equal(gathered, torch.arange(7))
 
 
-def test_running_statistics_become_their_mean_over_ranks(ranks):
-    assert [rank['features'][2] for rank in ranks] == [[(len(ranks) - 1) / 2]] * len(ranks)
+def running(state):
+    return torch.cat([x.flatten() for name, x in state.items() if 'running' in name])
+
+
+def statistics(rank, world, flags):
+    """BatchNorm's running statistics, step by step, of a run that one rank is asked to stop, and of a probe.
+
+    Each rank's own after a step under 'own'; by name those that are saved, or that encode the images of a monitor.
+    """
+    import linear
+    import main
+    import runs
+    import runtime
+    seen, inputs, results = [], [], Path(f'{flags[-1]}_statistics')
+    train_step, write, views = main.train_step, runs.write_tensors, linear.features_of_views
+
+    def steps():
+        return sum(name == 'own' for name, _ in seen)
+
+    def step(ddp, *args):
+        net = getattr(ddp, 'module', ddp)
+        if steps() % 3 == 0:  # at the start of an epoch they may be all ranks'
+            inputs[:] = [net.f[1].running_mean.clone()]
+        hook = net.f[1].register_forward_pre_hook(lambda _, x: inputs.append(inputs[-1].lerp(x[0].mean((0, 2, 3)), .1)))
+        done = train_step(ddp, *args)
+        hook.remove()
+        torch.testing.assert_close(net.f[1].running_mean, inputs[-1])  # of this rank's own images
+        seen.append(('own', running(net.state_dict())))
+        if rank == world - 1 and steps() == 5:  # in the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    def features_of_views(net, *args):
+        for pair in views(net, *args):
+            seen.append(('own', running(net.state_dict())))
+            yield pair
+
+    def save(path, content):
+        if 'model' in content or 'f.0.weight' in content:
+            seen.append((path.name, running(content.get('model', content))))
+        return write(path, content)
+
+    def encode(net, images, index, *args, **how):
+        seen.append(('monitor', running(net.state_dict())))
+        return torch.rand(len(index), net.features if how.get('view') is None else 4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Saver, 'due', lambda self: steps() == 2)
+        for module, name, value in ((main, 'train_step', step), (runs, 'write_tensors', save), (main, 'encode', encode),
+                                    (linear, 'features_of_views', features_of_views), (linear, 'encode', encode)):
+            patch.setattr(module, name, value)
+        with pytest.raises(SystemExit) as stopped:
+            main.main([*flags, '--results_dir', str(results), '--epochs', '2', '--knn_every', '1'])
+        assert stopped.value.code == 128 + signal.SIGTERM
+        runtime.on_rank0((results / 'model_0.pth').unlink)
+        linear.main(['--model_path', str(results / 'model_1.pth'), '--bn', 'train', '--epochs', '1', '--batch_size',
+                     '8'])
+    return seen
+
+
+def test_running_statistics_become_their_mean_over_ranks_wherever_they_are_used(ranks):
+    own = list(zip(*([x for name, x in rank['statistics'] if name == 'own'] for rank in ranks)))
+    assert all((a - b).norm() > 1e-3 for a, b, *_ in own)
+    for rank in ranks:
+        steps, used = 0, Counter()
+        for name, x in rank['statistics']:
+            steps += name == 'own'
+            if name != 'own' and steps not in (0, 5) or name == 'last.pth' and steps:
+                torch.testing.assert_close(x, torch.stack(own[steps - 1]).mean(0), msg=f'{name} after {steps} steps')
+                used[name, steps] += 1
+        monitored = {('monitor', 3), ('monitor', 9)}
+        assert set(used) == monitored | ({('last.pth', 2), ('last.pth', 3), ('model_1.pth', 3), ('last.pth', 5)}
+                                         if rank is ranks[0] else set())
 
 
 def memory_of_the_loss(rank, world, B):

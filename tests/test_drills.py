@@ -113,28 +113,6 @@ def test_places_that_cannot_be_written(flags, run, tmp_path):
     assert job.code == 1 and 'choose another --results_dir' in job.err and job.err.count('\n') == 1
 
 
-@pytest.mark.slow
-def test_full_disk_keeps_what_was_saved(flags, run, whole, tmp_path):
-    """A file-size limit stands for a full disk: the encoder (3 MB) fits, the state of the run (9 MB) does not."""
-    results = tmp_path / 'r'
-    job = Job('main.py', [*flags, results])
-    wait_for((results / 'model_2.pth').exists, job)
-    job.process.kill()
-    job.finish()
-    before = {path.name: path.read_bytes() for path in results.iterdir() if path.suffix in ('.pth', '.csv')}
-    limit = 6_000_000
-    job = run('main.py', [*flags, results],
-              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert job.code == 1, job.out
-    assert job.err.count('\n') == 1 and 'cannot write' in job.err and 'last.pth' in job.err
-    assert 'what was saved before is untouched' in job.err and not (results / 'last.pth.part').exists()
-    assert (results / 'last.pth').read_bytes() == before['last.pth']
-    for path in results.glob('*.pth'):
-        read_checkpoint(path)
-    assert run('main.py', [*flags, results]).code == 0
-    assert_same_outcome(results, whole)
-
-
 def test_unreadable_image_files_end_before_training(tree, tiny, run, tmp_path):
     root = tmp_path / 'data'
     for split in ('train', 'test'):

@@ -11,7 +11,6 @@ from PIL import Image
 import embed
 import model
 from augment import normalize
-from data import load_data
 from files import write_tensors
 from runtime import UserError
 
@@ -26,18 +25,19 @@ def encoder(tmp_path):
 
 @pytest.mark.parametrize('form', ['npz', 'csv'])
 def test_features_are_those_of_load_model_under_their_names(encoder, tree, tmp_path, form, monkeypatch):
-    monkeypatch.setattr(embed.embed, '__defaults__', (7,))  # blocks, the last of which is smaller
+    monkeypatch.setattr(embed.embed.__wrapped__, '__defaults__', (7,))  # blocks, the last of which is smaller
     out = tmp_path / f'features.{form}'
-    embed.main(['--model_path', str(encoder), '--root', str(tree / 'train'), '--out', str(out)])
+    embed.main(['--model_path', str(encoder), '--root', str(tree), '--out', str(out)])
     if form == 'npz':
         found = np.load(out)
         names, features, about = found['names'].tolist(), found['features'], json.loads(str(found['about']))
     else:
         table, about = pd.read_csv(out), json.loads(out.with_suffix('.json').read_text())
         names, features = table['name'].tolist(), table.drop(columns='name').to_numpy()
-    images = load_data('folder', tree, 16).train  # of classes a, b, c
-    expected = model.load_model(encoder).eval()(normalize(images))[0]
-    assert names == sorted(f'{name}/{i}.png' for name in 'abc' for i in range(10)) and about['size'] == 16
+    assert names == sorted(f'{part}/{name}/{i}.png' for part, n in (('train', 10), ('test', 3))
+                           for name in 'abc' for i in range(n)) and about['size'] == 16
+    images = np.stack([np.asarray(Image.open(tree / name)) for name in names]).transpose(0, 3, 1, 2)
+    expected = model.load_model(encoder).eval()(normalize(torch.from_numpy(images)))[0]
     assert np.abs(features - expected.detach().numpy()).max() < 1e-6
     assert not list(tmp_path.glob('*.part'))
 

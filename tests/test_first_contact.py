@@ -1,5 +1,10 @@
 """What a machine cannot do is said in one line, before any data is read."""
 
+import os
+import random
+import signal
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -59,12 +64,75 @@ def test_ranks_are_the_launchers_until_there_is_a_group(monkeypatch):
     assert runtime.ranks() == (1, 4, 0, 1)
     monkeypatch.setenv('LOCAL_RANK', '1')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
-    assert runtime.ranks() == (1, 4, 1, 2)
+    monkeypatch.setattr(runtime, 'cpu_count', lambda: 7)
+    assert runtime.ranks() == (1, 4, 1, 2) and runtime.cores() == 3
     for name, value in dict(is_initialized=True, get_rank=2, get_world_size=3).items():
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     assert runtime.ranks() == (2, 3, 1, 2)
     monkeypatch.delenv('MASTER_ADDR')
     assert runtime.ranks()[:2] == (2, 3)
+
+
+@pytest.mark.parametrize('gpus, local_rank, device', [(0, 1, 'cpu'), (1, 1, 'cuda:0'), (4, 1, 'cuda:1'),
+                                                       (4, 3, 'cuda:3')])
+@pytest.mark.parametrize('restart', [None, '2'])
+def test_a_rank_joins_with_its_device_once_all_are_ready(monkeypatch, gpus, local_rank, device, restart):
+    """By NCCL for GPUs, else by gloo; under torchrun's store, which outlives a restart, each restart for itself."""
+    agent = {'TORCHELASTIC_USE_AGENT_STORE': 'True', 'TORCHELASTIC_RESTART_COUNT': restart} if restart else {}
+    for variable, content in {**LAUNCHER, 'LOCAL_RANK': str(local_rank), **agent}.items():
+        monkeypatch.setenv(variable, content)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: gpu)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
+    monkeypatch.setattr(runtime, 'FIRST_TIMEOUT', timedelta(milliseconds=10))
+    store, done, device, gpu = torch.distributed.HashStore(), [], torch.device(device), gpus > 0
+    monkeypatch.setattr('torch.cuda.set_device', done.append)
+    monkeypatch.setattr('torch.distributed.rendezvous', lambda url, timeout: iter([(store, 1, 4)]))
+    monkeypatch.setattr('torch.distributed.init_process_group', lambda backend, *, store, **how: done.append(
+        (backend, how['rank'], how['world_size'], how['timeout'], how['device_id'])))
+    for other in '023':
+        with pytest.raises(torch.distributed.DistStoreError):
+            runtime.start()
+        store.set(f'restart 2/ready {other}' if restart else f'ready {other}', '')
+    done.clear()
+    assert runtime.start() == device
+    assert done == [*[device] * gpu, ('nccl' if gpu else 'gloo', 1, 4, runtime.TIMEOUT, device if gpu else None)]
+
+
+@pytest.fixture
+def handlers():
+    """As a shell leaves them to a process under nohup, whatever the tests run under."""
+    before, nohup = {}, {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_IGN}
+    for signum in runtime.STOP_SIGNALS:
+        before[signum] = signal.signal(signum, nohup.setdefault(signum, signal.SIG_DFL))
+    yield nohup
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_a_signal_is_kept_until_the_loop_asks_and_a_second_ctrl_c_ends_at_once(handlers):
+    with runtime.Signals() as signals:
+        assert signals.check() is False and signals.check(due=True) is True
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for signum, left in ((signal.SIGTERM, signals.catch), (signal.SIGTERM, signals.catch),
+                             (signal.SIGINT, signal.SIG_DFL)):
+            os.kill(os.getpid(), signum)
+            with pytest.raises(runtime.Stopped) as stopped:
+                signals.check()
+            assert stopped.value.signum == signum and signal.getsignal(signum) == left
+    assert {signum: signal.getsignal(signum) for signum in runtime.STOP_SIGNALS} == handlers
+
+
+def test_data_fit_if_they_take_two_fifths_of_the_free_memory(monkeypatch):
+    draw, gpu = random.Random(0), torch.device('cuda', 1)
+    for _ in range(50):
+        tensors = [torch.zeros(draw.randint(1, 50), 3, 8, dtype=draw.choice([torch.uint8, torch.float32]))
+                   for _ in range(draw.randint(1, 3))]
+        least = sum(x.numel() * x.element_size() for x in tensors) / 0.4
+        for free, fits in ((1.001 * least, True), (0.999 * least, False)):
+            monkeypatch.setattr('torch.cuda.mem_get_info', lambda device, free=free: (free, 9 * free)[device != gpu:])
+            assert runtime.fits(gpu, *tensors) == fits
+    monkeypatch.setattr('torch.cuda.mem_get_info', lambda device: 1 / 0)
+    assert runtime.fits(torch.device('cpu'), *tensors)
 
 
 def test_gpu_without_bf16(start, gpu, capsys):

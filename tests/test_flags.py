@@ -162,6 +162,12 @@ def test_defaults_are_the_published_recipe():
     assert (probe.batch_size, probe.epochs, probe.lr, probe.weight_decay, probe.bn) == (512, 100, 1e-3, 1e-6, 'eval')
 
 
+def test_views_of_a_run_without_the_later_flags_are_as_published():
+    expected = dict(blur=True, crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False)
+    assert flags.recipe({}) == expected and flags.recipe({'blur': 'none', 'jitter': 2.0}) == {
+        **expected, 'blur': False, 'jitter': 2.0}
+
+
 def test_beta_is_annealed_as_published():
     """400 epochs: the next of linspace(beta, 0, 9) after every 44th epoch, the first of them beta itself."""
     betas = [main.annealed(1.0, epoch, 400) for epoch in range(1, 401)]

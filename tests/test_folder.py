@@ -1,5 +1,6 @@
 """Sixty kinds of file and directory as people keep them, each with its pixels or its line, and the cache."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import decoding
 import flags
+import folder
 import linear
 import main
 import plot
@@ -131,13 +133,50 @@ def test_sixteen_bits_are_scaled_to_eight(root, name, capsys):
     assert 'come out dark' not in capsys.readouterr().out
 
 
-def test_twelve_bits_in_sixteen_are_reported_when_they_are_decoded(root, capsys):
-    Image.fromarray(WIDE >> 4).save(root / 'scan.png')
+def test_less_than_fourteen_bits_in_sixteen_are_reported_when_they_are_decoded(root, capsys):
+    for name, brightest in (('scan', 2**14 - 1), ('photo', 2**14)):
+        Image.fromarray(np.minimum(WIDE, brightest).astype(np.uint16)).save(root / f'{name}.png')
     for told in (1, 0):  # later starts take them from the cache
         load_data('folder', root, store_size=24)
         out = capsys.readouterr().out
         assert told == out.count('1 images of 16 bits come out dark, as they use less than 14 of them: scale them '
                                  'first, such as scan.png')
+
+
+@pytest.mark.parametrize('side, views, kept, stem', [(64, 32, 0, 'cifar'), (65, 65, 74, 'imagenet'),
+                                                     (300, 224, 256, 'imagenet')])
+def test_sizes_that_were_not_given_are_of_the_median_short_side(tmp_path, side, views, kept, stem):
+    for i, (width, height) in enumerate([
+            (side, 2 * side), (3 * side, side), (9, 9), (side + 9, 8 * side), (8, 4 * side)]):
+        Image.new('L', (width, height)).save(tmp_path / f'{i}.png')
+    found = folder.find_folder(tmp_path)
+    for given, before, expected in [({}, {}, (views, kept, 0, stem)),
+                                    ({'stem': 'cifar'}, {}, (views, kept, 0, 'cifar')),
+                                    ({'test_size': 5}, {'image_size': 40, 'store_size': 50}, (40, 50, 5, 'cifar'))]:
+        args = Namespace(**{**dict(image_size=None, store_size=None, test_size=None, stem=None, views=2), **given})
+        flags.choose_sizes(args, found, before)
+        assert (args.image_size, args.store_size, args.test_size, args.stem) == expected
+
+
+def test_held_out_images_are_those_of_the_lowest_hashes_of_their_names():
+    """A name decides for itself: other files, a larger part and another Unicode form move no image."""
+    names = [f'é{i}.png' for i in range(2000)]
+    hashes = [int(hashlib.sha256(name.encode()).hexdigest(), 16) / 2**256 for name in names]
+    for holdout in (0.1, 0.3, 1e-9):
+        least = max(holdout, 1.0001 * min(hashes))  # one image at least
+        found = folder.held_out([(name, 0) for name in names], holdout)
+        assert found == [2 * (x < least) for x in hashes] and abs(found.count(2) / 2000 - holdout) < 0.03
+    others = [(unicodedata.normalize('NFD', name), 0) for name in names[500:]]
+    assert folder.held_out(others, 0.1) == [2 * (x < 0.1) for x in hashes[500:]]
+
+
+def test_a_folders_held_out_images_are_its_test_images(tree):
+    found = folder.find_folder(tree / 'train', holdout=0.3)
+    assert found.classes == ['a', 'b', 'c'] and len(found.files) == 30
+    for (name, *_), part, label in zip(found.files, found.parts.tolist(), found.labels.tolist()):
+        own = [file for file in found.files if file[0][0] == name[0]]
+        assert 'abc'[label] == name[0] and part == folder.held_out(own, 0.3)[[file[0] for file in own].index(name)]
+    assert found.parts.tolist() == sorted(found.parts.tolist()) and set(found.parts.tolist()) == {0, 2}
 
 
 def device(path):

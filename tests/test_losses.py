@@ -54,7 +54,7 @@ def oracle(*views, temperature, tau_plus, beta, labels=None, intra_view=True, no
     N = neg.sum(1).double()
     R = N * ((beta * s).masked_fill(~neg, -math.inf).softmax(1) * s.exp()).sum(1)
     corrected, floor = (R - tau_plus * N * P) / (1 - tau_plus), N * (-1 / t).exp()
-    Ng = torch.where(corrected < floor, floor, corrected)
+    Ng = torch.where(corrected < floor, floor, corrected) if tau_plus else R
     return (Ng[:, None] * (-s_pos).exp()).log1p().sum() / (V * B * (V - 1))
 
 
@@ -82,9 +82,7 @@ def random_case(seed, sizes=range(1, 7)):
         setting |= dict(labels=torch.tensor([draw.randint(-1, 2) for _ in range(B)]), tau_plus=0)
     if draw.random() < 0.7:
         setting['negatives'], = unit_views(draw.randint(0, 12), D, 1, seed=seed + 1)
-    if setting['normalize']:  # rows of any length
-        views = [draw.uniform(0.1, 3) * z for z in views]
-    return views, setting
+    return [draw.uniform(0.1, 3) * z for z in views], setting  # rows of any length
 
 
 @pytest.mark.parametrize('part', range(4))
@@ -97,13 +95,14 @@ def test_value_and_gradient_are_the_equations(part, monkeypatch):
         assert abs(value - true_value) <= 1e-12 * max(1, abs(true_value)), seed
         assert (gradient - true_gradient).norm() <= 1e-12 * max(1, true_gradient.norm()), seed
         if seed % 10 == 0:
+            eps = 1e-5 if setting['normalize'] else 1e-4  # longer rows make s, and so its rounding, larger
             rounded = [z.float() for z in views]
             if 'negatives' in setting:
                 setting['negatives'] = setting['negatives'].float()
             value, gradient = value_and_gradient(contrastive_loss, rounded, chunk_size=3, **setting)
             true_value, true_gradient = value_and_gradient(oracle, [z.double() for z in rounded], **setting)
-            assert value.dtype == torch.float32 and abs(value - true_value) <= 1e-5 * max(1e-3, abs(true_value)), seed
-            assert (gradient - true_gradient).norm() <= 1e-5 * max(1e-2, true_gradient.norm()), seed
+            assert value.dtype == torch.float32 and abs(value - true_value) <= eps * max(1e-3, abs(true_value)), seed
+            assert (gradient - true_gradient).norm() <= eps * max(1e-2, true_gradient.norm()), seed
 
 
 class Live(TorchDispatchMode):
@@ -286,39 +285,16 @@ def test_it_compiles_whole(backend):
                                    value_and_gradient(contrastive_loss, unit_views(6, 5), **setting))
 
 
-def test_gradcheck_with_labels():
-    views = [z.requires_grad_() for z in unit_views(5, 4)]
-    labels = torch.tensor([0, 1, 0, 1, 2])
-    assert torch.autograd.gradcheck(lambda *z: contrastive_loss(*z, tau_plus=0, labels=labels), views)
-
-
 def test_without_correction_and_weights_it_is_nt_xent():
     """NT-Xent is the cross-entropy of each anchor's similarities, its own left out, with the other view as target."""
-    z1, z2 = unit_views(16, 8)
-    z = torch.cat([z1, z2])
-    logits = (z @ z.T / 0.3).fill_diagonal_(-math.inf)
-    target = torch.cat([torch.arange(16, 32), torch.arange(16)])
-    torch.testing.assert_close(contrastive_loss(z1, z2, temperature=0.3, tau_plus=0, beta=0),
-                               F.cross_entropy(logits, target), rtol=1e-12, atol=0)
-
-
-def test_debiased_estimator_is_the_papers_with_beta_zero():
-    z1, z2 = unit_views(16, 8)
-    z, t, tau = torch.cat([z1, z2]), 0.5, 0.1
-    other = ~torch.eye(16, dtype=torch.bool).repeat(2, 2)
-    neg = (z @ z.T / t).exp()[other].view(32, 30)
-    pos = ((z1 * z2).sum(1) / t).exp().repeat(2)
-    Ng = ((neg.sum(1) - tau * 30 * pos) / (1 - tau)).clamp(min=30 * math.exp(-1 / t))
-    torch.testing.assert_close(contrastive_loss(z1, z2, temperature=t, tau_plus=tau, beta=0),
-                               -(pos / (pos + Ng)).log().mean(), rtol=1e-12, atol=0)
-
-
-def test_order_of_samples_and_views_changes_nothing():
-    views = unit_views(10, 6, V=3)
-    value = contrastive_loss(*views)
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(contrastive_loss(*[z[order] for z in views]), value, rtol=1e-12, atol=0)
-    torch.testing.assert_close(contrastive_loss(*reversed(views)), value, rtol=1e-12, atol=0)
+    for length, dtype in ((1, torch.float64), (0.1, torch.float64), (30, torch.float64), (30, torch.float32)):
+        z1, z2 = (length * z for z in unit_views(16, 8, dtype=dtype))
+        z = torch.cat([z1, z2]).double()
+        logits = (z @ z.T / 0.3).fill_diagonal_(-math.inf)  # up to 3,000, whose exponential is infinite
+        target = torch.cat([torch.arange(16, 32), torch.arange(16)])
+        found = contrastive_loss(z1, z2, temperature=0.3, tau_plus=0, beta=0, normalize=length == 1)
+        torch.testing.assert_close(found.double(), F.cross_entropy(logits, target), atol=0,
+                                   rtol=1e-12 if dtype == torch.float64 else 1e-5)
 
 
 def test_floor_acts_where_negatives_are_farther_than_chance_and_stops_their_gradient():
@@ -383,16 +359,6 @@ def test_low_precision_inputs_are_computed_in_float32_under_autocast_too():
         value, gradient = value_and_gradient(contrastive_loss, views)
     assert value == expected and value.dtype == torch.float32 and gradient.dtype == torch.bfloat16
     assert contrastive_loss(views[0], views[1].double()).dtype == torch.float64
-
-
-def test_chunks_change_no_value(monkeypatch):
-    views = unit_views(33, 8)
-    whole = value_and_gradient(contrastive_loss, views, chunk_size=33)
-    for chunk_size in (1, 7, 32, 100):
-        parts = value_and_gradient(contrastive_loss, views, chunk_size=chunk_size)
-        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
-    monkeypatch.setitem(losses.SIDE, 'cpu', 14)
-    torch.testing.assert_close(value_and_gradient(contrastive_loss, views), whole, rtol=1e-12, atol=1e-14)
 
 
 def test_nan_in_gives_nan_out():

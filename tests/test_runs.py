@@ -1,32 +1,25 @@
 """What makes a run the same run: settings, also those that an earlier version did not have, and the content of data."""
 
 import json
+import os
+import random
+import resource
 import shutil
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
 import torch
-from conftest import HOME, assert_same_outcome, outcome
+from conftest import HOME, assert_same_outcome, outcome, stop_after
 from PIL import Image
 
+import files
 import linear
 import main
-import runtime
+import runs
 from data import load_data
 from files import read_json
 from runtime import UserError
-
-
-def stop_after(checks, monkeypatch):
-    """Ask the run to stop at the next look after so many."""
-    seen = iter([False] * checks + [True])
-
-    def check(self, due=False):
-        if next(seen, False):
-            raise runtime.Stopped(15)
-
-    monkeypatch.setattr(runtime.Signals, 'check', check)
-
 
 OLD = ['--dataset_name', 'shapes', '--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8',
        '--hidden_dim', '8', '--feature_dim', '4', '--batch_size', '1000', '--epochs', '1', '--k', '5']
@@ -112,6 +105,9 @@ def test_a_folder_is_known_by_its_content_wherever_it_lies(tiny, tree, begun, tm
     with pytest.raises(UserError, match='holds a run on other data .*choose another --results_dir'):
         main.main(flags)
     shutil.copyfile(tree / 'train' / 'b' / '3.png', image)
+    (place / 'train/a/9.png').rename(place / 'train/b/-.png')  # the next in order
+    assert load_data('folder', place, 16).digest != digest
+    (place / 'train/b/-.png').rename(place / 'train/a/9.png')
     shutil.rmtree(place / '.decoded')
     main.main(flags)
     assert 'Continuing' in capsys.readouterr().out
@@ -139,3 +135,63 @@ def test_a_probe_on_another_folder_of_the_same_name_has_files_of_its_own(tree, t
     assert made['other'] == {f'model_1_linear_{tree.name}_{digest[:8]}_cached.{suffix}' for suffix in (
         'csv', 'json', 'pth')}
     assert json.loads((results / 'model_0_linear_cached.json').read_text())['data_digest'] != digest
+
+
+def test_the_untrained_encoder_is_probed_again_if_flags_or_data_changed_and_only_then(tree, tiny, begun, tmp_path):
+    """In the directory of an older run, without a digest: any data of its classes and numbers count as its own."""
+    results, place, made = shutil.copytree(begun, tmp_path / 'results'), tmp_path / 'elsewhere', []
+    shutil.copytree(tree, place)
+    shutil.copy(results / 'model_1.pth', results / 'model_3.pth')
+    config = read_json(results / 'config.json')
+    config.pop('data_digest')
+    files.write_json(results / 'config.json', config)
+    for checkpoint, epochs, change in ((1, 1, 0), (3, 1, 0), (3, 1, 1), (1, 1, 0), (1, 2, 0), (3, 2, 0), (3, 2, 1)):
+        if change:
+            change_a_pixel(place / 'train/b/3.png')
+        linear.main(['--model_path', str(results / f'model_{checkpoint}.pth'), '--augment', 'none', '--epochs',
+                     str(epochs), '--root', str(place)])
+        made.append((results / 'model_0_linear_cached.pth').stat().st_mtime_ns)
+        about = read_json(results / 'model_0_linear_cached.json')
+        assert about['data_digest'] == load_data('folder', place, 16).digest
+    assert made[0] == made[1] < made[2] == made[3] < made[4] == made[5] < made[6]
+
+
+@pytest.mark.parametrize('full', [None, 'write', 'fsync', 'replace'])
+def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkeypatch, full):
+    path, new, done, fsync, replace = tmp_path / 'f', b'new' * 1000, [], os.fsync, os.replace
+    path.write_bytes(b'old')
+
+    def step(name, function, size):
+        def spy(*args):
+            done.append(name)
+            assert path.read_bytes() == b'old' and size(*args) == len(new)
+            if name == full:
+                raise OSError(28, 'No space left on device')
+            function(*args)
+        monkeypatch.setattr(os, name, spy)
+
+    step('fsync', fsync, lambda file: os.fstat(file).st_size)  # nothing is kept in a buffer
+    step('replace', replace, lambda part, _: os.stat(part).st_size)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if full == 'write':  # a limit on the size of files stands for a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(UserError, match='cannot write .*f .(No space left on device|File too large).; what was sav'
+                           ) if full else nullcontext():
+            files.write(path, new)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done == {'write': [], 'fsync': ['fsync']}.get(full, ['fsync', 'replace'])
+    assert path.read_bytes() == (b'old' if full else new) and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize('seed', range(50))
+def test_data_have_one_name_if_and_only_if_their_content_is_one(seed):
+    draw = random.Random(seed)
+    sets = [dict(data_digest=f'{i}' * 64, classes=draw.choice(['ab', 'abc']), images=draw.choice([30, 40]))
+            for i in range(4)]
+    found = [dict(draw.choice(sets), data=draw.choice(['images', 'images', 'other']), identity={}) for _ in range(6)]
+    runs.name_data(found)
+    for a in found:
+        assert a['identity'] == {'data': a['data']}
+        assert all((a['data'] == b['data']) == (a['data_digest'] == b['data_digest']) for b in found)

@@ -64,6 +64,16 @@ def test_a_batch_in_parts_has_the_gradient_and_statistics_of_one_graph(V, joint,
     assert len(seen) == net.f[1].num_batches_tracked == 3 * (1 if joint else V)
 
 
+def test_sync_bn_leaves_no_batchnorm_of_a_rank(monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    flags = '--batch_size', '12', '--precision', 'fp32', '--no-compile', '--micro_batch', '4'
+    own, synchronised = (
+        [m for m in built(*flags, *more)[0].modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        for more in ([], ['--sync_bn']))
+    assert {type(m) for m in synchronised} == {torch.nn.SyncBatchNorm} and len(own) == len(synchronised) > 20
+    assert [m.momentum for m in own] == [m.momentum for m in synchronised]
+
+
 def plain_loss(z1, z2, labels):
     return F.cross_entropy(z1 @ z2.T, torch.arange(len(z1)))  # the objective's torch.func takes no hooks
 
