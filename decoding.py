@@ -51,10 +51,10 @@ def decoded(root, files, store_size, fit='crop', cache_dir=None):
     place = root / CACHE
     if cache_dir or not (place.exists() or os.access(root, os.W_OK)):
         with contextlib.suppress(RuntimeError):  # no home directory
-            cache_dir = cache_dir or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'contrastive')
+            cache_dir = cache_dir or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'contrastive').expanduser()
         if not cache_dir:
             raise UserError(f'{root} cannot be written, and there is no home directory: choose a --cache_dir')
-        name = f'{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}'
+        name = f'{root.name[:40]}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}'
         place = Path(cache_dir, name)
     path = place / f'{store_size or "own"}-{fit}.npy'
     keys = np.array([_digest(repr(file).encode()) for file in files], np.uint64)

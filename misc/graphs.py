@@ -185,7 +185,7 @@ def train(graphs, y, objective, beta, tau_plus, seed, epochs=200, batch=128):
 def arguments(argv):
     parser = flags.Parser(prog='graphs.py', description=__doc__.partition('\n')[0])
     flag, form = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    name = flags.number(str, 'a name such as MUTAG', re.compile(r'\w[\w.-]*').fullmatch)
+    name = flags.number(str, 'a name such as MUTAG', re.compile(r'\w[\w.-]{0,49}').fullmatch)
     flags.add(parser, 'data', ('--dataset_name', 'MUTAG', name, 'one of the TU collection'),
               ('--root', 'data', flags.path, 'holds {dataset_name}/raw; what is missing is downloaded to it'))
     form('--objective', default='infograph', choices=['infograph', 'graphcl'], help='what to train with')
@@ -193,7 +193,7 @@ def arguments(argv):
     flag('--betas', default=[0, 1, 2, 10], nargs='+', type=flags.real(-1000, 1000), help='on hard negatives')
     flag('--tau_plus', type=flags.fraction, help='0.1 or, published, 0.5')
     flag('--repeats', default=10, type=flags.count, help='runs of each: seeds 0, 1, ...')
-    flag('--results_dir', default='results/graphs', help='directory of the CSV files and of table.md')
+    flag('--results_dir', default='results/graphs', type=flags.path, help='directory of the CSV files and of table.md')
     args = parser.parse_args(argv)
     if min(args.betas) < 0 and args.objective == 'graphcl':
         parser.error('--betas must be at least 0 with --objective graphcl')

@@ -33,7 +33,7 @@ def photographs(root, n, size=256):
 def test_killed_at_any_moment_of_decoding_nothing_is_taken_for_whole(tmp_path):
     root, dice, kills = photographs(tmp_path / 'x', 600), random.Random(0), 0
     whole = load_data('folder', root, 128, cache_dir=tmp_path / 'whole').train
-    part, done = root / '.decoded' / '128.part', root / '.decoded' / '128.npy'
+    part, done = root / '.decoded' / '128-crop.part', root / '.decoded' / '128-crop.npy'
     while kills < 12:
         with subprocess.Popen([*LOAD, root, '128'], stdout=subprocess.DEVNULL) as process:
             while not part.exists() and process.poll() is None:
@@ -67,7 +67,7 @@ def test_ten_times_more_images_than_memory_train_to_the_end(tmp_path):
                          cwd=HOME, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1',
                                                                         'MALLOC_ARENA_MAX': '2'})
     assert run.returncode == 0, run.stderr[-2000:]
-    assert 'Finished' in run.stdout and (root / '.decoded' / '144.npy').stat().st_size > size
+    assert 'Finished' in run.stdout and (root / '.decoded' / '144-crop.npy').stat().st_size > size
 
 
 def test_two_ranks_decode_once_and_hold_one_copy(tmp_path):
@@ -83,19 +83,19 @@ def test_two_ranks_decode_once_and_hold_one_copy(tmp_path):
     total = 0
     for pid in children:
         smaps = open(f'/proc/{pid}/smaps').read()
-        mapping = re.search(r'128\.npy\n(?:.*\n)*?Pss: +(\d+) kB', smaps)
+        mapping = re.search(r'128-crop\.npy\n(?:.*\n)*?Pss: +(\d+) kB', smaps)
         assert mapping, 'the rank does not map the file'
         total += int(mapping[1]) * 1024
     job.process.send_signal(signal.SIGTERM)
     job.finish()
-    size = (root / '.decoded' / '128.npy').stat().st_size
+    size = (root / '.decoded' / '128-crop.npy').stat().st_size
     assert len(children) == 2 and 0.9 * size < total < 1.2 * size
 
 
 def test_a_parent_that_is_killed_leaves_no_process_behind(tmp_path):
     root = photographs(tmp_path / 'x', 600)
     with subprocess.Popen([*LOAD, root, '128'], stdout=subprocess.DEVNULL) as process:
-        while not (root / '.decoded' / '128.part').exists() and process.poll() is None:
+        while not (root / '.decoded' / '128-crop.part').exists() and process.poll() is None:
             time.sleep(0.001)
         children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout
         process.kill()
