@@ -46,7 +46,7 @@ def names(runs, but=()):
     differ = [name for name in settings if settings[name].nunique(dropna=False) > 1 and name not in but]
     if len({*found}) == len(found):
         return found
-    return [shown(', '.join([name, *(f'{setting} {run["identity"][setting]}' for setting in differ)]))
+    return [', '.join([name, *(f'{setting} {run["identity"][setting]}' for setting in differ)])
             for name, run in zip(found, runs)]
 
 
@@ -103,7 +103,7 @@ def similarity(args):
                 panel.hist(cosine[pairs].numpy(), bins=np.linspace(-1, 1, 101), density=True, color=colour, alpha=0.55,
                            label=text)
                 panel.axvline(cosine[pairs].mean(), color=colour, linestyle='--', linewidth=1)
-            title = f'{name}\n' if what == 'f' else ''
+            title = f'{shown(name)}\n' if what == 'f' else ''
             panel.set_title(f'{title}{what}: area under ROC {roc_auc_score(same, cosine):.3f}', fontsize=9)
             panel.set(xlim=(-1, 1), xlabel='cosine similarity' if what == 'z' else None)
     for row, what in zip(axes, ('features f', 'embeddings z')):
