@@ -39,6 +39,7 @@ from runs import markdown
 from runtime import UserError
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # PyG's, of torch.jit
+warnings.filterwarnings('ignore', 'invalid value encountered in cast')  # pandas', before its error
 try:
     import torch_geometric as pyg
 except ModuleNotFoundError as error:
@@ -135,12 +136,13 @@ def load(root, name):
     A, owner, y = (parts[part] for part in ('A', 'graph_indicator', 'graph_labels'))
     G, n, none = len(y), len(owner), torch.empty(len(owner), 0)
     a, labels = parts.get('node_attributes', none), parts.get('node_labels', none)
-    if not (len(a) == len(labels) == n and a.isfinite().all() and A.shape[1] == 2 and A.min() > 0 and A.max() <= n
+    if not (len(a) == len(labels) == n and a.isfinite().all() and (labels.abs() < 10_000).all()
+            and A.shape[1] == 2 and A.min() > 0 and A.max() <= n
             and owner.unique_consecutive().equal(torch.arange(1, G + 1)) and owner[A - 1].diff(dim=1).eq(0).all()):
         lines = ', '.join(f'{part} {len(numbers)}' for part, numbers in parts.items())
         raise UserError(f'the files in {raw} do not fit together. {name}_A.txt must hold pairs of nodes of one graph, '
                         'graph_indicator.txt count up from 1 to the number of lines in graph_labels.txt, and node_* '
-                        f'have as many lines as it and finite numbers. Lines there: {lines}')
+                        f'have as many lines as it and finite numbers, labels below 10,000. Lines there: {lines}')
     members = y.unique(return_counts=True)[1]
     if y.shape[1] > 1 or len(members) < 2 or members.min() < 10:
         raise UserError(f'{raw}/{name}_graph_labels.txt must hold two classes or more, each of 10 graphs or more, for '

@@ -103,8 +103,8 @@ def test_a_wrong_value_of_any_flag_is_one_line_and_a_right_one_is_a_number_or_a_
         for value in dice.sample(WRONG, 8):
             option = action.option_strings[-1:]
             line = dice.choice([[*option, value], [f'{option[0]}={value}']]) if option else [value]
-            needed = [f for a in own._actions if a is not action and (a.required or not a.option_strings) and a.nargs != 0
-                      for f in (*a.option_strings[-1:], 'x')] if own is not parser else []
+            others = [a for a in own._actions if a.required and a is not action and own is not parser]
+            needed = [word for a in others for word in (*a.option_strings[-1:], 'x')]
             try:
                 found = getattr(parser.parse_known_args([*words, *needed, *line])[0], action.dest)
             except SystemExit as stop:
