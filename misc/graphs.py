@@ -207,7 +207,10 @@ def arguments(argv):
 def read_rows(path):
     """The rows of a CSV file; UserError if it is not one of this script."""
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].astype({'accuracy': float})
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].astype({'accuracy': float})
+        if rows.index.dtype != int or not rows['accuracy'].between(0, 100).all():  # pandas takes too many cells so
+            raise ValueError('accuracies are not in percent, or a row has more cells than there are columns')
+        return rows
     except (ValueError, KeyError) as error:
         raise UserError(f'{path} holds a CSV file of something else: {error}') from None
 

@@ -126,6 +126,9 @@ def graphs(args):
     try:
         found = pd.concat(pd.read_csv(path, dtype={'data': str, 'digest': str})
                           for path in sorted(args.paths[0].glob('*.csv')))
+        found = found.astype(dict.fromkeys(['beta', 'tau_plus', 'repeat', 'accuracy'], float))
+        if found.index.dtype != int or not found['accuracy'].between(0, 100).all():
+            raise ValueError
         found = found.drop_duplicates(['data', 'digest', 'objective', 'beta', 'tau_plus', 'repeat'])
         groups, drawn = found.groupby(['data', 'digest']), found[found['objective'] != 'untrained']
         series = sorted({*zip(drawn['objective'], drawn['tau_plus'])}, key=lambda s: ([*GRAPHS].index(s[0]), s[1]))

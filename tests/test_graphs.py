@@ -414,7 +414,8 @@ def damaged_lines(text, dice):
         lambda: text[:dice.randrange(len(text))], lambda: '', lambda: '\n', lambda: '<!DOCTYPE html>\n<p>Not, found\n',
         lambda: ''.join(lines[:i] + lines[i + 1:]), lambda: ''.join(lines[:i] + [changed] + lines[i + 1:]),
         lambda: ''.join(lines[:i] + [changed] + lines[i + 1:]), lambda: ''.join(lines[:i]), lambda: text + lines[i],
-        lambda: ''.join([*lines[:i], lines[i][:-1] + ', 1\n', *lines[i + 1:]]), lambda: text.replace('1', '2'), lambda: text.replace('120', '0'),
+        lambda: ''.join([*lines[:i], lines[i][:-1] + ', 1\n', *lines[i + 1:]]), lambda: text.replace('1', '2'),
+        lambda: text.replace('120', '0'),
         lambda: ''.join(dice.sample(lines, len(lines))), lambda: text.replace('\n', '.5\n'), lambda: text[:-1]])()
 
 
