@@ -212,7 +212,7 @@ def read_rows(path):
             raise ValueError('accuracies are not in percent, or a row has more cells than there are columns')
         return rows
     except (ValueError, KeyError) as error:
-        raise UserError(f'{path} holds a CSV file of something else: {error}') from None
+        raise UserError(f'{path} holds a CSV file of something else: {str(error).strip()}') from None
 
 
 def table(rows):
