@@ -51,10 +51,11 @@ def decoded(root, files, store_size, fit='crop', cache_dir=None):
     place = root / CACHE
     if cache_dir or not (place.exists() or os.access(root, os.W_OK)):
         with contextlib.suppress(RuntimeError):  # no home directory
-            cache_dir = cache_dir or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'contrastive')
+            user = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+            cache_dir = cache_dir or user / 'contrastive'
         if not cache_dir:
             raise UserError(f'{root} cannot be written, and there is no home directory: choose a --cache_dir')
-        name = f'{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}'
+        name = f'{root.name[:40]}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}'
         place = Path(cache_dir, name)
     path = place / f'{store_size or "own"}-{fit}.npy'
     keys = np.array([_digest(repr(file).encode()) for file in files], np.uint64)
@@ -188,7 +189,10 @@ def decode(path, size, fit='crop'):
             image = image.transpose(TURNS[orientation])
         if fit == 'squeeze':
             image = image.resize((size, size), Image.Resampling.BILINEAR)
+        elif fit == 'crop':
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
         else:
-            to = ImageOps.fit if fit == 'crop' else ImageOps.pad
-            image = to(image, (size, size), Image.Resampling.BILINEAR, **({} if fit == 'crop' else {'color': 'white'}))
+            sides = [max(1, round(x / max(image.size) * size)) for x in image.size]  # ImageOps.pad makes a side of 0
+            whole, image = image.resize(sides, Image.Resampling.BILINEAR), Image.new('RGB', (size, size), 'white')
+            image.paste(whole, tuple(round((size - x) / 2) for x in sides))
     return np.array(image).transpose(2, 0, 1).copy(), _digest(content), dark  # (H, W, 3) -> (3, H, W)

@@ -1,5 +1,6 @@
 """Files that are written whole and read back checked: JSON, tables and tensors."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ locks = []  # held until the process ends
 
 def write(path, data):
     """Write the bytes so that path holds either what it held before or all of them, whatever happens meanwhile."""
-    path, beside = Path(path), Path(f'{path}.part')
+    path, beside = Path(path), Path(f'{path}.{os.getpid()}.part')  # of this process: another may write here, too
     try:
         with open(beside, 'wb') as file:
             file.write(data)
@@ -26,7 +27,7 @@ def write(path, data):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        if beside.is_file():
+        with contextlib.suppress(OSError):
             beside.unlink()
         raise UserError(f'cannot write {path} ({error.strerror}); what was saved before is untouched') from error
 
@@ -85,7 +86,7 @@ def lock(directory, name='.lock', wait=False):
     except filelock.Timeout:
         raise UserError(f'another run is writing in {directory}: wait for it, or choose another directory') from None
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        raise UserError(f'cannot write in {directory} ({error}): choose another --results_dir') from error
+        raise UserError(f'cannot write in {directory} ({error}): choose another directory') from error
     locks.append(held)
 
 

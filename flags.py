@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 def negative(word):
     """The word, or with a space before it if it is a number such as -5e-1, which argparse takes for a flag."""
     try:
-        return f' {word}' if word[:1] == '-' and float(word) < 0 else word
+        return f' {word}' if word[:1] == '-' and float(word) <= 0 else word
     except ValueError:
         return word
 
@@ -45,24 +45,29 @@ def number(kind, text, valid):
     return parse
 
 
+def real_number(text):
+    return float(text) + 0.0  # -0 is 0
+
+
 def integer(low, high):
     return number(int, f'an integer from {low} to {high}', lambda x: low <= x <= high)
 
 
 def real(low, high):
-    return number(float, f'a number from {low} to {high}', lambda x: low <= x <= high)
+    return number(real_number, f'a number from {low} to {high}', lambda x: low <= x <= high)
 
 
 def positive(high):
-    return number(float, f'a positive number of at most {high}', lambda x: 0 < x <= high)
+    return real(1e-30, high)  # smaller ones overflow float32 as divisors
 
 
 SWITCH = argparse.BooleanOptionalAction
 count = integer(1, 1_000_000)
-fraction = number(float, 'in [0, 1)', lambda x: 0 <= x < 1)
+fraction = number(real_number, 'in [0, 1)', lambda x: 0 <= x < 1)
 seed = integer(0, 2**32 - 1)
-path = number(os.path.expanduser, 'the name of a file or directory', lambda x: x.strip() and '\0' not in x and all(
-    len(part) < 256 for part in os.fsencode(x).split(b'/')))  # a shell leaves the ~ in --flag=~/name
+path = number(os.path.expanduser, 'the name of a file or directory', lambda x: (
+    x.strip() and '\0' not in x and x.split('/')[0] != '~' and len(os.fsencode(x)) < 4000
+    and all(len(part) < 256 for part in os.fsencode(x).split(b'/'))))  # a shell leaves the ~ in --flag=~/name
 store_size = number(int, '0 or an integer from 8 to 1024', lambda x: x == 0 or 8 <= x <= 1024)
 
 

@@ -115,9 +115,9 @@ def find_folder(root, unlabeled=True, holdout=0.0):
 
 
 def held_out(files, holdout):
-    """The part of each of a class's files: 2 (test) for the lowest hashes of names, one at least, 0 for the rest."""
+    """The part of each of a class's files: 2 (test) for the lowest hashes of names, else 0, one at least of each."""
     hashes = [int(hashlib.sha256(os.fsencode(nfc(name))).hexdigest()[:16], 16) / 2**64 for name, *_ in files]
-    return [2 if x < holdout or x == min(hashes) else 0 for x in hashes]
+    return [2 if x == min(hashes) or x < min(holdout, max(hashes)) else 0 for x in hashes]
 
 
 def _groups(listing, unlabeled, holdout):

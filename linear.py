@@ -124,7 +124,7 @@ def stratified(labels, fraction, seed):
 
 def probe_name(args, data, own, kind, cached=''):
     """What the files of a probe are called, after their checkpoint: its kind, and data that are not the run's own."""
-    other = '' if own else runs.data_name(vars(args)) + f'_{data.digest[:8]}' * (args.dataset_name == 'folder')
+    other = '' if own else runs.data_name(vars(args))[:40] + f'_{data.digest[:8]}' * (args.dataset_name == 'folder')
     parts = kind, other, cached, f'{args.label_fraction:g}' * (args.label_fraction < 1)
     return '_'.join(part for part in parts if part)
 

@@ -63,7 +63,7 @@ def contrastive_loss(*views, negatives=None, temperature=0.5, tau_plus=0.1, beta
     z = torch.stack([z.to(dtype) for z in views], 1 if intra_view else 0)  # V x (B, D) -> (B, V, D) or (V, B, D)
     z = z.unsqueeze(0 if intra_view else 2)  # -> (T towers, B, U views in each, D)
     negatives = z.new_empty(0, z.shape[-1]) if negatives is None else negatives.to(dtype)
-    learnable = isinstance(temperature, torch.Tensor)
+    learnable, beta = isinstance(temperature, torch.Tensor), beta if beta > torch.finfo(dtype).tiny else 0
     t = temperature.to(dtype).reshape(()) if learnable else z.new_full((), temperature)
     # Unit rows bound |s| by 1/t. Within this range, sums of exponentials need no maximum taken out.
     bounded = normalize and not learnable and (1 + beta) / temperature <= 0.7 * math.log(torch.finfo(dtype).max)

@@ -274,6 +274,8 @@ def place(args, data, device):
 def check_sizes(parser, args, data):
     """The steps of an epoch, or an error if a flag does not fit the data."""
     labelled = int((data.train_labels >= 0).sum())
+    if args.stem == 'imagenet' and args.image_size <= 16:  # of which torch's gradient in bf16 on CPUs is wrong
+        parser.error(f'--stem imagenet leaves less than a pixel of views of {args.image_size} px: choose cifar')
     if args.batch_size > len(data.train):
         parser.error(f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} images: lower it')
     if data.classes and args.k > labelled:

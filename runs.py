@@ -41,6 +41,9 @@ def open_run(results, settings, data, device):
         UserError: the directory holds another run, or one that cannot be continued. Nothing has been changed then.
     """
     lock(results)
+    for path in results.glob('*.part'):
+        if re.fullmatch(r'(config\.json|log\.csv|last\.pth|model_\d+\.pth)\.\d+\.part', path.name):
+            path.unlink()  # of a run that was killed
     state_file, config_file = results / 'last.pth', results / 'config.json'
     described = dict(classes=data.classes, images=dict(train=len(data.train), test=len(data.test)),
                      data_digest=data.digest)
@@ -297,5 +300,5 @@ def accuracies(checkpoint):
 
 def markdown(rows):
     """A table for people, from rows of cells, the first of which are heads."""
-    head, *rows = [[str(cell).replace('|', '\\|') for cell in row] for row in rows]
+    head, *rows = [[' '.join(str(cell).replace('|', '\\|').splitlines()) for cell in row] for row in rows]
     return ''.join(f'| {" | ".join(row)} |\n' for row in [head, ['---'] * len(head), *rows])

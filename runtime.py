@@ -31,13 +31,18 @@ class Ranks(NamedTuple):
 def ranks():
     """This process among others: torch.distributed's, if it is initialised; else the launcher's; else one process."""
     env = os.environ
+
+    def number(name):
+        return int(env[name]) if env.get(name, '').isdecimal() else -1
+
     if dist.is_available() and dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
-    elif all(env.get(name) for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')):
-        rank, world = int(env['RANK']), int(env['WORLD_SIZE'])
+    elif env.get('MASTER_ADDR') and 0 <= number('RANK') < number('WORLD_SIZE') and number('MASTER_PORT') > 0:
+        rank, world = number('RANK'), number('WORLD_SIZE')
     else:  # variables that a scheduler or a notebook left behind start nothing
         return Ranks(0, 1, 0, 1)
-    return Ranks(rank, world, int(env.get('LOCAL_RANK') or 0), int(env.get('LOCAL_WORLD_SIZE') or 1))
+    local = max(0, number('LOCAL_RANK'))
+    return Ranks(rank, world, local, max(number('LOCAL_WORLD_SIZE'), local + 1))
 
 
 def cores():

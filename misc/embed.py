@@ -11,6 +11,8 @@ out. With --duplicates C, features_duplicates.csv lists the pairs whose cosine i
 """
 
 import json
+import math
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +28,7 @@ import runs
 import runtime
 from decoding import decode_or_why
 from evaluate import features_of
-from files import crc, read_json, write, write_json
+from files import crc, lock, read_json, write, write_json
 from folder import Listing, in_any_form, own_size
 from model import load_model, unit
 from runtime import UserError, cores, on_rank0, ranks, say
@@ -45,7 +47,7 @@ def main(argv=None):
               ('--precision', None, ('bf16', 'fp16', 'fp32'), 'precision of the encoder (default: bf16 on CUDA)'),
               *(given[name] for name in ('--store_size', '--fit', '--test_size')))
     args = parser.parse_args(argv)
-    if not args.out.endswith(('.npz', '.csv')):
+    if Path(args.out).suffix not in ('.npz', '.csv'):
         parser.error(f'--out {args.out}: its name must end in .npz or .csv')
     path, root = Path(args.model_path), in_any_form(Path(args.root)).absolute()
     net, config = load_model(path, head=False), path.with_name('config.json')
@@ -64,9 +66,12 @@ def main(argv=None):
     device = runtime.start()
     autocast = runtime.autocast(device, args.precision or runtime.default_precision())
     size, rows = args.store_size or own_size(root, files), Path(f'{args.out}.rows.part')
-    shape = len(files), net.features
+    shape, place = (len(files), net.features), Path(args.out).parent
 
     def create():
+        lock(place, f'.{Path(args.out).stem}.lock')
+        if 8 * math.prod(shape) > shutil.disk_usage(place).free:  # a mapped file that finds no room ends the process
+            raise UserError(f'{place} has no room for {8 * math.prod(shape) / 1e9:.1f} GB: choose another --out')
         try:
             np.memmap(rows, np.float32, 'w+', shape=shape)  # a file, as all ranks write to it
         except OSError as error:
@@ -115,9 +120,13 @@ def save(args, root, names, features, about, size):
     names, features = np.array(names)[intact], features if len(intact) == len(names) else features[intact]
     if out.suffix == '.npz':
         part = Path(f'{out}.npz.part')
-        with open(part, 'wb') as file:
-            np.savez(file, names=names, features=features, about=json.dumps(about))
-        part.replace(out)
+        try:
+            with open(part, 'wb') as file:
+                np.savez(file, names=names, features=features, about=json.dumps(about))
+            part.replace(out)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise UserError(f'cannot write {out} ({error.strerror}): choose another --out') from error
     else:
         table = pd.DataFrame(features, columns=[f'f{i}' for i in range(features.shape[1])])
         table.insert(0, 'name', names)

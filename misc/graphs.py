@@ -39,6 +39,7 @@ from runs import markdown
 from runtime import UserError
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # PyG's, of torch.jit
+warnings.filterwarnings('ignore', 'invalid value encountered in cast')  # pandas', before its error
 try:
     import torch_geometric as pyg
 except ModuleNotFoundError as error:
@@ -135,12 +136,13 @@ def load(root, name):
     A, owner, y = (parts[part] for part in ('A', 'graph_indicator', 'graph_labels'))
     G, n, none = len(y), len(owner), torch.empty(len(owner), 0)
     a, labels = parts.get('node_attributes', none), parts.get('node_labels', none)
-    if not (len(a) == len(labels) == n and a.isfinite().all() and A.shape[1] == 2 and A.min() > 0 and A.max() <= n
+    if not (len(a) == len(labels) == n and a.isfinite().all() and (labels.abs() < 10_000).all()
+            and A.shape[1] == 2 and A.min() > 0 and A.max() <= n
             and owner.unique_consecutive().equal(torch.arange(1, G + 1)) and owner[A - 1].diff(dim=1).eq(0).all()):
         lines = ', '.join(f'{part} {len(numbers)}' for part, numbers in parts.items())
         raise UserError(f'the files in {raw} do not fit together. {name}_A.txt must hold pairs of nodes of one graph, '
                         'graph_indicator.txt count up from 1 to the number of lines in graph_labels.txt, and node_* '
-                        f'have as many lines as it and finite numbers. Lines there: {lines}')
+                        f'have as many lines as it and finite numbers, labels below 10,000. Lines there: {lines}')
     members = y.unique(return_counts=True)[1]
     if y.shape[1] > 1 or len(members) < 2 or members.min() < 10:
         raise UserError(f'{raw}/{name}_graph_labels.txt must hold two classes or more, each of 10 graphs or more, for '
@@ -185,7 +187,7 @@ def train(graphs, y, objective, beta, tau_plus, seed, epochs=200, batch=128):
 def arguments(argv):
     parser = flags.Parser(prog='graphs.py', description=__doc__.partition('\n')[0])
     flag, form = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    name = flags.number(str, 'a name such as MUTAG', re.compile(r'\w[\w.-]*').fullmatch)
+    name = flags.number(str, 'a name such as MUTAG', re.compile(r'\w[\w.-]{0,49}').fullmatch)
     flags.add(parser, 'data', ('--dataset_name', 'MUTAG', name, 'one of the TU collection'),
               ('--root', 'data', flags.path, 'holds {dataset_name}/raw; what is missing is downloaded to it'))
     form('--objective', default='infograph', choices=['infograph', 'graphcl'], help='what to train with')
@@ -193,7 +195,7 @@ def arguments(argv):
     flag('--betas', default=[0, 1, 2, 10], nargs='+', type=flags.real(-1000, 1000), help='on hard negatives')
     flag('--tau_plus', type=flags.fraction, help='0.1 or, published, 0.5')
     flag('--repeats', default=10, type=flags.count, help='runs of each: seeds 0, 1, ...')
-    flag('--results_dir', default='results/graphs', help='directory of the CSV files and of table.md')
+    flag('--results_dir', default='results/graphs', type=flags.path, help='directory of the CSV files and of table.md')
     args = parser.parse_args(argv)
     if min(args.betas) < 0 and args.objective == 'graphcl':
         parser.error('--betas must be at least 0 with --objective graphcl')
@@ -205,9 +207,12 @@ def arguments(argv):
 def read_rows(path):
     """The rows of a CSV file; UserError if it is not one of this script."""
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].astype({'accuracy': float})
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].astype({'accuracy': float})
+        if rows.index.dtype != int or not rows['accuracy'].between(0, 100).all():  # pandas takes too many cells so
+            raise ValueError('accuracies are not in percent, or a row has more cells than there are columns')
+        return rows
     except (ValueError, KeyError) as error:
-        raise UserError(f'{path} holds a CSV file of something else: {error}') from None
+        raise UserError(f'{path} holds a CSV file of something else: {str(error).strip()}') from None
 
 
 def table(rows):

@@ -23,7 +23,7 @@ from decoding import decode_or_why
 from evaluate import encode
 from losses import contrastive_loss
 from model import load_model, unit
-from runs import OBJECTIVE, accuracies, data_name, read_run
+from runs import OBJECTIVE, accuracies, data_name, name_data, read_run
 from runtime import UserError
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
@@ -40,6 +40,7 @@ plt.rcParams.update({'figure.dpi': 160, 'savefig.facecolor': 'white', 'font.size
 
 def names(runs, but=()):
     """A name for each run: its objective, and the settings, but for some, by which runs of one objective differ."""
+    name_data(runs)
     found = [run['objective'] for run in runs]
     settings = pd.DataFrame([run['identity'] for run in runs]).drop(columns=['objective', *OBJECTIVE])
     differ = [name for name in settings if settings[name].nunique(dropna=False) > 1 and name not in but]
@@ -64,10 +65,10 @@ def open_checkpoint(path, args, unlabeled=False):
     accuracies(path)  # which checks that the run wrote this encoder
     named = copy.copy(args)
     flags.fill_data_flags(named, run['settings'])
-    run['data'] = data_name(vars(named))
     run['settings'] |= {name: getattr(named, name) for name in (flag[2:] for flag, *_ in flags.DATA)}
     data = load_data(named.dataset_name, named.root, named.store_size, unlabeled, named.cache_dir, named.skip_damaged,
                      named.fit, named.holdout)
+    run.update(data=data_name(vars(named)), data_digest=data.digest)
     return net, run, data
 
 
@@ -97,12 +98,12 @@ def similarity(args):
         if same.all() or not same.any():
             raise UserError(f'{run["data"]}: its test images have no two of one class and two of different ones')
         for panel, what, x in zip(column, 'fz', (unit(f), unit(net.cpu().g(f)))):
-            cosine = (x @ x.T)[i, j]
+            cosine = (x @ x.T)[i, j].clamp(-1, 1)
             for pairs, colour, text in ((same, COLOURS[5], 'same class'), (~same, COLOURS[7], 'different classes')):
                 panel.hist(cosine[pairs].numpy(), bins=np.linspace(-1, 1, 101), density=True, color=colour, alpha=0.55,
                            label=text)
                 panel.axvline(cosine[pairs].mean(), color=colour, linestyle='--', linewidth=1)
-            title = f'{name}\n' if what == 'f' else ''
+            title = f'{shown(name)}\n' if what == 'f' else ''
             panel.set_title(f'{title}{what}: area under ROC {roc_auc_score(same, cosine):.3f}', fontsize=9)
             panel.set(xlim=(-1, 1), xlabel='cosine similarity' if what == 'z' else None)
     for row, what in zip(axes, ('features f', 'embeddings z')):

@@ -84,7 +84,7 @@ def curves(args):
         for axes, (column, what) in zip(panels.flat, shown):
             by = log.dropna(subset=column).groupby('epoch')[column]
             mean, std = by.mean(), by.std().fillna(0)
-            axes.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=name)
+            axes.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=pictures.shown(name))
             axes.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
             axes.set(xlabel='epoch', ylabel=what)
             axes.xaxis.get_major_locator().set_params(integer=True)
@@ -99,7 +99,8 @@ def temperature(args):
     titles = names(found, but=['seed', 'temperature', 'knn_temperature'])
     for path, run, title in zip(args.paths, found, titles):
         settings = run['settings']
-        probes = [(what, read_probe(path, settings['epochs'], probe)[1]) for probe, what in PROBES.items()]
+        probes = [(what, read_probe(path, settings['epochs'], probe, run.get('data_digest'))[1])
+                  for probe, what in PROBES.items()]
         rows.append({'title': title, 't': settings['temperature'], 'kNN': run['log']['test_acc@1'].iloc[-1]}
                     | {what: row['test_acc@1'] for what, row in probes if row is not None})
     rows = pd.DataFrame(rows).dropna(axis=1, how='all')
@@ -111,7 +112,8 @@ def temperature(args):
         own = rows[rows['title'] == title]
         for axes, what in zip(panels[0], shown):
             mean = own.groupby('t')[what].mean()
-            axes.plot(mean.index, mean, color=colour, marker=marker, markersize=7, markerfacecolor='none', label=title)
+            axes.plot(mean.index, mean, color=colour, marker=marker, markersize=7, markerfacecolor='none',
+                      label=pictures.shown(title))
             axes.scatter(own['t'], own[what], s=14, color=colour, alpha=0.5, linewidths=0)
             axes.set(title=what, xlabel='temperature t of the loss', xticks=sorted({*rows['t']}))
     panels[0, 0].set_ylabel('accuracy on test images (%)')
@@ -124,6 +126,9 @@ def graphs(args):
     try:
         found = pd.concat(pd.read_csv(path, dtype={'data': str, 'digest': str})
                           for path in sorted(args.paths[0].glob('*.csv')))
+        found = found.astype(dict.fromkeys(['beta', 'tau_plus', 'repeat', 'accuracy'], float))
+        if found.index.dtype != int or not found['accuracy'].between(0, 100).all():
+            raise ValueError
         found = found.drop_duplicates(['data', 'digest', 'objective', 'beta', 'tau_plus', 'repeat'])
         groups, drawn = found.groupby(['data', 'digest']), found[found['objective'] != 'untrained']
         series = sorted({*zip(drawn['objective'], drawn['tau_plus'])}, key=lambda s: ([*GRAPHS].index(s[0]), s[1]))

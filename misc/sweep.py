@@ -50,7 +50,7 @@ def main(argv=None):
                         help='what to compare (default: all)')
     flags.add(parser, 'runs',
               ('--results_dir', 'results/sweep', flags.path, 'directory of the runs and of the table'),
-              ('--tau_plus', None, str, 'tau_plus of the corrected objectives (default: main.py\'s)'),
+              ('--tau_plus', None, flags.fraction, 'tau_plus of the corrected objectives (default: main.py\'s)'),
               ('--seeds', 3, flags.integer(1, 1000), 'runs of each: seeds 0, 1, ...'),
               ('--jobs', 1, flags.integer(1, 256), 'runs at a time, which share the cores'),
               ('--probe', '', str, 'flags of linear.py, in quotes: --probe="--epochs 10" (default: none)'),
@@ -75,7 +75,7 @@ def main(argv=None):
         planned = []
         for seed in range(args.seeds):
             for name in dict.fromkeys(args.objectives):
-                tau_plus = ['--tau_plus', args.tau_plus] if args.tau_plus and name != 'standard' else []
+                tau_plus = [] if args.tau_plus is None or name == 'standard' else ['--tau_plus', str(args.tau_plus)]
                 planned.append((results / f'{name}_{seed}', [*rest, *OBJECTIVES[name], *tau_plus, '--seed', str(seed)]))
         check('linear.py', *probe, '--model_path', os.devnull)
         for _, wanted in planned[:len(planned) // args.seeds]:

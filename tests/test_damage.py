@@ -2,19 +2,23 @@
 
 import copy
 import hashlib
+import io
 import json
 import pickle
 import random
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 
+import graphs
 import linear
 import main
 import plot
 import runs
 import sweep
+from files import read_json
 from model import load_model
 from runtime import UserError
 
@@ -86,6 +90,54 @@ def read_all(results):
     plot.plt.close(plot.curves(plot.flags.argparse.Namespace(paths=[results])))
     table = sweep.make_table(results)
     return run['settings'], run['log'].round(6).to_csv(), table['linear_cached'].tolist()
+
+
+@pytest.mark.parametrize('name, damage', [('model_0_linear_cached.json', damaged_json),
+                                          ('model_0_linear_cached.csv', damaged_csv)])
+def test_a_probe_is_read_as_it_was_or_named_or_does_not_count(finished, tmp_path, name, damage):
+    dice, named = random.Random(name), 0
+    shutil.copytree(finished / '0', tmp_path, dirs_exist_ok=True)
+    content, digest = (tmp_path / name).read_bytes(), read_json(tmp_path / 'config.json')['data_digest']
+    right, last = runs.read_probe(tmp_path, 0, 'linear_cached', digest)
+    assert right and runs.read_probe(tmp_path, 0, 'linear_cached', digest[::-1]) == (None, None)
+    for i in range(80):
+        (tmp_path / name).write_bytes(damage(content, dice) if i % 2 else damaged_bytes(content, dice))
+        try:
+            settings, row = runs.read_probe(tmp_path, 0, 'linear_cached', digest)
+            assert settings in (right, None) and (row is None or name.endswith('.csv') or row.equals(last))
+        except UserError as error:
+            named += 1
+            assert '\n' not in str(error) and str(tmp_path) in str(error)
+    assert named >= 35
+
+
+def test_accuracies_of_graphs_are_read_or_named_and_none_is_lost(tmp_path, monkeypatch):
+    rows = [f'A,d{i % 2},{objective},{beta},{tau_plus},{i // 2},{60 + i}.5,1.0\n' for i in range(8)
+            for objective, beta, tau_plus in (('untrained', '', ''), ('infograph', '0', '0.1'))]
+    content, dice, named = ('data,digest,objective,beta,tau_plus,repeat,accuracy,seconds\n' + ''.join(rows)).encode(
+        ), random.Random(0), 0
+    monkeypatch.setattr(graphs, 'load', lambda *args: ([], [], 'd0'))
+    monkeypatch.setattr(graphs, 'train', lambda *args: 50.0)
+    file = tmp_path / 'A.csv'
+    for i in range(80):
+        damaged = damaged_csv(content, dice) if i % 2 else damaged_bytes(content, dice)
+        file.write_bytes(damaged)
+        try:
+            graphs.main(['--dataset_name', 'A', '--betas', '0', '--repeats', '4', '--results_dir', str(tmp_path)])
+            there, now = (pd.read_csv(source, dtype=str, keep_default_na=False) for source in (
+                io.BytesIO(damaged), file))
+            columns = [*graphs.KEY, 'seconds']
+            assert now[columns][:len(there)].equals(there[columns])
+            if i % 4 == 1:
+                plot.plt.close(plot.graphs(plot.flags.argparse.Namespace(paths=[tmp_path])))
+        except UserError as error:
+            named += 1
+            assert '\n' not in str(error) and str(tmp_path) in str(error), damaged
+            assert file.read_bytes() == damaged or 'holds no CSV files' in str(error)
+    assert named >= 30
+    file.write_bytes(content.replace(b'0.1', b'x'))
+    with pytest.raises(UserError, match='holds no CSV files'):
+        plot.graphs(plot.flags.argparse.Namespace(paths=[tmp_path]))
 
 
 @pytest.mark.parametrize('name, damage', [('config.json', damaged_json), ('log.csv', damaged_csv),

@@ -395,7 +395,7 @@ def test_errors_are_shown_once(tiny, tmp_path, run):
     job = run('main.py', [*flags(tiny, tmp_path / 'r'), '--batch_size', '9'], torchrun=['--nproc_per_node=2'])
     assert job.err.count('does not divide evenly over 2 ranks') == 1
     job = run('main.py', flags(tiny, '/proc/r'), torchrun=['--nproc_per_node=2'])
-    assert job.code != 0 and job.err.count('choose another --results_dir') == 1 and 'Traceback' not in job.out
+    assert job.code != 0 and job.err.count('choose another directory') == 1 and 'Traceback' not in job.out
 
 
 def kill_a_rank(job, results):

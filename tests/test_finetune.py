@@ -124,7 +124,7 @@ def test_each_part_has_a_rate_of_its_own_that_falls(checkpoint, tree, tmp_path, 
     (['--like', 'model.pth'], 'go together'),
     (['--label_fraction', '0'], r'must be in \(0, 1\]'),
     (['--label_fraction', '1.5'], r'must be in \(0, 1\]'),
-    (['--encoder_lr', '0'], 'must be a positive number'),
+    (['--encoder_lr', '0'], 'must be a number from 1e-30'),
 ])
 def test_wrong_flags_end_in_one_line(capsys, words, message):
     with pytest.raises(SystemExit):

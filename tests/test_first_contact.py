@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import linear
 import main
@@ -50,12 +52,23 @@ def test_more_ranks_than_gpus(start, gpu, monkeypatch):
 LAUNCHER = dict(RANK='1', WORLD_SIZE='4', MASTER_ADDR='localhost', MASTER_PORT='29500')
 
 
-@pytest.mark.parametrize('name', LAUNCHER)
-@pytest.mark.parametrize('value', [None, ''])
-def test_what_a_launcher_left_behind_in_part_starts_nothing(monkeypatch, name, value):
-    for variable, content in {**LAUNCHER, 'LOCAL_RANK': '1', 'LOCAL_WORLD_SIZE': '2', name: value}.items():
-        monkeypatch.delenv(variable, raising=False) if content is None else monkeypatch.setenv(variable, content)
-    assert runtime.ranks() == (0, 1, 0, 1)
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from([*LAUNCHER, 'LOCAL_RANK', 'LOCAL_WORLD_SIZE']), st.sampled_from(
+    [None, '', '0', '1', '3', '4', '８', '-1', '1.5', '²', 'x', ' '])))
+def test_what_a_launcher_left_behind_in_part_starts_nothing(changes):
+    env = {name: value for name, value in {**LAUNCHER, **changes}.items() if value is not None}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*LAUNCHER, 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'):
+            patch.delenv(name, raising=False)
+        for name, value in env.items():
+            patch.setenv(name, value)
+        found = runtime.ranks()
+    rank, world, port, local, local_world = (int(env[name]) if env.get(name, '').isdecimal() else None for name in (
+        'RANK', 'WORLD_SIZE', 'MASTER_PORT', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'))
+    if None in (rank, world, port) or rank >= world or not port or not env.get('MASTER_ADDR'):
+        assert found == (0, 1, 0, 1)
+    else:
+        assert found == (rank, world, local or 0, max(local_world or 1, (local or 0) + 1))
 
 
 def test_ranks_are_the_launchers_until_there_is_a_group(monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import socket
 import unicodedata
@@ -28,6 +29,7 @@ from augment import apply, draw, normalize
 from batches import seeded
 from data import Joined, load_data
 from evaluate import encode, label_free
+from folder import find_folder
 from model import Model
 from runtime import UserError
 
@@ -274,18 +276,42 @@ def test_damaged_images_are_listed_in_one_go_and_skipped_on_request(root, capsys
     assert len(load_data('folder', root, store_size=24, skip_damaged=True).train) == 4
 
 
-def test_damaged_images_alone_are_no_data_set(tmp_path):
-    (tmp_path / 'a.png').write_bytes(PNG)
-    with pytest.raises(UserError, match='every image is damaged'):
-        load_data('folder', tmp_path, skip_damaged=True)
-
-
-def test_a_class_of_damaged_images_alone_is_named(tree, tmp_path):
-    shutil.copytree(tree, tmp_path / 'tree')
-    for image in (tmp_path / 'tree' / 'train' / 'b').glob('*.png'):
-        image.write_bytes(PNG)
-    with pytest.raises(UserError, match='every training image of b is damaged'):
-        load_data('folder', tmp_path / 'tree', skip_damaged=True)
+@pytest.mark.parametrize('seed', range(12))
+def test_damaged_images_of_any_part_are_listed_or_left_out_and_a_class_without_any_is_named(tmp_path, seed, capsys):
+    dice, left = random.Random(seed), {}
+    classes, bad = 'abc'[:dice.randint(2, 3)], []
+    for split in 'train', 'test':
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(dice.randint(1, 3)):
+                file = tmp_path / split / name / f'{i}.png'
+                Image.new('RGB', (8, 8), (len(left), 0, 0)).save(file)
+                whole = file.read_bytes()
+                if dice.random() < 0.2:
+                    flipped = whole[:45] + bytes([whole[45] ^ 255]) + whole[46:]
+                    file.write_bytes(dice.choice([b'', PNG, whole[:45], whole[40:], bytes(99), b'<html>', flipped]))
+                    bad.append(f'{split}/{name}/{i}.png')
+                left.setdefault((split, name), []).extend([] if bad[-1:] == [f'{split}/{name}/{i}.png'] else [file])
+    if bad:
+        with pytest.raises(UserError, match=f'{tmp_path}: {len(bad)} damaged images') as error:
+            load_data('folder', tmp_path, store_size=8)
+        assert sorted(line.split(': ')[0].strip() for line in str(error.value).splitlines()[1:]) == sorted(
+            str(tmp_path / name) for name in bad)
+    kinds = dict(train='training', test='test')
+    empty = [f'every {kinds[split]} image of {name} is damaged' for (split, name), files in left.items() if not files]
+    if empty:
+        with pytest.raises(UserError) as error:
+            load_data('folder', tmp_path, store_size=8, skip_damaged=True)
+        assert str(error.value).removeprefix(f'{tmp_path}: ') in [*empty, 'every image is damaged']
+        return
+    data = load_data('folder', tmp_path, store_size=8, skip_damaged=True)
+    assert sorted(data.damaged) == sorted(bad) and (f'{len(bad)} images damaged and left out' in capsys.readouterr(
+        ).out) == bool(bad)
+    for split, images, labels in (('train', data.train, data.train_labels), ('test', data.test, data.test_labels)):
+        wanted = [(label, file) for label, name in enumerate(classes) for file in left[split, name]]
+        assert labels.tolist() == [label for label, _ in wanted]
+        assert [image.tolist() for image in images] == [np.array(Image.open(file)).transpose(2, 0, 1).tolist()
+                                                        for _, file in wanted]
 
 
 def test_a_file_that_becomes_readable_is_taken_though_its_time_stays(root, monkeypatch):
@@ -514,3 +540,58 @@ def test_on_another_data_set_an_encoder_keeps_its_sizes_and_nothing_else():
     assert vars(other) == {**DEFAULTS, 'dataset_name': 'cifar10', 'image_size': 24, 'test_size': 48, 'store_size': 64}
     flags.fill_data_flags(same, settings)
     assert vars(same) == {**settings, 'cache_dir': None, 'fit': 'crop', 'holdout': 0.0}
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_holdout_parts_each_class_by_the_names_of_its_files_alone(tmp_path, seed):
+    dice = random.Random(seed)
+    held = sorted(dice.choice([0.01, 0.1, 0.5, 0.9, dice.random() * 0.9]) for _ in range(2))
+    counts = {name: dice.choice([2, 3, 10, 100]) for name in 'abc'}
+    for name, count in counts.items():
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        for i in range(count):
+            (tmp_path / 'train' / name / f'{dice.choice("xéж")}{i}.png').touch()
+
+    def parts(holdout):
+        found = find_folder(tmp_path, holdout=holdout)
+        assert found.classes == list('abc') and len(found.files) == len({name for name, *_ in found.files})
+        return {name: (part, label) for (name, *_), part, label in zip(found.files, found.parts.tolist(),
+                                                                           found.labels.tolist())}
+
+    few, many = map(parts, held)
+    for holdout, found in zip(held, (few, many)):
+        for label, (name, count) in enumerate(counts.items()):
+            own = [part for place, (part, _) in found.items() if f'/{name}/' in place]
+            assert len(own) == count and {*own} == {0, 2}  # both, however few they are
+            assert abs(own.count(2) - holdout * count) <= 1 + 4 * (holdout * (1 - holdout) * count)**0.5
+            assert {part_label for place, (_, part_label) in found.items() if f'/{name}/' in place} == {label}
+    assert all(many[name] == place for name, place in few.items() if place[0] == 2)
+    (tmp_path / 'train' / 'b' / 'new.png').touch()
+    for path in tmp_path.glob('train/c/*'):
+        os.utime(path, ns=(seed, seed))
+    again = parts(held[0])
+    assert sum(again[name] != place for name, place in few.items()) <= 1  # the first and the last of a class may change
+
+
+@pytest.mark.parametrize('fit', ['crop', 'squeeze', 'pad'])
+@pytest.mark.parametrize('width, height', [(1, 1), (1, 90), (300, 1), (30, 10), (8, 24), (97, 98)])
+def test_fit_takes_the_centre_or_all_or_all_on_white(root, fit, width, height):
+    """An image of three bands along its longer side: red, green and blue."""
+    long, size = max(width, height), 24
+    bands = np.zeros((long, min(width, height), 3), np.uint8)
+    for channel, rows in enumerate(np.array_split(np.arange(long), 3)):
+        bands[rows, :, channel] = 255
+    pixels = bands if height >= width else bands.transpose(1, 0, 2)
+    Image.fromarray(pixels).save(root / 'b.png')
+    found = load_data('folder', root, store_size=size, fit=fit).train[1]  # (3, size, size)
+    along = found.transpose(1, 2) if width > height else found  # the longer side downwards
+    middle = along[:, :, size // 2].T.tolist()  # (size, 3)
+    if long == 1:
+        assert all(pixel == [255, 0, 0] for pixel in middle)
+    elif fit == 'crop':  # of bands as high as wide, or of less
+        assert middle[size // 2] == [0, 255, 0] and (long < 100 or all(pixel == [0, 255, 0] for pixel in middle))
+    else:
+        assert [middle[1], middle[size // 2], middle[-2]] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    kept = (along.amin(0) < 255).any(0)  # columns that are not white
+    wide = max(1, round(min(width, height) / long * size)) if fit == 'pad' else size
+    assert kept.sum() == wide and abs(kept.nonzero().float().mean() - (size - 1) / 2) <= 0.5

@@ -583,3 +583,10 @@ def test_snippets_train(name, tmp_path):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('beta', [1e-320, 1e-40])
+def test_a_beta_that_float32_does_not_hold_is_0(beta):
+    z = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    for kwargs in dict(), dict(tau_plus=0), dict(tau_plus=0, labels=torch.arange(8) // 2):
+        assert contrastive_loss(*z, beta=beta, **kwargs) == contrastive_loss(*z, beta=0, **kwargs)

@@ -265,7 +265,8 @@ def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('flags, message', [(['--batch_size', '31'], 'larger than the data set, 30 images'),
-                                            (['--k', '30'], 'larger than the kNN memory, 29 images')])
+                                            (['--k', '30'], 'larger than the kNN memory, 29 images'),
+                                            (['--stem', 'imagenet'], 'leaves less than a pixel of views of 8 px')])
 def test_flags_that_do_not_fit_the_data(tiny, tmp_path, flags, message, capsys, monkeypatch):
     load_data = main.load_data
 
@@ -740,3 +741,56 @@ def test_encoder_of_another_run_is_named(finished, tmp_path):
     shutil.copy(finished / 'model_1.pth', tmp_path / 'model_3.pth')
     with pytest.raises(UserError, match=r'model_3.pth is not what the run in .* wrote'):
         linear.main(['--model_path', str(tmp_path / 'model_3.pth')])
+
+
+EDGES = {f'--{name}': values.split() for name, values in dict(
+    temperature='1e-30 1e-3 100', tau_plus='0.9999999999999999 1e-320 -0', beta='1000 1e-320 -0', jitter='2.5 1e-320',
+    crop_min='1e-320 1e-9 1', grayscale='1 0', image_size='8 9 64', test_size='1 2 64', store_size='8 33', views='3 16',
+    fit='pad squeeze', stem='imagenet', feature_dim='1', hidden_dim='1', batch_size='3 4', lr='1000 1e-30', k='1 3',
+    weight_decay='100 1e-320', optimizer='sgd', schedule='cosine', knn_temperature='1e-30 100', precision='bf16 fp16',
+    positives='label', estimator='standard debiased easy', micro_batch='2', seed='4294967295', augment='pil').items()}
+PROBE_EDGES = {f'--{name}': values.split() for name, values in dict(
+    label_fraction='1e-320 0.3', probe='logistic', augment='none', bn='train', batch_size='1 2 999999', lr='1000 1e-30',
+    weight_decay='100', precision='fp16 bf16', test_size='1 40', image_size='8 40').items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind, sizes, images', [('one image a class', [(16, 16)], 1), ('black', [(16, 16)], 3),
+                                                 ('a pixel wide', [(1, 50), (90, 1)], 2)])
+@pytest.mark.filterwarnings('error')
+def test_values_at_the_edge_give_numbers_or_one_line(tmp_path, kind, sizes, images, capsys):
+    """Random ones together, of runs and probes on the smallest sets."""
+    dice, root, done = random.Random(kind), tmp_path / 'set', 0
+    for part in 'train', 'test':
+        for name in 'ab':
+            (root / part / name).mkdir(parents=True)
+            for i in range(images):
+                pixels = np.random.default_rng(i).integers(256, size=(*dice.choice(sizes), 3), dtype=np.uint8)
+                Image.fromarray(pixels * (kind != 'black')).save(root / part / name / f'{i}.png')
+
+    def run(script, words, results):
+        existed = results.exists()
+        try:
+            script.main(words)
+            return True
+        except UserError as error:
+            assert '\n' not in str(error), words
+        except SystemExit as stop:
+            err = capsys.readouterr().err
+            assert stop.code == 2 and len(err.splitlines()) == 1 and results.exists() == existed, (words, err)
+
+    def some(edges):
+        chosen = dice.sample(sorted(edges), dice.randint(1, 4))
+        return [word for flag in chosen for word in (flag, dice.choice(edges[flag]))]
+
+    for i in range(12):
+        results = tmp_path / str(i)
+        words = ['--dataset_name', 'folder', '--root', str(root), '--arch', 'resnet18', '--width', '0.125',
+                 '--image_size', '8', '--batch_size', '2', '--hidden_dim', '4', '--epochs', '1', '--k', '1',
+                 '--workers', '0', '--knn_every', '1', '--results_dir', str(results), *some(EDGES)]
+        if run(main, words, results):
+            done += 1
+            log = pd.read_csv(results / 'log.csv')
+            assert np.isfinite(log['train_loss'][1]) and log['test_acc@1'].between(0, 100).all(), words
+            run(linear, ['--model_path', str(results / 'model_1.pth'), '--epochs', '1', *some(PROBE_EDGES)], results)
+    assert done > 3

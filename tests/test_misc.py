@@ -1,6 +1,8 @@
 """The table, the pictures and the example: what they show is what the logs left."""
 
 import hashlib
+import os
+import random
 import re
 import shutil
 import signal
@@ -14,9 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HOME, Job
+from PIL import Image
 
+import embed
 import files
 import flags
+import folder
+import linear
 import main
 import model
 import pictures
@@ -391,3 +397,62 @@ def test_hard_negatives_help_on_sequences():
     hard, standard = sequences.OBJECTIVES['hard, β = 2'], sequences.OBJECTIVES['standard']
     gains = [sequences.accuracy(seed, 60, **hard) - sequences.accuracy(seed, 60, **standard) for seed in (0, 1)]
     assert min(gains) > 2
+
+
+LETTERS = '_$|*~^{}\\%&#`<> ab\t\x01\x07\x1b\x7fé漢' + 'שע\u202e\u0301' + os.fsdecode(b'\xe9\xff')
+
+
+def some_names(seed, count, most=12):
+    dice = random.Random(seed)
+    return [''.join(dice.choice(LETTERS) for _ in range(dice.randint(1, most))) for _ in range(count)]
+
+
+@pytest.mark.filterwarnings('error', 'ignore:Glyph')
+def test_names_of_any_letters_stay_as_they_are_in_pictures_and_tables(tmp_path):
+    names, figure = ['_', '$', '$$', '__x', '$10-$20', 'Ba$$in', 'a\\', *some_names(0, 80)], plt.figure(layout='none')
+    lines = [figure.gca().plot([], [], label=pictures.shown(name))[0] for name in names]
+    legend = figure.gca().legend()
+    figure.draw_without_rendering()
+    assert len(legend.get_texts()) == len(names) == len(lines)
+    for name, text in zip(names, legend.get_texts()):
+        string, mathematics = text._preprocess_math(text.get_text())
+        assert not mathematics and string.removeprefix(' ' * (name[0] == '_')) == name.encode(errors='replace').decode()
+    plt.close(figure)
+    table = runs.markdown([('a', 'b'), *((name, f'{name}\r\n{name}') for name in names)])
+    assert [len(re.split(r'(?<!\\)\|', line)) for line in table.split('\n')[:-1]] == [4] * (len(names) + 2)
+    files.write_table(tmp_path / 'a.csv', dict(name=names), ['name'])
+    found = pd.read_csv(tmp_path / 'a.csv', keep_default_na=False, encoding_errors='surrogateescape')
+    assert found['name'].tolist() == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.filterwarnings('error', 'ignore:Glyph')
+def test_names_of_any_letters_are_directories_classes_and_files(tiny, tmp_path, monkeypatch, on_the_cpu, seed, capsys):
+    names = [name for name in some_names(seed, 40, 30) if name.strip() == name and name[0] not in '.~']
+    names[0] += 'x' * (250 - len(os.fsencode(names[0])))
+    monkeypatch.setattr(pictures, 'BATCH', 6)
+    monkeypatch.chdir(tmp_path)
+    for where in names[:2]:
+        for place in (f'{where}/{part}/{name}' for part in ('train', 'test') for name in names[2:5]):
+            os.makedirs(place)
+            for i in range(3):
+                pixels = np.random.default_rng(len(where) + i).integers(256, size=(16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(os.path.join(place, f'{names[5 + i]}.png'))
+        words = [where if before == '--root' else word for before, word in zip(['', *tiny], tiny)]
+        main.main([*words, '--epochs', '1', '--results_dir', f'runs/{names[9 + len(where) % 2]}'])
+    results = sorted((tmp_path / 'runs').iterdir())
+    probe = ['--model_path', str(results[0] / 'model_1.pth'), '--epochs', '1']
+    for root in names[:2]:
+        linear.main([*probe, '--root', root])
+    assert len([*results[0].glob('model_1_linear*.csv')]) == 2 and len(results) == 2
+    plot.main(['curves', *map(str, results)])
+    for what in 'neighbours', 'similarity', 'negatives':
+        plot.main([what, str(results[0] / 'model_1.pth')])
+    sweep.main(['--table_only', '--results_dir', 'runs'])
+    table = pd.read_csv('runs/table.csv', encoding_errors='surrogateescape')
+    assert sorted(table['data']) == sorted(names[:2])
+    weights = torch.load(results[0] / 'model_1_linear.pth', weights_only=True)
+    assert weights['classes'] == sorted(map(folder.nfc, names[2:5]))
+    embed.main([*probe[:2], '--root', names[0], '--out', f'{names[12]}.npz'])
+    assert f'train/{names[2]}/{names[5]}.png' in np.load(f'{names[12]}.npz')['names'].tolist()

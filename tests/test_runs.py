@@ -1,10 +1,10 @@
 """What makes a run the same run: settings, also those that an earlier version did not have, and the content of data."""
 
-import json
 import os
 import random
 import resource
 import shutil
+from argparse import Namespace
 from contextlib import nullcontext
 
 import pandas as pd
@@ -16,9 +16,11 @@ from PIL import Image
 import files
 import linear
 import main
+import plot
 import runs
+import sweep
 from data import load_data
-from files import read_json
+from files import read_json, write_json
 from runtime import UserError
 
 OLD = ['--dataset_name', 'shapes', '--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8',
@@ -116,25 +118,58 @@ def test_a_folder_is_known_by_its_content_wherever_it_lies(tiny, tree, begun, tm
     assert read_json(results / 'config.json')['data_digest'] == digest
 
 
-def test_a_probe_on_another_folder_of_the_same_name_has_files_of_its_own(tree, tiny, tmp_path, capsys):
-    results = tmp_path / 'r'
-    main.main([*tiny, '--epochs', '1', '--results_dir', str(results)])
+def swap(one, other):
+    one.rename(one.with_suffix('.tmp'))
+    other.rename(one)
+    one.with_suffix('.tmp').rename(other)
+
+
+CHANGES = dict(nothing=lambda place, dice: os.utime(place / 'train/a/0.png', ns=(0, 0)),
+               pixel=lambda place, dice: change_a_pixel(dice.choice(sorted(place.rglob('*.png')))),
+               label=lambda place, dice: swap(place / f'train/a/{dice.randrange(10)}.png', place / 'train/c/0.png'),
+               order=lambda place, dice: swap(place / f'test/b/{dice.randrange(2)}.png', place / 'test/b/2.png'),
+               part=lambda place, dice: swap(place / f'train/c/{dice.randrange(10)}.png', place / 'test/c/0.png'),
+               classes=lambda place, dice: [path.rename(f'{path}b') for path in sorted(place.glob('t*/b'))])
+
+
+def test_sets_of_one_name_and_size_never_mix_in_runs_probes_tables_and_pictures(tree, tiny, tmp_path, capsys):
+    results, dice, root = tmp_path / 'runs' / 'nothing', random.Random(0), tmp_path / 'first' / 'set'
+    shutil.copytree(tree, root, ignore=shutil.ignore_patterns('.decoded'))
+    main.main([*moved(tiny, root), '--epochs', '1', '--results_dir', str(results)])
     probe = ['--model_path', str(results / 'model_1.pth'), '--augment', 'none', '--epochs', '1', '--root']
-    for place in tmp_path / 'same' / tree.name, tmp_path / 'other' / tree.name:
-        shutil.copytree(tree, place)
-    change_a_pixel(tmp_path / 'other' / tree.name / 'train' / 'a' / '0.png')
-    said, made = {}, {}
-    for which in 'same', 'other':
-        before = {path.name for path in results.glob('model_1_*')}
-        linear.main([*probe, str(tmp_path / which / tree.name)])
-        said[which] = capsys.readouterr().out.splitlines()[-1]
-        made[which] = {path.name for path in results.glob('model_1_*')} - before
-    digest = load_data('folder', tmp_path / 'other' / tree.name, 16).digest
-    assert said['same'].count('kNN') == 2 and 'kNN' not in said['other'] and 'linear probe' in said['other']
-    assert made['same'] == {f'model_1_linear_cached.{suffix}' for suffix in ('csv', 'json', 'pth')}
-    assert made['other'] == {f'model_1_linear_{tree.name}_{digest[:8]}_cached.{suffix}' for suffix in (
-        'csv', 'json', 'pth')}
-    assert json.loads((results / 'model_0_linear_cached.json').read_text())['data_digest'] != digest
+    digests = {}
+    for change, act in CHANGES.items():
+        place = tmp_path / change / 'set'
+        shutil.copytree(root, place, ignore=shutil.ignore_patterns('.decoded'))
+        act(place, dice)
+        data = load_data('folder', place, 16)
+        assert (len(data.train), len(data.test)) == (30, 9)
+        digests[change] = data.digest
+        before = {path.name: path.read_bytes() for path in results.iterdir()}
+        capsys.readouterr()
+        linear.main([*probe, str(place)])
+        said, made = capsys.readouterr().out.splitlines()[-1], {path.name for path in results.iterdir()} - {*before}
+        ends = '' if change == 'nothing' else f'_set_{data.digest[:8]}'
+        assert {f'model_1_linear{ends}_cached.{suffix}' for suffix in ('csv', 'json', 'pth')} <= made
+        assert said.count('kNN') == 2 * (change == 'nothing') and said.count('linear probe') == 2
+        assert all((results / name).read_bytes() == content for name, content in before.items())
+        if change == 'nothing':
+            main.main([*moved(tiny, place), '--epochs', '1', '--results_dir', str(results)])
+            continue
+        with pytest.raises(UserError, match='holds a run on other data'):
+            main.main([*moved(tiny, place), '--epochs', '1', '--results_dir', str(results)])
+        copied = shutil.copytree(results, tmp_path / 'runs' / change)  # as if it had been trained on the other set
+        config = read_json(copied / 'config.json')
+        config['settings']['root'] = str(place)
+        write_json(copied / 'config.json', config | dict(data_digest=data.digest, classes=data.classes))
+    assert len({*digests.values()}) == len(CHANGES) and digests['nothing'] == load_data('folder', root, 16).digest
+    table = sweep.make_table(tmp_path / 'runs')
+    assert sorted(table['data']) == sorted(f'set ({digest[:8]})' for digest in digests.values())
+    assert table['linear_cached_seeds'].tolist() == [int(digests['nothing'][:8] in name) for name in table['data']]
+    assert table['seeds'].tolist() == [1] * len(CHANGES)
+    figure = plot.curves(Namespace(paths=sorted((tmp_path / 'runs').iterdir())))
+    assert {text.get_text().rpartition('data ')[2] for text in figure.legends[0].get_texts()} == {*table['data']}
+    plot.plt.close(figure)
 
 
 def test_the_untrained_encoder_is_probed_again_if_flags_or_data_changed_and_only_then(tree, tiny, begun, tmp_path):
