@@ -83,7 +83,8 @@ def test_surroundings_that_change_nothing(tiny, run, tmp_path, surroundings):
 
 LEFT = dict(RANK=['1', ''], WORLD_SIZE=['2'], LOCAL_RANK=['3'], MASTER_ADDR=['node1'], SLURM_PROCID=['1'],
             SLURM_NTASKS=['8'], SLURM_LOCALID=['3'], TORCHELASTIC_RUN_ID=['x'], HOME=[None, '/proc', '/nowhere', ''],
-            XDG_CACHE_HOME=['/nowhere', '/proc'], MPLBACKEND=['module://matplotlib_inline.backend_inline', 'tkagg', 'x'],
+            XDG_CACHE_HOME=['/nowhere', '/proc'],
+            MPLBACKEND=['module://matplotlib_inline.backend_inline', 'tkagg', 'x'],
             LC_ALL=['C', 'xx'], PYTHONUTF8=['0'], PYTHONIOENCODING=['ascii'], TERM=['dumb'], COLUMNS=['1'])
 
 
