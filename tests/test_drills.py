@@ -158,6 +158,7 @@ def test_killed_at_every_call_the_same_command_ends_with_the_same_bits(flags, wh
             read_checkpoint(path)
         assert job.code == -signal.SIGKILL and run('main.py', [*flags, results]).code == 0
         assert_same_outcome(results, whole)
+        assert not [*results.glob('last.pth.*')]
     assert n > 9
 
 
