@@ -5,7 +5,6 @@ indices (b,) of their images, on the device, for this rank's part of the batch.
 """
 
 import hashlib
-import multiprocessing
 import shutil
 import signal
 import sys
@@ -186,15 +185,5 @@ class ReferenceViews:
 
     def epoch(self, epoch, start=0):
         self.keys.now = epoch, start
-        try:
-            for *views, index in self.loader:
-                yield ([x.to(self.device, non_blocking=True) for x in views],
-                       index.to(self.device, non_blocking=True))
-        except (OSError, RuntimeError) as error:
-            alive = multiprocessing.active_children()
-            for worker in alive:  # Python would end them by SIGTERM, which they ignore, and wait for ever
-                worker.kill()
-            if len(alive) == self.loader.num_workers:
-                raise
-            raise UserError('a worker of --augment pil was killed, perhaps as memory ran out: use fewer --workers. '
-                            'The same command continues from the last saved state') from error
+        for *views, index in self.loader:
+            yield [x.to(self.device, non_blocking=True) for x in views], index.to(self.device, non_blocking=True)

@@ -1,5 +1,6 @@
 """One process among others: its rank, its device, the signals that stop it, and how it ends."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -227,9 +228,17 @@ def run(main, memory='free it, or use the CPU by CUDA_VISIBLE_DEVICES='):
         raise SystemExit(f'error: {error}' if ranks().local_rank == 0 else 1) from None
     except torch.OutOfMemoryError as error:
         raise SystemExit(f'error: the GPU\'s memory is full ({str(error).partition(". ")[0]}): {memory}') from None
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        raise SystemExit('error: a worker of --augment pil was killed, perhaps as memory ran out: use fewer --workers. '
+                         'The same command continues from the last saved state') from None
     except KeyboardInterrupt:
         print('Interrupted', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    finally:
+        for worker in multiprocessing.active_children():  # they ignore the SIGTERM by which Python would end them
+            worker.kill()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import psutil
@@ -26,7 +27,8 @@ def test_workers_go_on_when_a_stop_signal_reaches_the_whole_group():
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', ['parent', 'worker'])
 def test_no_process_is_left_when_one_is_killed(tiny, tmp_path, victim):
-    job = Job('main.py', [*tiny, '--epochs', '500', '--augment', 'pil', '--workers', '2', '--results_dir', tmp_path])
+    job = Job('main.py', [*tiny, '--epochs', '500', '--augment', 'pil', '--workers', '2', '--results_dir', tmp_path],
+              stdin=subprocess.DEVNULL)  # started anew, not forked
     parent = psutil.Process(job.process.pid)
     workers = []
     while not (tmp_path / 'log.csv').exists() or len(workers) < 2:
