@@ -122,6 +122,8 @@ def neighbours(args):
     images, chosen = data.test, some(len(data.test), 5, args.seed)
     if not data.classes or args.query:
         memory = some(len(data.train), args.memory, args.seed)  # encoding millions would take hours on a CPU
+        if len(memory) < len(data.train):
+            runtime.say(f'{len(memory):,} of {len(data.train):,} images are searched: more by --memory')
     if args.query:
         images = torch.from_numpy(np.stack([decode_query(path, data, run) for path in args.query]))
         chosen = torch.arange(len(images))

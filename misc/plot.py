@@ -52,7 +52,7 @@ def main(argv=None):
         if name == 'neighbours':
             command.add_argument('--query', nargs='+', type=flags.path, help='image files to search for (default: some '
                                  'test images)')
-            command.add_argument('--memory', default=10_000, type=flags.integer(2, 10_000_000),
+            command.add_argument('--memory', default=100_000, type=flags.integer(2, 10_000_000),
                                  help='images that are searched, at most, drawn at random (default: %(default)s)')
     args = parser.parse_args(argv)
     args.paths = [*map(Path, args.paths)]
