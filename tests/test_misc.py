@@ -193,14 +193,22 @@ def test_tables_kept_are_those_of_the_logs_kept(name, seeds):
     assert table.to_csv(index=False) == (kept / 'table.csv').read_text()
     assert table['seeds'].min() >= seeds
     assert sweep.markdown(table).partition('\n\n')[0] in (HOME / 'results' / 'README.md').read_text()
-    shown, rows = ([line[2:-2].split(' | ') for line in text.splitlines() if line[:2] == '| ' and ' ± ' in line]
-                   for text in ((HOME / 'README.md').read_text(), sweep.markdown(table)))
-    for objective, t, seeds, *numbers in shown:  # the README's rows are of these two tables
-        if name == ('cifar10' if t == '0.5' else 'cifar10_temperature'):
-            objective, before = objective.removesuffix(', its best t'), [] if t == '0.5' else [t]
-            row, = [row for row in rows if row[0] == objective and row[1:1 + len(before)] == before]
-            assert [seeds, numbers[0], numbers[2]] == [row[1 + len(before)], row[2 + len(before)], row[4 + len(before)]]
-            assert t != '0.5' or [x.strip(' |') for x in numbers[1::2]] == [x.strip(' |') for x in (row[3], row[5])]
+
+
+def test_rows_of_both_pages_are_those_of_the_logs_kept():
+    """Of each objective: accuracy, its difference to standard at t = 0.5, and to standard at t = 0.1, twice."""
+    kept, rows = HOME / 'results' / 'cifar10_30', []
+    own, tuned = (sweep.make_table(kept, against) for against in (0.5, 0.1))
+    assert tuned.to_csv(index=False) == (kept / 'table.csv').read_text()
+    for (_, a), (_, b) in zip(own.iterrows(), tuned.iterrows()):
+        told = [f'{row[name]:{sign}.2f} ± {row[f"{name}_std"]:.2f}' if row[name] == row[name] else ''
+                for metric in ('knn', 'linear_cached')
+                for row, name, sign in ((a, metric, ''), (a, f'{metric}_gain', '+'), (b, f'{metric}_gain', '+'))]
+        title = a['objective'] + ', tuned t' * (a['temperature'] == 0.1)
+        rows.append(' | '.join([f'| {title} | {a["temperature"]} | {a["seeds"]}', *told]) + ' |')
+    first, results = ((HOME / place / 'README.md').read_text().splitlines() for place in ('', 'results'))
+    assert sorted(line for line in first if ' ± ' in line and line[0] == '|') == sorted(rows)
+    assert {*rows} <= {*results}
 
 
 @pytest.mark.parametrize('flags, message', [
