@@ -26,8 +26,7 @@ PROBE = ('epoch', 'train_loss', 'train_acc@1', 'train_acc@5', 'test_loss', 'test
 PROBES = dict(linear='linear probe', linear_bn_train='probe, BatchNorm drifting',
               linear_cached='linear probe on cached features', logistic='logistic regression')  # by their files' names
 LATER = dict(micro_batch=None, fit='crop', holdout=0.0, crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False,
-             init=None, label_fraction=1.0)
-# settings that came after the first runs, at the values that the code had before them
+             init=None, label_fraction=1.0)  # settings that came after the first runs, at what the code had before
 FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')  # may change in a run
 OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
 
@@ -227,13 +226,10 @@ def name_data(found):
 
     Data are known by their digest; those of a run without one by classes and numbers of images.
     """
-    def labels(run):
-        return run['classes'], run['images']
-
-    keys, names = [], {}
-    for run in found:
-        alike = {other['data_digest'] for other in found if 'data_digest' in other and labels(other) == labels(run)}
-        key = alike.pop() if len(alike) == 1 else digest([run['data'], *labels(run)])
+    labels, keys, names = [(run['classes'], run['images']) for run in found], [], {}
+    for run, own in zip(found, labels):
+        alike = {other['data_digest'] for other, its in zip(found, labels) if 'data_digest' in other and its == own}
+        key = alike.pop() if len(alike) == 1 else digest([run['data'], *own])
         keys.append(run.get('data_digest', key))
         names.setdefault(keys[-1], run['data'])
     for run, key in zip(found, keys):
@@ -274,9 +270,8 @@ def read_probe(directory, epochs, name, data_digest=None):
         return None, None
     about, rows = read_json(file.with_suffix('.json')), read_table(file, PROBE)
     known = (crc(checkpoint), hashlib.sha256(checkpoint.read_bytes()).hexdigest()) if checkpoint.exists() else ()
-    if known and about['encoder'] not in known:  # an earlier version wrote the SHA-256
-        return None, None
-    if None not in (data_digest, about.get('data_digest')) and data_digest != about['data_digest']:
+    other = known and about['encoder'] not in known  # an earlier version wrote the SHA-256
+    if other or None not in (data_digest, about.get('data_digest')) and data_digest != about['data_digest']:
         return None, None
     settings = about['settings'] | {name: about.get(name) for name in ('command', 'data', 'data_digest')}
     return (settings, rows.iloc[-1]) if rows['epoch'].max() == settings['epochs'] else (None, None)
