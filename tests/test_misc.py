@@ -33,6 +33,7 @@ import sequences
 import sweep
 from augment import normalize
 from data import load_data
+from decoding import decode
 from losses import contrastive_loss
 from runtime import UserError
 
@@ -167,12 +168,12 @@ def test_readme_is_short_and_whole():
     assert text.count('\n') <= 150 and len(text) <= 10_500 and not re.search('@[A-Z]+@', text)
 
 
-def test_readmes_python_gives_what_its_comments_say(tmp_path, monkeypatch):
+def test_readmes_python_gives_what_its_comments_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'results' / 'mine').mkdir(parents=True)
     torch.save(model.Model(128, 'resnet18', width=0.125).state_dict(), 'results/mine/model_400.pth')
     pages = (HOME / 'README.md').read_text() + (HOME / 'misc' / 'own_images.md').read_text()
-    loss, encoder, views = re.findall('```python\n(.*?)```', pages, re.S)
+    loss, encoder, search, views = re.findall('```python\n(.*?)```', pages, re.S)
     names = dict(zip(('z1', 'z2', 'images', 'texts'), torch.randn(4, 6, 8)))
     exec(loss, names)
     assert names['loss'].shape == () and names['loss'].isfinite()
@@ -183,6 +184,12 @@ def test_readmes_python_gives_what_its_comments_say(tmp_path, monkeypatch):
     exec(encoder, names)
     for x, width in (names['features'], 64), (names['z'], 128):
         assert x.shape == (6, width) and torch.allclose(x.norm(dim=1), torch.ones(6))
+    plt.imsave('photo.jpg', np.random.default_rng(0).random((256, 256, 3)))
+    pixels, *_ = decode('photo.jpg', 256)
+    own = names['net'](normalize(torch.from_numpy(pixels)[None]))[0].detach().numpy()
+    np.savez('features.npz', names=['other', 'same', 'opposite'], features=np.concatenate([0.5 * own, own, -own]))
+    exec(search, {})
+    assert capsys.readouterr().out == "['same' 'other' 'opposite']\n"
 
 
 @pytest.mark.parametrize('name, seeds', [('cifar10', 3), ('cifar10_temperature', 1), ('cifar10_labels', 1),
