@@ -231,7 +231,7 @@ def negatives(args):
     for name, values in pushes.items():
         values = values / mean if name in OWN else values / values.mean()
         colour = OWN.get(name, COLOURS[7])
-        most = '' if name in OWN else f' (up to {values.max():.0f})'  # beyond the axis
+        most = '' if name in OWN else f' (its own mean = 1; up to {values.max():.0f})'  # beyond the axis
         axes.scatter(x[~same], values[~same], s=12, color=colour, linewidths=0, alpha=0.8, label=name + most)
         axes.scatter(x[same], values[same], s=36, color=colour, marker='x', linewidths=1.2)
     of_class = f', {data.classes[labels[query]]}' if data.classes else ''
