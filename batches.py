@@ -185,5 +185,8 @@ class ReferenceViews:
 
     def epoch(self, epoch, start=0):
         self.keys.now = epoch, start
-        for *views, index in self.loader:
-            yield [x.to(self.device, non_blocking=True) for x in views], index.to(self.device, non_blocking=True)
+        try:
+            for *views, index in self.loader:
+                yield [x.to(self.device, non_blocking=True) for x in views], index.to(self.device, non_blocking=True)
+        except (ConnectionError, EOFError):
+            raise RuntimeError('DataLoader worker was killed as it handed over a batch') from None

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from multiprocessing.resource_sharer import DupFd
 
 import psutil
 import pytest
@@ -22,6 +23,23 @@ def test_workers_go_on_when_a_stop_signal_reaches_the_whole_group():
     for signum in STOP_SIGNALS:
         os.kill(worker.pid, signum)
     assert len(list(batches)) == 15 and worker.is_alive()
+
+
+@pytest.mark.parametrize('error', [ConnectionResetError, ConnectionRefusedError, BrokenPipeError, EOFError])
+def test_a_worker_killed_as_it_hands_over_a_batch_is_named(error, monkeypatch):
+    views = ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), Batches(64, 4), 8, workers=1)
+    batches = views.epoch(1)
+    next(batches)
+
+    whole = DupFd.detach
+
+    def broken(self):
+        os.close(whole(self))
+        raise error
+
+    monkeypatch.setattr(DupFd, 'detach', broken)
+    with pytest.raises(RuntimeError, match='DataLoader worker'):  # of which run() makes the line
+        list(batches)
 
 
 @pytest.mark.slow
