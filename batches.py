@@ -5,9 +5,11 @@ indices (b,) of their images, on the device, for this rank's part of the batch.
 """
 
 import hashlib
+import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -158,10 +160,12 @@ class Keys:
             yield self.batches.part(keys.T).tolist()  # (2 + V, B) -> (b, 2 + V)
 
 
-def leave_signals(worker):
+def begin_worker(parent, worker):
     """A worker leaves the signals that stop a run, which reach all processes of a group, to the training loop."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    if os.getppid() != parent:  # killed already; from here on the loader watches it
+        os._exit(1)
 
 
 class ReferenceViews:
@@ -180,8 +184,9 @@ class ReferenceViews:
         # A forked worker shares the images; one that is started afresh would get a copy.
         start = 'fork' if workers and sys.platform == 'linux' else None
         self.loader = DataLoader(RandomViews(images, size, batches.seed, recipe), batch_sampler=self.keys,
-                                 num_workers=workers, persistent_workers=workers > 0, worker_init_fn=leave_signals,
-                                 multiprocessing_context=start, pin_memory=self.device.type == 'cuda')
+                                 num_workers=workers, worker_init_fn=partial(begin_worker, os.getpid()),
+                                 persistent_workers=workers > 0, multiprocessing_context=start,
+                                 pin_memory=self.device.type == 'cuda')
 
     def epoch(self, epoch, start=0):
         self.keys.now = epoch, start

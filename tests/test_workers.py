@@ -1,9 +1,11 @@
 """The processes behind --augment pil: deaf to the signals that stop a run, and gone when it is."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from multiprocessing.resource_sharer import DupFd
 
 import psutil
@@ -42,6 +44,25 @@ def test_a_worker_killed_as_it_hands_over_a_batch_is_named(error, monkeypatch):
         list(batches)
 
 
+def test_a_worker_ends_at_once_if_its_run_was_killed_as_it_began():
+    views = ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), Batches(64, 4), 8, workers=1)
+    start = views.loader.worker_init_fn
+
+    def code(target, *arguments):
+        child = multiprocessing.get_context('fork').Process(target=target, args=arguments)
+        child.start()
+        child.join()
+        return child.exitcode
+
+    assert code(start, 0) == 0
+    assert code(lambda: os._exit(code(start, 0))) == 1  # a child of another process
+
+
+def is_worker(child):
+    with suppress(psutil.Error):  # another child, which has just ended
+        return 'main.py' in ' '.join(child.cmdline())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('victim', ['parent', 'worker'])
 def test_no_process_is_left_when_one_is_killed(tiny, tmp_path, victim):
@@ -52,7 +73,7 @@ def test_no_process_is_left_when_one_is_killed(tiny, tmp_path, victim):
     while not (tmp_path / 'log.csv').exists() or len(workers) < 2:
         assert job.process.poll() is None
         time.sleep(0.05)
-        workers = [child for child in parent.children() if 'main.py' in ' '.join(child.cmdline())]
+        workers = list(filter(is_worker, parent.children()))
     (parent if victim == 'parent' else workers[0]).send_signal(signal.SIGKILL)
     job.finish()
     assert job.code == (-signal.SIGKILL if victim == 'parent' else 1)
