@@ -180,8 +180,9 @@ def make_table(results, against=None):
             row |= {probe: None if last is None else last['test_acc@1'], f'{probe}_command': None, f'{probe}_how': None}
             if settings:
                 row[f'{probe}_command'] = settings.pop('command')
-                row[f'{probe}_how'] = ', '.join(f'{name} {value}' for name, value in sorted(settings.items())
-                                                if name not in ('model_path', 'root', 'data', 'data_digest'))
+                how = sorted(runs.deciding(settings).items())
+                row[f'{probe}_how'] = ', '.join(f'{name} {value}' for name, value in how
+                                                if name not in ('model_path', 'data', 'data_digest'))
         rows.append(row)
     if not rows:
         raise UserError(f'{results} holds no finished run')
