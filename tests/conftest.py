@@ -66,7 +66,7 @@ class Job:
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.process = subprocess.Popen([*start, *command], env=environment, cwd=cwd, **{**pipes, **kwargs})
 
-    def finish(self, timeout=120):
+    def finish(self, timeout=600):  # of a hang; compiling may take minutes
         try:
             self.out, self.err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -18,7 +18,7 @@ from conftest import Job, assert_same_outcome, outcome
 from model import read_checkpoint
 
 
-def wait_for(condition, job, timeout=60):
+def wait_for(condition, job, timeout=300):
     end = time.monotonic() + timeout
     while not condition() and job.process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
