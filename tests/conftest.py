@@ -2,6 +2,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import pathlib
 import runpy
 import signal
 import subprocess
@@ -128,6 +129,8 @@ def execute(command, environment, cwd, texts, strike):
                 os.kill(os.getpid(), signum)
             return function(*args, **kwargs)
         setattr(module, name, struck)
+        if hasattr(pathlib, '_NormalAccessor'):  # Python 3.10, whose Path keeps the functions of os
+            setattr(pathlib._NormalAccessor, name, staticmethod(struck))
     runpy.run_path(command[0], run_name='__main__')
 
 

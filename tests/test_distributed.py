@@ -366,15 +366,18 @@ def test_torchrun_trains_logs_and_saves_once_and_one_process_continues(tiny, tmp
 
 @pytest.mark.slow
 def test_compiled_ranks_train_as_eager_ones(tiny, tmp_path, run):
-    losses = []
+    logs = []
     for compile in ('--compile', '--no-compile'):
         # PIL's views, as compiled ones round a few grey levels otherwise
         job = run('main.py', [*flags(tiny, tmp_path / compile, 2), '--lr', '1e-5', '--augment', 'pil', '--workers', '0',
                               compile],
                   torchrun=['--nproc_per_node=2'])
         assert job.code == 0, job.err
-        losses.append(pd.read_csv(tmp_path / compile / 'log.csv')['train_loss'][1:].tolist())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != losses[1]  # another order of sums
+        if 'Not compiled' in job.out and torch.__version__ < '2.7':
+            pytest.skip('this torch fails to compile so small a network on a CPU')
+        logs.append(pd.read_csv(tmp_path / compile / 'log.csv')[1:])
+    assert logs[0]['train_loss'].tolist() == pytest.approx(logs[1]['train_loss'].tolist(), rel=1e-4)
+    assert logs[0]['encoder'].tolist() != logs[1]['encoder'].tolist()  # another order of sums
 
 
 @pytest.mark.slow
