@@ -161,10 +161,13 @@ class Keys:
 
 
 def begin_worker(parent, worker):
-    """A worker leaves the signals that stop a run, which reach all processes of a group, to the training loop."""
+    """A worker leaves the signals that stop a run, which reach all processes of a group, to the training loop.
+
+    It ends if the run, of process id parent, was killed before torch began to watch for that.
+    """
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    if os.getppid() != parent:  # killed already; from here on the loader watches it
+    if os.getppid() != parent:
         os._exit(1)
 
 
@@ -194,4 +197,4 @@ class ReferenceViews:
             for *views, index in self.loader:
                 yield [x.to(self.device, non_blocking=True) for x in views], index.to(self.device, non_blocking=True)
         except (ConnectionError, EOFError):
-            raise RuntimeError('DataLoader worker was killed as it handed over a batch') from None
+            raise RuntimeError('DataLoader worker was killed as it handed over a batch') from None  # in torch's words

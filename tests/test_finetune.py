@@ -84,7 +84,7 @@ def test_encoder_and_classifier_learn(checkpoint, shapes, tmp_path, capsys, monk
     assert list(rows) == list(runs.PROBE) and rows['epoch'].tolist() == [1, 2, 3, 4, 5]
     first, five = rows['test_acc@1'].iloc[-1], rows['test_acc@5'].iloc[-1]
     assert f'on 600 labelled images: {first:.2f} % (@5 {five:.2f} %)' in capsys.readouterr().out
-    assert first > 20 and five > first  # chance: 10
+    assert first > 20 and five > first  # chance: 10; of a frozen encoder 14 at most
     assert about['settings']['jitter'] == 0 and about['encoder'] == (None if scratch else runs.crc(checkpoint))
     weights, net = torch.load(f'{out}.pth'), load_model(f'{out}.pth', head=False).eval()
     assert not torch.equal(weights['f.5.0.conv1.weight'], torch.load(checkpoint)['f.5.0.conv1.weight'])

@@ -274,7 +274,8 @@ def test_positives_of_more_than_two_views_weigh_the_same_whatever_beta():
         assert contrastive_loss(*views, temperature=t, tau_plus=tau, beta=beta).item() == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize('backend', ['eager', pytest.param('inductor', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('backend', ['eager', *(pytest.param(name, marks=pytest.mark.slow)
+                                              for name in ('aot_eager', 'inductor'))])
 def test_it_compiles_whole(backend):
     for setting in (dict(), dict(beta=0.5, tau_plus=0, labels=torch.arange(6) % 4, chunk_size=4),
                     dict(temperature=torch.tensor(0.1, dtype=torch.float64), intra_view=False),

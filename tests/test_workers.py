@@ -17,8 +17,13 @@ from batches import Batches, ReferenceViews
 from runtime import STOP_SIGNALS
 
 
-def test_workers_go_on_when_a_stop_signal_reaches_the_whole_group():
-    views = ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), Batches(64, 4), 8, workers=1)
+@pytest.fixture
+def views():
+    """Sixteen batches by one worker."""
+    return ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), Batches(64, 4), 8, workers=1)
+
+
+def test_workers_go_on_when_a_stop_signal_reaches_the_whole_group(views):
     batches = views.epoch(1)
     next(batches)
     worker, = views.loader._iterator._workers
@@ -28,12 +33,9 @@ def test_workers_go_on_when_a_stop_signal_reaches_the_whole_group():
 
 
 @pytest.mark.parametrize('error', [ConnectionResetError, ConnectionRefusedError, BrokenPipeError, EOFError])
-def test_a_worker_killed_as_it_hands_over_a_batch_is_named(error, monkeypatch):
-    views = ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), Batches(64, 4), 8, workers=1)
-    batches = views.epoch(1)
+def test_a_worker_killed_as_it_hands_over_a_batch_is_named(views, error, monkeypatch):
+    batches, whole = views.epoch(1), DupFd.detach
     next(batches)
-
-    whole = DupFd.detach
 
     def broken(self):
         os.close(whole(self))
@@ -44,8 +46,7 @@ def test_a_worker_killed_as_it_hands_over_a_batch_is_named(error, monkeypatch):
         list(batches)
 
 
-def test_a_worker_ends_at_once_if_its_run_was_killed_as_it_began():
-    views = ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), Batches(64, 4), 8, workers=1)
+def test_a_worker_ends_at_once_if_its_run_was_killed_as_it_began(views):
     start = views.loader.worker_init_fn
 
     def code(target, *arguments):
