@@ -1,22 +1,25 @@
 """Train a probe on a frozen encoder and report its accuracy on the test images.
 
-    python linear.py --model_path results/model_400.pth                     # on random views, as published
-    python linear.py --model_path results/model_400.pth --bn train          # BatchNorm's statistics drift, as published
-    python linear.py --model_path results/model_400.pth --augment none      # on features computed once: seconds
-    python linear.py --model_path results/model_400.pth --probe logistic    # scikit-learn's logistic regression on them
-    python linear.py --model_path results/model_400.pth --label_fraction 0.01        # a hundredth of the labels
+    python linear.py --model_path results/model_400.pth        # on random views, as published
 
-Data set and sizes come from the config.json beside the checkpoint unless a flag says otherwise. The probe leaves
-model_400_linear.csv beside the checkpoint, a row an epoch, its settings in a .json, and its weights and classes in a
-.pth; with the flags above, the names say linear_bn_train, linear_cached, logistic and linear_0.01, and with another
-data set its name. An earlier probe's files are replaced only when the new probe has ended. The result is the last
-epoch's accuracy, not the best on the test set. If the encoder before training, model_0.pth, lies beside the checkpoint,
-it is probed as well, once for all probes with the same flags and data.
+--bn train         BatchNorm's statistics keep updating, as in HCL's and DCL's code
+--cached           on features of the images, computed once: seconds
+--probe logistic   scikit-learn's logistic regression on such features
+--label_fraction   on a part of the labels
+
+Data set and sizes come from the config.json beside the checkpoint unless a flag says otherwise. The
+probe writes model_400_linear.csv, with a row for each epoch, its settings in a .json, and its
+weights and classes in a .pth, beside the checkpoint. With the flags above the names are
+linear_bn_train, linear_cached, logistic and linear_0.01; with another data set they have its name.
+An earlier probe's files are replaced only when the new probe has ended. The result is that of the
+last epoch, not the best on the test set. If the encoder before training, model_0.pth, lies beside
+the checkpoint, it is probed too, once for all probes with the same flags and data.
 """
 
 import math
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,169 +28,307 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-import flags
-import runs
-import runtime
-from augment import normalize
-from batches import Batches, DeviceViews, seeded
-from data import load_data
-from evaluate import encode, hits
-from files import crc, lock, read_json, write_json, write_table, write_tensors
+from hardneg import flags, runs, runtime
+from hardneg.augment import normalize
+from hardneg.batches import Batches, DeviceViews, seeded
+from hardneg.evaluate import Evaluator, hits
+from hardneg.files import crc, lock, read_json, write_json, write_table, write_tensors
+from hardneg.runtime import UsageError, UserError, ranks, say
 from model import load_model
-from runtime import UserError, ranks
+from utils import Data, load
 
-LABELS = ('--label_fraction', 1.0, flags.number(float, 'in (0, 1]', lambda x: 0 < x <= 1),
-          'part of each class\'s training images to learn from, drawn by --seed')
+
+def make_parser():
+    parser = flags.Parser(prog='linear.py', description=__doc__.partition('\n')[0])
+    parser.add_argument(
+        '--model_path',
+        type=flags.path,
+        default='results/model_400.pth',
+        help='checkpoint (%(default)s)',
+    )
+    flags.add_data_flags(parser, 'data set (default: as in the config.json beside the checkpoint)')
+    probe = parser.add_argument_group('probe')
+    add_label_fraction(probe)
+    probe.add_argument(
+        '--probe',
+        choices=('linear', 'logistic'),
+        default='linear',
+        help='a linear layer by Adam, or logistic regression on cached features (%(default)s)',
+    )
+    probe.add_argument(
+        '--cached',
+        action='store_true',
+        help='train on features of the images, computed once (as published: on random views)',
+    )
+    probe.add_argument(
+        '--bn',
+        choices=('eval', 'train'),
+        default='eval',
+        help="BatchNorm. eval: fixed statistics; train: keep updating, as HCL's code does "
+        '(%(default)s)',
+    )
+    probe.add_argument(
+        '--batch_size',
+        type=flags.count,
+        default=512,
+        help='images in a batch, over all ranks (%(default)s)',
+    )
+    probe.add_argument(
+        '--epochs',
+        type=flags.count,
+        default=100,
+        help='passes over the labelled images (%(default)s)',
+    )
+    probe.add_argument(
+        '--lr', type=flags.positive(1000), default=1e-3, help='learning rate of Adam (%(default)s)'
+    )
+    probe.add_argument(
+        '--weight_decay', type=flags.real(0, 100), default=1e-6, help='L2 penalty (%(default)s)'
+    )
+    probe.add_argument(
+        '--precision',
+        choices=('bf16', 'fp16', 'fp32'),
+        help='numbers of the encoder (bf16 on a GPU that has it, else fp32)',
+    )
+    probe.add_argument(
+        '--seed',
+        type=flags.seed,
+        default=0,
+        help="seed of the probe's weights, shuffles and views (%(default)s)",
+    )
+    return parser
+
+
+def add_label_fraction(group):
+    group.add_argument(
+        '--label_fraction',
+        type=flags.part,
+        default=1.0,
+        help="part of each class's training images to learn from, drawn by --seed (%(default)s)",
+    )
 
 
 def arguments(argv=None):
-    parser = flags.Parser(prog='linear.py', description=__doc__.partition('\n')[0])
-    flags.add(parser, 'encoder and data (default: as in the config.json beside the checkpoint)',
-              ('--model_path', 'results/model_400.pth', flags.path, 'checkpoint'),
-              *((name, None, kind, text) for name, _, kind, text in flags.DATA))
-    flags.add(parser, 'probe',
-              LABELS,
-              ('--probe', 'linear', ('linear', 'logistic'), 'a linear layer by Adam, or a logistic regression'),
-              ('--augment', 'views', ('views', 'none'), 'train on random views, or on features computed once'),
-              ('--bn', 'eval', ('eval', 'train'), 'freeze BatchNorm\'s statistics, or let them drift, as published'),
-              ('--batch_size', 512, flags.count, 'images in a batch, over all ranks'),
-              ('--epochs', 100, flags.count, 'passes over the labelled images'),
-              ('--lr', 1e-3, flags.positive(1000), 'learning rate of Adam'),
-              ('--weight_decay', 1e-6, flags.real(0, 100), 'weight decay of Adam'),
-              ('--precision', None, ('bf16', 'fp16', 'fp32'), 'precision of the encoder (default: bf16 on CUDA)'),
-              ('--seed', 0, flags.seed, 'seed of the probe\'s weights, shuffles and views'))
-    args = parser.parse_args(argv)
-    if args.batch_size < (1 + (args.bn == 'train')) * ranks().world:
-        parser.error(f'--batch_size {args.batch_size} leaves a rank less than it needs: 1 image, 2 with --bn train')
+    """The settings, without those of the data that come from the checkpoint's run."""
+    args = make_parser().parse_args(argv)
     if args.probe == 'logistic':
-        args.augment, args.epochs = 'none', 1
-    if args.augment == 'none' and args.bn == 'train':
-        parser.error('--bn train needs --augment views and --probe linear: features computed once cannot drift')
-    args.precision = args.precision or runtime.default_precision()
+        args.cached, args.epochs = True, 1
+    if args.cached and args.bn == 'train':
+        raise UsageError('--bn train needs random views: cached features cannot drift')
+    least = 2 if args.bn == 'train' else 1
+    if args.batch_size < least * ranks().world:
+        raise UsageError(
+            f'--batch_size {args.batch_size} leaves a rank less than it needs: 1 image, 2 with '
+            '--bn train'
+        )
+    if args.precision is None:
+        args.precision = runtime.default_precision()
     return args
+
+
+@dataclass
+class Probe:
+    """What the probes of two encoders share."""
+
+    args: Any
+    data: Data
+    recipe: dict
+    name: str
+    device: torch.device
 
 
 def main(argv=None):
     args = arguments(argv)
     runtime.check_machine(args.precision)
     path = Path(args.model_path)
-    net, knn = load_model(path, head=False), runs.accuracies(path)
+    net = load_model(path, head=False)
+    knn = runs.accuracies(path)
     data, settings, own = labelled_data(args, path)
-    kind, cached = args.probe + '_bn_train' * (args.bn == 'train'), args.probe == 'linear' and args.augment == 'none'
-    device, name = runtime.start(), probe_name(args, data, own, kind, 'cached' * cached)
-    runtime.on_rank0(lambda: lock(path.parent, f'.{name}.lock', wait=True))  # probes of one kind share model_0's
-    probe = partial(probe_encoder, args, name=name, data=data, recipe=flags.recipe(settings), device=device)
+    device = runtime.start()
+    name = probe_name(args, data, own, kind(args))
+    # Probes of one kind share that of model_0.pth.
+    runtime.on_rank0(lambda: lock(path.parent, f'.{name}.lock', wait=True))
+    probe = Probe(args, data, flags.recipe(settings), name, device)
 
-    def said(checkpoint, accuracy):
-        known = f'kNN {knn[checkpoint.name]:.2f} %, ' if own and checkpoint.name in knn else ''
-        return f'{known}{args.probe} probe {accuracy:.2f} %'
+    def told(checkpoint, accuracy):
+        text = f'{args.probe} probe {accuracy:.2f} %'
+        if own and checkpoint.name in knn:
+            text = f'kNN {knn[checkpoint.name]:.2f} %, {text}'
+        return text
 
-    first, five = probe(path, net)
-    text, untrained = f'{said(path, first)} (@5 {five:.2f} %)', path.with_name('model_0.pth')
+    first, five = probe_encoder(probe, path, net)
+    text = f'{told(path, first)} (@5 {five:.2f} %)'
+    untrained = path.with_name('model_0.pth')
     if untrained.exists() and untrained != path:
-        before, last = runtime.on_rank0(lambda: runs.read_probe(path.parent, 0, name))  # beside an earlier checkpoint
-        before = before and {**runs.LATER, **before}
-        same = before and all(before.get(flag) == value for flag, value in vars(args).items() if flag != 'model_path')
-        if same and runs.is_data_of(before, data):
-            first = last['test_acc@1']
-        else:
-            first, _ = probe(untrained, load_model(untrained, head=False))
-        text += f'; {"before training" if settings.get("init") else "untrained"}: {said(untrained, first)}'
-    runtime.say(f'{text}; files in {path.parent}')
+        first = runtime.on_rank0(lambda: probed_before(probe, untrained))
+        if first is None:
+            first, _ = probe_encoder(probe, untrained, load_model(untrained, head=False))
+        before = 'before training' if settings.get('init') else 'untrained'
+        text += f'; {before}: {told(untrained, first)}'
+    say(f'{text}; files in {path.parent}')
 
 
 def labelled_data(args, path):
-    """The labelled data, the settings of the run beside the checkpoint, and whether the data are that run's own.
+    """The labelled data, the settings of the run beside the checkpoint, whether they are its data.
 
-    Flags of data that were not given get the run's values. With --label_fraction the training images are that part.
+    Flags of data that were not given get the run's values. With --label_fraction the training
+    images are that part.
     """
-    config = read_json(path.with_name('config.json')) if path.with_name('config.json').exists() else {}
+    config = {}
+    if path.with_name('config.json').exists():
+        config = read_json(path.with_name('config.json'))
     settings = config.get('settings', {})
     if args.dataset_name is None and not settings:
-        runtime.say(f'No config.json beside {path}: taking stl10, as published')
+        say(f'No config.json beside {path}: taking stl10, as published')
     flags.fill_data_flags(args, settings)
-    data = load_data(args.dataset_name, args.root, args.store_size, False, args.cache_dir, args.skip_damaged, args.fit,
-                     args.holdout)
-    own = runs.is_data_of(config, data) if config else args.dataset_name == 'stl10'
+    data = load(args, unlabeled=False)
+    own = args.dataset_name == 'stl10'
+    if config:
+        own = config.get('data_digest') == data.digest
     if args.label_fraction < 1:
         chosen = stratified(data.train_labels, args.label_fraction, args.seed)
-        data.train, data.train_labels = data.train.index_select(0, chosen), data.train_labels[chosen]
+        data.train = data.train.index_select(0, chosen)
+        data.train_labels = data.train_labels[chosen]
     return data, settings, own
 
 
 def stratified(labels, fraction, seed):
-    """Sorted indices (m,) of a random part of each class of labels (n,), rounded to images, but at least one."""
-    order = torch.randperm(len(labels), generator=seeded(seed, fraction))  # the parts of two fractions are not nested
-    by_class = [order[labels[order] == label] for label in labels.unique()]
-    return torch.cat([index[:max(1, round(fraction * len(index)))] for index in by_class]).sort().values
+    """Sorted indices (m,) of a random part of each class of labels (n,): at least one image."""
+    # The part of a smaller fraction is no part of that of a larger one.
+    order = torch.randperm(len(labels), generator=seeded(seed, fraction))
+    chosen = []
+    for label in labels.unique():
+        index = order[labels[order] == label]
+        chosen.append(index[: max(1, round(fraction * len(index)))])
+    return torch.cat(chosen).sort().values
 
 
-def probe_name(args, data, own, kind, cached=''):
-    """What the files of a probe are called, after their checkpoint: its kind, and data that are not the run's own."""
-    other = '' if own else runs.data_name(vars(args))[:40] + f'_{data.digest[:8]}' * (args.dataset_name == 'folder')
-    parts = kind, other, cached, f'{args.label_fraction:g}' * (args.label_fraction < 1)
-    return '_'.join(part for part in parts if part)
+def kind(args):
+    """The kind of a probe, one of runs.PROBES."""
+    if args.probe == 'logistic':
+        return 'logistic'
+    if args.bn == 'train':
+        return 'linear_bn_train'
+    return 'linear_cached' if args.cached else 'linear'
 
 
-def probe_encoder(args, path, net, name, data, recipe, device):
-    """Train and test the probe of one encoder, write its files, and return its test accuracies @1 and @5 in percent."""
+def probe_name(args, data, own, kind):
+    """What the files of a probe are called, after their checkpoint.
+
+    It has the kind, and the data's name if they are not the run's own, and the part of the labels.
+    """
+    name = kind
+    if not own:
+        name += f'_{runs.data_name(vars(args))[:40]}'
+        if args.dataset_name == 'folder':
+            name += f'_{data.digest[:8]}'
+    if args.label_fraction < 1:
+        name += f'_{args.label_fraction:g}'
+    return name
+
+
+def probed_before(probe, path):
+    """The test accuracy of a finished probe of this encoder, flags and data, or None."""
+    settings, last = runs.read_probe(path.parent, 0, probe.name, probe.data.digest)
+    if settings is None:
+        return None
+    for flag, value in vars(probe.args).items():
+        if flag != 'model_path' and settings.get(flag) != value:
+            return None
+    return last['test_acc@1']
+
+
+def probe_encoder(probe, path, net):
+    """Train and test the probe of an encoder and write its files.
+
+    Args:
+        probe: Probe.
+        path: Path of the encoder's checkpoint.
+        net: model.Model in it.
+
+    Returns the test accuracies @1 and @5 in percent.
+    """
+    args, data, device = probe.args, probe.data, probe.device
+    out = path.with_name(f'{path.stem}_{probe.name}')
+    about = dict(
+        settings={**vars(args), 'model_path': str(path)},
+        **runs.provenance(device),
+        data_digest=data.digest,
+        encoder=crc(path),
+    )
     torch.manual_seed(args.seed)
-    rank, world, _, _ = ranks()
-    out = path.with_name(f'{path.stem}_{name}')
     net.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    probe = torch.nn.Linear(net.features, len(data.classes), device=device)
-    optimizer = torch.optim.Adam(probe.parameters(), args.lr, weight_decay=args.weight_decay)
-    autocast, resident = runtime.autocast(device, args.precision), runtime.fits(device, data.train, data.test)
+    layer = torch.nn.Linear(net.features, len(data.classes), device=device)
+    optimizer = torch.optim.Adam(layer.parameters(), args.lr, weight_decay=args.weight_decay)
+    autocast = runtime.autocast(device, args.precision)
+    evaluator = Evaluator(net, device, autocast)
     labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
-    batches = Batches(len(labels), args.batch_size, 1, args.seed, drop_last=False, rank=rank, world=world)
-    about = dict(settings={**vars(args), 'model_path': str(path)}, **runs.provenance(device), data_digest=data.digest,
-                 encoder=crc(path))
+    batches = Batches(len(labels), args.batch_size, views=1, seed=args.seed, drop_last=False)
 
     def features(images):
-        return encode(net, images, torch.arange(len(images)), args.test_size, autocast, device)
+        return evaluator.features(images, torch.arange(len(images)), args.test_size)
 
-    rows, test_features = [], features(data.test)
-    if args.augment == 'none':
+    test_features = features(data.test)
+    if args.cached:
         train_features = features(data.train)
     else:
-        views = DeviceViews(data.train, batches, args.image_size, device, resident, **recipe)
-    for epoch in tqdm(range(1, args.epochs + 1), out.name, disable=None if rank == 0 else True, leave=False):
+        images = data.train
+        if runtime.fits(device, images):
+            images = images.to(device)
+        views = DeviceViews(images, batches, args.image_size, device, probe.recipe)
+    if args.probe == 'logistic':
+        fit_logistic(layer, train_features, labels)
+
+    rows = []
+    epochs = range(1, args.epochs + 1)
+    for epoch in tqdm(epochs, out.name, disable=runtime.no_bar(), leave=False):
         if args.probe == 'logistic':
-            fit_logistic(probe, train_features, labels)
-            train = one_epoch(probe, [(train_features, labels)], len(labels))
+            train = one_epoch(layer, [(train_features, labels)], len(labels))
         else:
-            if args.augment == 'none':
-                pairs = ((train_features[batch[0]], labels[batch[0]]) for batch in batches.epoch(epoch))
+            if args.cached:
+                pairs = cached_pairs(train_features, labels, batches.epoch(epoch))
             else:
-                pairs = features_of_views(net, views.epoch(epoch), labels, autocast, args.bn == 'train')
-            train = one_epoch(probe, pairs, len(labels), optimizer)
+                drift = args.bn == 'train'
+                pairs = features_of_views(net, views.epoch(epoch), labels, autocast, drift)
+            train = one_epoch(layer, pairs, len(labels), optimizer)
         if not math.isfinite(train[0]):
             raise UserError(f'the loss is {train[0]} in epoch {epoch}: --lr {args.lr} is too high')
-        tested = args.bn == 'eval' or epoch % 10 == 0 or epoch == args.epochs
-        if tested and args.bn == 'train':  # frozen entirely, the encoder gives the same features every time
+        test = math.nan, math.nan, math.nan
+        # Frozen entirely, the encoder gives the same features every time.
+        if args.bn == 'train' and (epoch % 10 == 0 or epoch == args.epochs):
             net.load_state_dict(runtime.averaged_buffers(net), strict=False)
             test_features = features(data.test)
-        test = one_epoch(probe, [(test_features, test_labels)], len(test_labels)) if tested else (math.nan,) * 3
+            test = one_epoch(layer, [(test_features, test_labels)], len(test_labels))
+        if args.bn == 'eval':
+            test = one_epoch(layer, [(test_features, test_labels)], len(test_labels))
         rows.append((epoch, *train, *test))
-        if rank == 0:
+        if ranks().rank == 0:
             write_table(f'{out}.partial.csv', rows, runs.PROBE)
-    if rank == 0:
-        replace_files(out, dict(probe.cpu().state_dict(), classes=data.classes), about)
-    return rows[-1][-2:]
+    if ranks().rank == 0:
+        replace_files(out, dict(layer.cpu().state_dict(), classes=data.classes), about)
+    _, first, five = test
+    return first, five
 
 
 def replace_files(out, weights, about):
     """Put the files of a probe that has ended in the place of an earlier one's."""
-    Path(f'{out}.json').unlink(missing_ok=True)  # never the settings of one with the rows of another
+    # Without it, the settings of one probe would lie beside the rows of another for a moment.
+    Path(f'{out}.json').unlink(missing_ok=True)
     write_tensors(f'{out}.pth', weights)
     Path(f'{out}.partial.csv').replace(f'{out}.csv')
     write_json(f'{out}.json', about)
 
 
-def features_of_views(net, batches, labels, autocast, drift):
-    """For every batch of views the features (B, F) and labels (B,) of its images on all ranks.
+def cached_pairs(features, labels, batches):
+    """Yield the features (B, F) and labels (B,) of each batch of indices (1, B)."""
+    for batch in batches:
+        yield features[batch[0]], labels[batch[0]]
 
-    Features have a graph if the encoder is not frozen. With drift BatchNorm is in training mode.
+
+def features_of_views(net, batches, labels, autocast, drift):
+    """Yield the features (B, F) and labels (B,) of each batch of views, of all ranks.
+
+    Features have a graph if the encoder is not frozen. With drift BatchNorm's statistics update.
     """
     for (x,), index in batches:
         net.train(drift and len(x) > 1)  # BatchNorm needs more than one image
@@ -196,36 +337,45 @@ def features_of_views(net, batches, labels, autocast, drift):
         yield runtime.gather(feature), runtime.gather(labels[index])
 
 
-def one_epoch(probe, pairs, n, optimizer=None):
-    """Mean loss, and accuracies @1 and @5 in percent, over n images in pairs of features (B, F) and labels (B,).
+def one_epoch(layer, pairs, n, optimizer=None):
+    """Mean loss, and accuracies @1 and @5 in percent, over n images.
 
-    With an optimizer the probe is trained, and the numbers are those of each batch before its step.
+    pairs yields features (B, F) and labels (B,). With an optimizer the layer is trained, and the
+    numbers are those of each batch before its step.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=probe.weight.device)  # losses, hits @1 and @5
+    sums = torch.zeros(3, dtype=torch.float64, device=layer.weight.device)  # losses, hits @1, @5
     for feature, target in pairs:
         with torch.set_grad_enabled(optimizer is not None):
-            output = probe(feature)
+            output = layer(feature)
             loss = F.cross_entropy(output, target)
         if optimizer:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        sums += torch.cat([(len(target) * loss.detach())[None], hits(output.detach(), target)])
+        sums[0] += len(target) * loss.detach()
+        sums[1:] += hits(output.detach(), target)
     loss, first, five = (sums / n).tolist()
     return loss, 100 * first, 100 * five
 
 
-def fit_logistic(probe, features, labels):
-    """Give the probe the weights of scikit-learn's logistic regression on standardised features (n, F), labels (n,)."""
+def fit_logistic(layer, features, labels):
+    """Give the layer the weights of scikit-learn's logistic regression.
+
+    features (n, F) are standardised for it; labels (n,).
+    """
     scaler = StandardScaler().fit(features.cpu())
-    found = LogisticRegression(max_iter=2000).fit(scaler.transform(features.cpu()), labels.cpu())
-    weight, bias = found.coef_ / scaler.scale_, found.intercept_ - found.coef_ @ (scaler.mean_ / scaler.scale_)
-    if len(found.classes_) == 2:  # of two classes it keeps the difference
-        weight, bias = [-weight[0] / 2, weight[0] / 2], [-bias[0] / 2, bias[0] / 2]
+    found = LogisticRegression(max_iter=2000)
+    found.fit(scaler.transform(features.cpu()), labels.cpu())
+    weight = found.coef_ / scaler.scale_  # (C, F), or (1, F) for two classes
+    bias = found.intercept_ - found.coef_ @ (scaler.mean_ / scaler.scale_)
+    if len(found.classes_) == 2:  # for which scikit-learn keeps the difference
+        weight = np.concatenate([-weight / 2, weight / 2])
+        bias = np.concatenate([-bias / 2, bias / 2])
+    classes = torch.as_tensor(found.classes_)
     with torch.no_grad():
-        for own, values in (probe.weight, weight), (probe.bias, bias):
-            own[torch.as_tensor(found.classes_)] = torch.as_tensor(np.array(values), dtype=own.dtype, device=own.device)
+        layer.weight[classes] = torch.as_tensor(weight).to(layer.weight)
+        layer.bias[classes] = torch.as_tensor(bias).to(layer.bias)
 
 
 if __name__ == '__main__':
-    runtime.run(main, 'lower --batch_size, choose --augment none, or start more ranks')
+    runtime.run(main)

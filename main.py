@@ -1,12 +1,12 @@
-"""Train an encoder by contrastive learning with hard negatives (HCL), debiased (DCL) or standard (SimCLR).
+"""Train an encoder by contrastive learning with hard negatives (HCL), debiased (DCL) or SimCLR.
 
-    python main.py --tau_plus 0.1 --beta 1.0                                  # the published run: STL10, ResNet-50
-    torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0             # the same batch over eight GPUs
-    python main.py --dataset_name shapes --arch resnet18 --width 0.25 --results_dir results/shapes      # fit for a CPU
+    python main.py --tau_plus 0.1 --beta 1.0                       # as published: STL10, ResNet-50
+    torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0  # the same batch on eight GPUs
+    python main.py --dataset_name shapes --arch resnet18 --width 0.25 --results_dir results/shapes
 
-Everything that a run leaves is in --results_dir; the same command continues a run that was stopped. It runs on
-CPUs and on GPUs with CUDA or ROCm, but not on Apple's GPUs. On two CPU cores a ResNet-18 takes about 180 views of 16 px
-a second. ResNet-50 at 32 px needs a GPU.
+The last one is fit for a CPU. A run writes to --results_dir alone, and the same command continues a
+run that was stopped. It needs a CPU, or a GPU with CUDA or ROCm; Apple's GPUs are not used. On two
+CPU cores a ResNet-18 takes about 180 views of 16 px a second; ResNet-50 at 32 px needs a GPU.
 """
 
 import math
@@ -17,281 +17,622 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import flags
-import runs
-import runtime
-from batches import Batches, DeviceViews, ReferenceViews
-from data import load_data
-from evaluate import encode, knn, label_free
-from files import read_json, write_table
-from folder import find_folder
-from losses import contrastive_loss
-from model import ARCHS
-from runtime import UserError, ranks
-from step import build, check_memory, compiled, starting_weights, train_step
+from hardneg import flags, runs, runtime
+from hardneg.batches import Batches, DeviceViews
+from hardneg.evaluate import Evaluator, knn, label_free
+from hardneg.files import crc, read_json, write_table
+from hardneg.folder import find_folder
+from hardneg.losses import contrastive_loss
+from hardneg.micro_batch import MicroBatches, kept_bytes, set_momentum
+from hardneg.runtime import UsageError, UserError, ranks, say
+from model import ARCHS, WIDTHS, Model, load_model
+from utils import ReferenceViews, load
+
+
+def make_parser():
+    parser = flags.Parser(prog='main.py', description=__doc__.partition('\n')[0])
+    flags.add_data_flags(parser, 'data set (default in brackets)')
+    views = flags.add_view_flags(parser, 'random views (default in brackets)')
+    views.add_argument(
+        '--views',
+        type=flags.integer(2, 16),
+        default=2,
+        help='random views of each image (%(default)s)',
+    )
+    views.add_argument(
+        '--positives',
+        choices=('view', 'label'),
+        default='view',
+        help='views of one image, or of random images of its class (%(default)s)',
+    )
+    views.add_argument(
+        '--augment',
+        choices=('device', 'pil'),
+        default='device',
+        help='views in batches on the device, or by PIL in workers (%(default)s)',
+    )
+    views.add_argument(
+        '--workers',
+        type=flags.integer(0, 256),
+        default=min(16, runtime.cores()),
+        help='processes of a rank for --augment pil (%(default)s)',
+    )
+
+    model = parser.add_argument_group('model')
+    model.add_argument('--arch', choices=ARCHS, default='resnet50', help='backbone f (%(default)s)')
+    model.add_argument(
+        '--width',
+        type=float,
+        choices=WIDTHS,
+        default=1.0,
+        help='factor on the channels of f (%(default)s)',
+    )
+    model.add_argument(
+        '--stem',
+        choices=('cifar', 'imagenet'),
+        help='3x3 of stride 1, or 7x7 of stride 2 and max-pool (cifar; imagenet for views of a '
+        'folder above 64 px)',
+    )
+    model.add_argument(
+        '--hidden_dim',
+        type=flags.integer(1, 65536),
+        help='hidden dimension of the head g (512 times width)',
+    )
+    model.add_argument(
+        '--feature_dim',
+        type=flags.integer(1, 65536),
+        default=128,
+        help='dimension of the embedding z (%(default)s)',
+    )
+    model.add_argument(
+        '--init',
+        type=flags.path,
+        help="weights that f starts from: a checkpoint, or torchvision's ImageNet file",
+    )
+
+    objective = parser.add_argument_group('objective')
+    objective.add_argument(
+        '--estimator',
+        choices=('hard', 'debiased', 'standard', 'easy'),
+        help='easy = standard (hard; standard with --oracle)',
+    )
+    objective.add_argument(
+        '--debiased',
+        type=flags.boolean,
+        help="DCL's: True is debiased (with --beta hard), False is standard",
+    )
+    objective.add_argument(
+        '--temperature',
+        type=flags.positive(100),
+        default=0.5,
+        help='temperature t, by which similarities are divided (%(default)s)',
+    )
+    objective.add_argument(
+        '--tau_plus',
+        type=flags.fraction,
+        help='prior probability of a false negative (0.1 where the estimator has it)',
+    )
+    objective.add_argument(
+        '--beta', type=flags.real(0, 1000), help='concentration on hard negatives (1 for hard)'
+    )
+    objective.add_argument(
+        '--anneal', choices=('none', 'down'), help='lower beta to 0, in 9 values (none)'
+    )
+    objective.add_argument(
+        '--oracle',
+        action='store_true',
+        help='leave out false negatives by their labels: an upper bound',
+    )
+
+    training = parser.add_argument_group('training')
+    training.add_argument(
+        '--batch_size',
+        type=flags.integer(2, 1_000_000),
+        default=256,
+        help='images in a batch, over all ranks (%(default)s)',
+    )
+    training.add_argument(
+        '--epochs', type=flags.count, default=400, help='passes over the images (%(default)s)'
+    )
+    training.add_argument(
+        '--optimizer',
+        choices=('adam', 'sgd'),
+        default='adam',
+        help='SGD has momentum 0.9 (%(default)s)',
+    )
+    training.add_argument(
+        '--lr', type=flags.positive(1000), default=1e-3, help='learning rate (%(default)s)'
+    )
+    training.add_argument(
+        '--schedule',
+        choices=('constant', 'cosine'),
+        default='constant',
+        help='of the learning rate, after the warm-up (%(default)s)',
+    )
+    training.add_argument(
+        '--warmup',
+        type=flags.integer(0, 1_000_000),
+        default=0,
+        help='epochs in which the learning rate rises from 0 (%(default)s)',
+    )
+    training.add_argument(
+        '--weight_decay', type=flags.real(0, 100), default=1e-6, help='L2 penalty (%(default)s)'
+    )
+    training.add_argument(
+        '--micro_batch',
+        type=flags.integer(2, 1_000_000),
+        help="images of a rank in the network at once (all); the loss is the whole batch's",
+    )
+    training.add_argument(
+        '--joint_views',
+        action='store_true',
+        help='one BatchNorm batch of all views (as published: one after the other)',
+    )
+    training.add_argument(
+        '--sync_bn',
+        action='store_true',
+        help="BatchNorm over the whole batch, not each rank's part",
+    )
+    training.add_argument(
+        '--seed',
+        type=flags.seed,
+        default=0,
+        help='seed of weights, shuffles and views (%(default)s)',
+    )
+    training.add_argument(
+        '--precision',
+        choices=('bf16', 'fp16', 'fp32'),
+        help='numbers of the network; the loss is float32 (bf16 on a GPU that has it, else fp32)',
+    )
+    training.add_argument(
+        '--compile',
+        nargs='?',
+        const=True,
+        type=flags.boolean,
+        help='True or False: compile views and network (True on CUDA)',
+    )
+
+    results = parser.add_argument_group('monitor and results')
+    results.add_argument(
+        '--k', type=flags.count, default=200, help='neighbours of the kNN monitor (%(default)s)'
+    )
+    results.add_argument(
+        '--knn_temperature',
+        type=flags.positive(100),
+        help='temperature of their votes (that of the loss)',
+    )
+    results.add_argument(
+        '--knn_every',
+        type=flags.integer(0, 1_000_000),
+        default=10,
+        help='epochs between evaluations of the encoder; 0: none (%(default)s)',
+    )
+    results.add_argument(
+        '--save_every',
+        type=flags.count,
+        default=25,
+        help='epochs between kept encoders (%(default)s)',
+    )
+    results.add_argument(
+        '--results_dir',
+        type=flags.path,
+        default='results',
+        help='directory of all that the run writes (%(default)s)',
+    )
+    return parser
+
+
+def defaults():
+    """The settings of a run without flags, as far as they depend on nothing else."""
+    settings = vars(make_parser().parse_args([]))
+    known = {name: value for name, value in settings.items() if value is not None}
+    return {**flags.DATA, **flags.VIEWS, **known}
 
 
 def arguments(argv=None):
-    parser = flags.Parser(prog='main.py', description=__doc__.partition('\n')[0])
-    chosen = '--image_size', '--test_size', '--store_size'  # by choose_sizes()
-    flags.add(parser, 'data and views',
-              *((name, None if name in chosen else default, *rest) for name, default, *rest in flags.DATA),
-              ('--views', 2, flags.integer(2, 16), 'random views of each image'),
-              ('--positives', 'view', ('view', 'label'), 'views of one image, or of random ones of its class'),
-              *flags.VIEWS,
-              ('--augment', 'device', ('device', 'pil'), 'views in batches on the device, or by PIL in workers'),
-              ('--workers', min(16, runtime.cores()), flags.integer(0, 256), 'processes of a rank for --augment pil'))
-    flags.add(parser, 'model',
-              ('--arch', 'resnet50', ARCHS, 'backbone f'),
-              ('--width', 1.0, (0.125, 0.25, 0.5, 1.0, 2.0, 4.0), 'factor on the channels of f'),
-              ('--stem', None, ('cifar', 'imagenet'), '3x3 of stride 1, or 7x7 of stride 2 and max-pool (default: '
-               'cifar; for views of a folder above 64 px imagenet)'),
-              ('--hidden_dim', None, flags.integer(1, 65536), 'hidden width of the head g (default: 512 times width)'),
-              ('--feature_dim', 128, flags.integer(1, 65536), 'dimension of the embedding z'),
-              ('--init', None, flags.path, 'weights that f starts from: a checkpoint, or torchvision\'s ImageNet file'))
-    flags.add(parser, 'objective',
-              ('--estimator', None, ('hard', 'debiased', 'standard', 'easy'),
-               'easy = standard (default: hard; standard with --oracle)'),
-              ('--debiased', None, flags.boolean, 'DCL\'s: True is debiased (with --beta hard), False is standard'),
-              ('--temperature', 0.5, flags.positive(100), 'temperature t, by which similarities are divided'),
-              ('--tau_plus', None, flags.fraction,
-               'prior probability of a false negative (default: 0.1 where the estimator has it)'),
-              ('--beta', None, flags.real(0, 1000), 'concentration on hard negatives (default: 1.0 for hard)'),
-              ('--anneal', 'none', ('none', 'down'), 'lower beta to 0, in 9 values'),
-              ('--oracle', False, bool, 'leave out false negatives by their labels: an upper bound'))
-    flags.add(parser, 'training',
-              ('--batch_size', 256, flags.integer(2, 1_000_000), 'images, over all ranks'),
-              ('--epochs', 400, flags.count, 'passes over the training images'),
-              ('--optimizer', 'adam', ('adam', 'sgd'), 'SGD has momentum 0.9'),
-              ('--lr', 1e-3, flags.positive(1000), 'learning rate'),
-              ('--schedule', 'constant', ('constant', 'cosine'), 'how the learning rate changes after the warm-up'),
-              ('--warmup', 0, flags.integer(0, 1_000_000), 'epochs in which the learning rate rises from 0'),
-              ('--weight_decay', 1e-6, flags.real(0, 100), 'weight decay'),
-              ('--micro_batch', None, flags.integer(2, 1_000_000),
-               'images of a rank that go through the network at once (default: all); the loss is the whole batch\'s'),
-              ('--joint_views', False, bool, 'one BatchNorm batch of all views (as published: one after the other)'),
-              ('--sync_bn', False, bool, 'BatchNorm over the whole batch, not each rank\'s part'),
-              ('--seed', 0, flags.seed, 'seed of weights, shuffles and views'),
-              ('--precision', None, ('bf16', 'fp16', 'fp32'),
-               'numbers of the network; the loss is float32 (default: bf16 on a GPU that has it, else fp32)'),
-              ('--compile', None, flags.SWITCH, 'compile views and, without --sync_bn, the network (default: on CUDA)'))
-    flags.add(parser, 'monitor and results',
-              ('--k', 200, flags.count, 'neighbours of the kNN monitor'),
-              ('--knn_temperature', None, flags.positive(100), 'temperature of their votes (default: --temperature)'),
-              ('--knn_every', 10, flags.integer(0, 1_000_000), 'epochs between evaluations of the encoder; 0: none'),
-              ('--save_every', 25, flags.count, 'epochs between kept encoders'),
-              ('--results_dir', 'results', flags.path, 'directory of all that the run writes'))
-    args = parser.parse_args(argv)
-    flags.resolve_objective(parser, args)
+    """The final settings, the Model of --init and the Folder of a folder data set, or None.
+
+    Raises:
+        UsageError: flags do not fit each other.
+    """
+    args = make_parser().parse_args(argv)
+    flags.resolve_objective(args)
+    flags.fill(args, flags.VIEWS)
+    flags.fill(args, dict(root='data', dataset_name='stl10', fit='crop', holdout=0.0))
+    flags.fill(args, dict(skip_damaged=False))
+    if args.hidden_dim is None:
+        args.hidden_dim = int(512 * args.width)
+    if args.knn_temperature is None:
+        args.knn_temperature = args.temperature
+    if args.precision is None:
+        args.precision = runtime.default_precision()
+    if args.compile is None:
+        args.compile = torch.cuda.is_available()
+    check(args)
+    init = starting_weights(args)
+    before, found = {}, None
+    if args.dataset_name == 'folder':
+        config = Path(args.results_dir, 'config.json')
+        if config.exists():
+            before = read_json(config).get('settings', {})
+        found = find_folder(args.root, needs_no_labels(args), args.holdout)
+    flags.choose_sizes(args, found, before)
+    return args, init, found
+
+
+def check(args):
     world = ranks().world
+    own = args.batch_size // world
     if args.batch_size % world:
-        parser.error(f'--batch_size {args.batch_size} does not divide evenly over {world} ranks')
-    if args.batch_size < 2 * world:
-        parser.error(f'--batch_size {args.batch_size} leaves a rank less than the 2 images that BatchNorm needs')
-    if args.micro_batch and args.batch_size // world % args.micro_batch:
-        parser.error(f'--micro_batch {args.micro_batch} does not divide a rank\'s {args.batch_size // world} images')
+        raise UsageError(
+            f'--batch_size {args.batch_size} does not divide evenly over {world} ranks'
+        )
+    if own < 2:
+        raise UsageError(
+            f'--batch_size {args.batch_size} leaves a rank less than the 2 images that BatchNorm '
+            'needs'
+        )
+    if args.micro_batch and own % args.micro_batch:
+        raise UsageError(f"--micro_batch {args.micro_batch} does not divide a rank's {own} images")
     if args.sync_bn and not torch.cuda.is_available():
-        parser.error('--sync_bn needs CUDA: PyTorch has no SyncBatchNorm for CPUs')
+        raise UsageError('--sync_bn needs CUDA: PyTorch has no SyncBatchNorm for CPUs')
     if args.warmup >= args.epochs:
-        parser.error(f'--warmup {args.warmup} must be less than --epochs {args.epochs}')
-    args.hidden_dim = args.hidden_dim or int(512 * args.width)
-    args.knn_temperature = args.knn_temperature or args.temperature
-    args.precision = args.precision or runtime.default_precision()
-    args.compile = torch.cuda.is_available() if args.compile is None else args.compile
-    return args, parser
+        raise UsageError(f'--warmup {args.warmup} must be less than --epochs {args.epochs}')
+
+
+def starting_weights(args):
+    """The Model in --init, or None. The setting becomes the file's name and CRC."""
+    if not args.init:
+        return None
+    path = Path(args.init)
+    net = load_model(path, head=False)
+    if args.stem is None:
+        args.stem = net.backbone['stem']
+    differ = []
+    for name, value in net.backbone.items():
+        if getattr(args, name) != value:
+            differ.append(f'--{name} {value}')
+    if differ:
+        raise UsageError(f'--init {path} holds another network: give {" ".join(differ)}')
+    args.init = f'{path.name}, CRC {crc(path):08x}'
+    return net
+
+
+def needs_no_labels(args):
+    """Whether images without labels are trained on."""
+    return not args.oracle and args.positives == 'view'
 
 
 def main(argv=None):
-    args, parser = arguments(argv)
+    args, init, found = arguments(argv)
     runtime.check_machine(args.precision)
-    init = starting_weights(parser, args)
-    data, results = load(args), Path(args.results_dir)
-    steps, device = check_sizes(parser, args, data), runtime.start()
-    run, saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), data, device))
+    results = Path(args.results_dir)
+    data = load(args, needs_no_labels(args), found)
+    check_data(args, data)
+    device = runtime.start()
+    saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), defaults(), data, device))
+
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    net, optimizer, scaler = build(args, device, init)
-    # All that resuming needs: shuffles and views are functions of (seed, epoch, step), so no generator has a state.
-    state = dict(run=run, epoch=0, step=0, seconds=0.0, log=[], losses=torch.zeros(steps, device=device),
-                 skipped=torch.zeros((), device=device))
-    if saved:
-        runs.restore(saved, state, net, optimizer, scaler)
-        if state['epoch'] == args.epochs:
-            runtime.on_rank0(lambda: write_table(results / 'log.csv', state['log'], runs.LOG))  # it may be lost
-            return runtime.say(f'{results} holds this run, finished: {describe(state["log"][-1])}')
-        runtime.say(f'Continuing {results} in epoch {state["epoch"] + 1} after step {state["step"]}')
-    batches, labels = place(args, data, device), (data.train_labels.to(device) if args.oracle else None)
+    net = build_network(args, init)
+    net.to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(args, net)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == 'fp16')
     autocast = runtime.autocast(device, args.precision)
+    steps = len(data.train) // args.batch_size
+    progress = runs.Progress(losses=torch.zeros(steps, device=device))
+    if saved:
+        runs.restore(results, saved, progress, net, optimizer, scaler)
+    if progress.epoch == args.epochs:
+        # The log may have been lost.
+        runtime.on_rank0(lambda: write_table(results / 'log.csv', progress.log, runs.LOG))
+        say(f'{results} holds this run, finished: {describe(progress.log[-1])}')
+        return
+    if saved:
+        say(f'Continuing {results} in epoch {progress.epoch + 1} after step {progress.step}')
+
     check_memory(args, device)
-    train_net = compiled(net, batches, autocast, args) if args.compile and not args.sync_bn else net
-    ddp, saver = runtime.distributed(train_net, device), runs.Saver(results, net, optimizer, scaler)
-    bar = tqdm(total=args.epochs * steps, initial=state['epoch'] * steps + state['step'], unit='step',
-               disable=None if ranks().rank == 0 else True)
+    if args.compile:
+        runtime.compiles_or_goes_on()
+        net.compile(dynamic=False)
+    ddp = runtime.distributed(net, device)
+    batches = training_views(args, data, device)
+    labels = data.train_labels.to(device)
+    in_parts = MicroBatches(ddp, args.micro_batch, args.joint_views, autocast)
+    identity = dict(settings=vars(args), data_digest=data.digest)
+    saver = runs.Saver(results, identity, net, optimizer, scaler)
+    look_every = 20 if device.type == 'cuda' else 1  # a look waits for the device
+    bar = tqdm(
+        total=args.epochs * steps,
+        initial=progress.epoch * steps + progress.step,
+        unit='step',
+        disable=runtime.no_bar(),
+    )
     try:
         with runtime.Signals() as signals:
-            see = partial(encode, net, autocast=autocast, device=device, signals=signals)
-            monitored = partial(monitor, see, data, args)
-            if not state['log']:  # at the start, or stopped before the untrained encoder was measured
-                measure_untrained(monitored, args, device, state, saver)
-            for epoch in range(state['epoch'] + 1, args.epochs + 1):
-                train_epoch(ddp, batches, labels, optimizer, scaler, args, autocast, state, signals, saver, bar)
+            evaluator = Evaluator(net, device, autocast, signals)
+            if not progress.log:
+                measure_untrained(args, data, evaluator, progress, saver)
+
+            for epoch in range(progress.epoch + 1, args.epochs + 1):
+                net.train()
+                beta = args.beta
+                if args.anneal == 'down':
+                    beta = annealed(args.beta, epoch, args.epochs)
+                objective = dict(temperature=args.temperature, tau_plus=args.tau_plus, beta=beta)
+                began = time.monotonic() - progress.seconds
+
+                for views, index in batches.epoch(epoch, progress.step):
+                    for group in optimizer.param_groups:
+                        group['lr'] = learning_rate(args, epoch - 1 + progress.step / steps)
+                    optimizer.zero_grad()
+                    if args.oracle:
+                        objective['labels'] = labels[index]
+                    if args.micro_batch:
+                        loss = in_parts.backward(
+                            views, partial(contrastive_loss, **objective), scaler
+                        )
+                    else:
+                        with autocast:
+                            if args.joint_views:
+                                z = ddp(torch.cat(views))[1].chunk(args.views)
+                            else:
+                                z = [ddp(x)[1] for x in views]  # V x (b, D)
+                        loss = contrastive_loss(*z, **objective)
+                        scaler.scale(loss).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+
+                    progress.losses[progress.step] = loss.detach()
+                    progress.step += 1
+                    if progress.step % look_every == 0 or progress.step == steps:
+                        losses = progress.losses[: progress.step].cpu()
+                        progress.seconds = time.monotonic() - began  # after the wait
+                        check_finite(losses, scaler, epoch)
+                        bar.update((epoch - 1) * steps + progress.step - bar.n)
+                        bar.set_postfix_str(f'epoch {epoch}, loss {losses.mean():.4f}')
+                        if signals.check(due=saver.due()):
+                            saver.save(progress, buffers=runtime.averaged_buffers(net))
+
                 net.load_state_dict(runtime.averaged_buffers(net), strict=False)
-                row = {'epoch': epoch, 'train_loss': state['losses'].mean().item(), 'lr': learning_rate(args, epoch),
-                       'images/s': args.batch_size * steps / state['seconds'], 'seconds': state['seconds']}
-                if args.knn_every and (epoch % args.knn_every == 0 or epoch == args.epochs):
-                    row |= monitored()
-                state.update(epoch=epoch, step=0, seconds=0.0, log=[*state['log'], row])
-                saver.epoch_ended(state, keep=epoch % args.save_every == 0 or epoch == args.epochs)
-                runtime.say(f'epoch {epoch}/{args.epochs}: {describe(row)}')
+                row = {
+                    'epoch': epoch,
+                    'train_loss': progress.losses.mean().item(),
+                    'lr': learning_rate(args, epoch),
+                    'images/s': args.batch_size * steps / progress.seconds,
+                    'seconds': progress.seconds,
+                }
+                last = epoch == args.epochs
+                if args.knn_every and (epoch % args.knn_every == 0 or last):
+                    row |= monitor(args, data, evaluator)
+                progress.epoch, progress.step = epoch, 0
+                progress.seconds = 0.0
+                progress.log.append(row)
+                saver.epoch_ended(progress, keep=epoch % args.save_every == 0 or last)
+                say(f'epoch {epoch}/{args.epochs}: {describe(row)}')
     except runtime.Stopped as stopped:
-        saver.save(state, buffers=runtime.averaged_buffers(net))
+        saver.save(progress, buffers=runtime.averaged_buffers(net))
         saver.wait()
-        runtime.say(f'Stopped in epoch {state["epoch"] + 1} after step {state["step"]}, saved in {results}; '
-                    'the same command continues')
+        say(
+            f'Stopped in epoch {progress.epoch + 1} after step {progress.step}, saved in '
+            f'{results}; the same command continues'
+        )
         raise SystemExit(128 + stopped.signum) from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory(args, error)) from None
     finally:
         bar.close()
         saver.wait()
-    more = '' if data.classes else ' --dataset_name … --root …, of a set with labels'
-    skipped = f' {state["skipped"]:.0f} steps were skipped, as fp16 overflowed.' if state['skipped'] else ''
-    runtime.say(f'Finished.{skipped} Next: python linear.py --model_path {results}/model_{args.epochs}.pth{more}')
+    labelled_set = ''
+    if not data.classes:
+        labelled_set = ' --dataset_name … --root …, of a set with labels'
+    say(
+        f'Finished. Next: python linear.py --model_path {results}/model_{args.epochs}.pth'
+        f'{labelled_set}'
+    )
 
 
-def load(args):
-    """The data of a run, and in args the sizes that were not given."""
-    unlabeled, found, before = not (args.oracle or args.positives == 'label'), None, {}
-    if args.dataset_name == 'folder':
-        found, config = find_folder(args.root, unlabeled, args.holdout), Path(args.results_dir, 'config.json')
-        before = read_json(config)['settings'] if config.exists() else {}
-    flags.choose_sizes(args, found, before)
-    return load_data(args.dataset_name, args.root, args.store_size, unlabeled, args.cache_dir, args.skip_damaged,
-                     args.fit, args.holdout, found)
+def network(args):
+    return Model(args.feature_dim, args.arch, args.hidden_dim, args.stem, args.width)
 
 
-def measure_untrained(monitored, args, device, state, saver):
+def build_network(args, init=None):
+    """The network before training. f starts from the Model init, if there is one."""
+    net = network(args)
+    if init:
+        net.f.load_state_dict(init.f.state_dict())
+    if args.micro_batch:
+        set_momentum(net, args.batch_size // ranks().world // args.micro_batch)
+    if args.sync_bn:
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return net
+
+
+def build_optimizer(args, net):
+    if args.optimizer == 'adam':
+        return torch.optim.Adam(
+            net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True
+        )
+    # Fused, it leaves the momentum uninitialised if fp16 overflows in the first step.
+    fused = args.precision != 'fp16'
+    return torch.optim.SGD(
+        net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=fused
+    )
+
+
+def training_views(args, data, device):
+    """The batches of random views. Images that fit are moved to the device, and off the host."""
+    labels = None
+    if args.positives == 'label':
+        labels = data.train_labels
+    batches = Batches(len(data.train), args.batch_size, args.views, args.seed, labels)
+    recipe = flags.recipe(vars(args))
+    fits = device.type == 'cuda' and runtime.fits(
+        device, data.train, data.test, reserved=step_bytes(args)
+    )
+    if fits:
+        data.test = data.test.to(device)
+    if args.augment == 'pil':
+        return ReferenceViews(data.train, batches, args.image_size, device, recipe, args.workers)
+    if fits:
+        data.train = data.train.to(device)
+    return DeviceViews(data.train, batches, args.image_size, device, recipe, args.compile)
+
+
+def step_bytes(args):
+    """What a step keeps for its backward pass, in bytes."""
+    dtype = torch.float32 if args.precision == 'fp32' else torch.float16
+    images = args.batch_size // ranks().world
+    together = args.views
+    if args.micro_batch:
+        images = args.micro_batch
+        together = args.views if args.joint_views else 1
+    return images * together * kept_bytes(lambda: network(args), args.image_size, dtype)
+
+
+def check_memory(args, device):
+    """Tell if a step on a CPU needs more memory than there is, as the system kills such a process."""
+    if device.type != 'cpu':
+        return
+    needed, free = step_bytes(args), runtime.free_memory()
+    if free and needed > free:
+        say(
+            f'A step keeps {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: '
+            f'choose a --micro_batch{smaller_micro_batch(args)}, a smaller --batch_size or --arch'
+        )
+
+
+def smaller_micro_batch(args):
+    """The next smaller --micro_batch that divides a rank's images, as ' such as n'; '' if none."""
+    images = args.batch_size // ranks().world
+    now = args.micro_batch or images
+    for n in range(now - 1, 1, -1):
+        if images % n == 0:
+            return f' such as {n}'
+    return ''
+
+
+def out_of_memory(args, error):
+    reason = str(error).partition('. ')[0]
+    return (
+        f"the GPU's memory is full ({reason}): choose a --micro_batch{smaller_micro_batch(args)}, "
+        'as the loss stays that of the whole batch, or start more ranks'
+    )
+
+
+def measure_untrained(args, data, evaluator, progress, saver):
     """The log's row of epoch 0, and the first state from which the run can continue."""
-    if device.type == 'cpu' and args.dataset_name != 'shapes':
-        runtime.say('No CUDA device: training on the CPU, which is slow. The README has a run of minutes')
-    state['log'].append({'epoch': 0, **(monitored() if args.knn_every else {})})
-    saver.save(state, keep=True)
+    if evaluator.device.type == 'cpu' and args.dataset_name != 'shapes':
+        say('No CUDA device: training on the CPU, which is slow. The README has a run of minutes')
+    row = {'epoch': 0}
+    if args.knn_every:
+        row |= monitor(args, data, evaluator)
+    progress.log.append(row)
+    saver.save(progress, keep=True)
     saver.wait()
     if args.knn_every:
-        runtime.say(f'{"before training" if args.init else "untrained"}: {describe(state["log"][0])}')
-
-
-def train_epoch(net, batches, labels, optimizer, scaler, args, autocast, state, signals, saver, bar):
-    """Train from state['step'] to the end of the epoch; every 20 steps on a GPU, every step on a CPU, synchronise to
-    check the loss, update the bar and handle signals."""
-    net.train()
-    began, steps = time.monotonic() - state['seconds'], len(state['losses'])
-    look_every = 20 if state['losses'].is_cuda else 1  # a look waits for the device
-    beta = annealed(args.beta, state['epoch'] + 1, args.epochs) if args.anneal == 'down' else args.beta
-    loss_of = partial(contrastive_loss, temperature=args.temperature, tau_plus=args.tau_plus, beta=beta)
-    for views, index in batches.epoch(state['epoch'] + 1, state['step']):
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate(args, state['epoch'] + state['step'] / steps)
-        batch_labels = None if labels is None else labels[index]
-        loss, skipped = train_step(net, views, batch_labels, optimizer, loss_of, autocast, scaler, args.joint_views,
-                                   args.micro_batch)
-        state['losses'][state['step']] = loss
-        state['skipped'] += skipped
-        state['step'] += 1
-        if state['step'] % look_every == 0 or state['step'] == steps:
-            losses = state['losses'][:state['step']].cpu()
-            state['seconds'] = time.monotonic() - began  # after the wait
-            check_finite(losses, scaler, state['epoch'] + 1)
-            bar.update(state['epoch'] * steps + state['step'] - bar.n)
-            bar.set_postfix_str(f'epoch {state["epoch"] + 1}, loss {losses.mean():.4f}')
-            if signals.check(due=saver.due()):
-                saver.save(state, buffers=runtime.averaged_buffers(saver.net))
+        name = 'before training' if args.init else 'untrained'
+        say(f'{name}: {describe(row)}')
 
 
 def check_finite(losses, scaler, epoch):
-    """End the run, on every rank, if one of the epoch's losses (steps,) so far is not a number or infinite."""
+    """End the run, on every rank, if a loss of the epoch so far, (steps,), is not finite."""
     if not losses.isfinite().all():
         step = int(losses.isfinite().logical_not().nonzero()[0])
-        raise UserError(f'the loss is {losses[step]} at epoch {epoch}, step {step + 1}; the last good state is '
-                        'untouched. Common causes: --lr too high, --temperature too low, --precision bf16 or fp16. '
-                        'Other values need another --results_dir')
+        raise UserError(
+            f'the loss is {losses[step]} at epoch {epoch}, step {step + 1}; the last good state is '
+            'untouched. Common causes: --lr too high, --temperature too low, --precision bf16 or '
+            'fp16. Other values need another --results_dir'
+        )
     if scaler.is_enabled() and scaler.get_scale() < 1e-6:
-        raise UserError(f'gradients overflow fp16 at any scale in epoch {epoch}: use --precision fp32 or bf16, or a '
-                        'lower --lr, in another --results_dir')
+        raise UserError(
+            f'gradients overflow fp16 at any scale in epoch {epoch}: use --precision fp32 or bf16, '
+            'or a lower --lr, in another --results_dir'
+        )
 
 
-def monitor(see, data, args):
-    """Label-free measures, and kNN accuracy on the test images by the labelled training images: columns of the log.
+def monitor(args, data, evaluator):
+    """Columns of the log: label-free measures, and kNN accuracy on the test images.
 
-    see(images, index, size) encodes, as evaluate.encode() with what it needs besides.
+    The kNN memory are the training images that have labels.
     """
-    row = label_free(see, data.train, args.image_size, args.test_size, flags.recipe(vars(args)))
+    recipe = flags.recipe(vars(args))
+    row = label_free(evaluator, data.train, args.image_size, args.test_size, recipe)
     if not data.classes:
         return row
-    labelled, everything = (data.train_labels >= 0).nonzero()[:, 0], torch.arange(len(data.test))
-    memory, queries = see(data.train, labelled, args.test_size), see(data.test, everything, args.test_size)
-    labels = data.train_labels[labelled].to(memory.device), data.test_labels.to(memory.device)
-    first, five = knn(memory, queries, *labels, args.k, args.knn_temperature)
+    labelled = (data.train_labels >= 0).nonzero()[:, 0]  # (n, 1) -> (n,)
+    memory = evaluator.features(data.train, labelled, args.test_size)
+    queries = evaluator.features(data.test, torch.arange(len(data.test)), args.test_size)
+    memory_labels = data.train_labels[labelled].to(memory.device)
+    labels = data.test_labels.to(memory.device)
+    first, five = knn(memory, queries, memory_labels, labels, args.k, args.knn_temperature)
     return {'test_acc@1': first, 'test_acc@5': five, **row}
 
 
 def learning_rate(args, epochs):
-    """The rate after so many epochs, a fraction within one: it rises linearly, then stays or falls as half a cosine."""
+    """The rate after so many epochs, a fraction within one.
+
+    It rises linearly, then stays or falls as half a cosine.
+    """
     if epochs < args.warmup:
         return args.lr * epochs / args.warmup
+    if args.schedule == 'constant':
+        return args.lr
     done = (epochs - args.warmup) / (args.epochs - args.warmup)
-    return args.lr * (0.5 + 0.5 * math.cos(math.pi * done) if args.schedule == 'cosine' else 1)
+    return args.lr * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def annealed(beta, epoch, epochs, steps=9):
     """The epoch's value as beta falls to 0 in 9 values.
 
-    As published, the next value (at first beta itself) comes after every multiple of epochs // 9: for 400 epochs after
-    44, 88, ..., 396. Where the published code runs out of values and crashes, in some runs below 81 epochs, beta falls
-    evenly.
+    As in HCL's code, the next value (at first beta itself) comes after every multiple of
+    epochs // 9: for 400 epochs after 44, 88, ..., 396. Where that code runs out of values and
+    crashes, in some runs below 81 epochs, beta falls evenly.
     """
     each = epochs // steps
     if each and epochs // each == steps:
-        part = max((epoch - 1) // each - 1, 0)
+        passed = max((epoch - 1) // each - 1, 0)
     else:
-        part = int((steps - 1) * (epoch - 1) / max(epochs - 1, 1) + 0.5)
-    return beta * (1 - part / (steps - 1))
+        passed = int((steps - 1) * (epoch - 1) / max(epochs - 1, 1) + 0.5)
+    return beta * (1 - passed / (steps - 1))
 
 
-def place(args, data, device):
-    """The training views: epoch(e) yields batches (views, index). The data move to the device if they fit."""
-    rank, world, _, _ = ranks()
-    batches = Batches(len(data.train), args.batch_size, args.views, args.seed,
-                      data.train_labels if args.positives == 'label' else None, rank=rank, world=world)
-    resident, recipe = runtime.fits(device, data.train, data.test), flags.recipe(vars(args))
-    if args.augment == 'pil':
-        views = ReferenceViews(data.train, batches, args.image_size, device, args.workers, **recipe)
-    else:
-        views = DeviceViews(data.train, batches, args.image_size, device, resident, args.compile, args.micro_batch,
-                            **recipe)
-    data.train, data.test = views.images, data.test.to(device) if resident else data.test  # not on the host as well
-    return views
-
-
-def check_sizes(parser, args, data):
-    """The steps of an epoch, or an error if a flag does not fit the data."""
-    labelled = int((data.train_labels >= 0).sum())
-    if args.stem == 'imagenet' and args.image_size <= 16:  # of which torch's gradient in bf16 on CPUs is wrong
-        parser.error(f'--stem imagenet leaves less than a pixel of views of {args.image_size} px: choose cifar')
+def check_data(args, data):
+    """Raise UsageError if a flag does not fit the data."""
+    if args.stem == 'imagenet' and args.image_size <= 16:
+        # torch's gradient in bf16 on CPUs is wrong then.
+        raise UsageError(
+            f'--stem imagenet leaves less than a pixel of views of {args.image_size} px: choose '
+            'cifar'
+        )
     if args.batch_size > len(data.train):
-        parser.error(f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} images: lower it')
+        raise UsageError(
+            f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} '
+            'images: lower it'
+        )
+    labelled = int((data.train_labels >= 0).sum())
     if data.classes and args.k > labelled:
-        parser.error(f'--k {args.k} is larger than the kNN memory, {labelled} images: lower it')
+        raise UsageError(f'--k {args.k} is larger than the kNN memory, {labelled} images: lower it')
     kept = data.train.shape[2]
     if args.dataset_name == 'folder' and args.image_size > kept:
-        runtime.say(f'Views of {args.image_size} px enlarge images that are kept at {kept} px: give --store_size '
-                    f'{round(args.image_size * 8 / 7)}, or a lower --image_size')
-    return len(data.train) // args.batch_size
+        say(
+            f'Views of {args.image_size} px enlarge images that are kept at {kept} px: give '
+            f'--store_size {round(args.image_size * 8 / 7)}, or a lower --image_size'
+        )
 
 
 def describe(row):
-    names = (('train_loss', 'loss {:.4f}'), ('test_acc@1', 'kNN {:.2f} %'), ('alignment', 'alignment {:.3f}'),
-             ('uniformity', 'uniformity {:.3f}'), ('rankme', 'RankMe {:.1f}'), ('seconds', '{:.1f} s'))
-    return ', '.join(text.format(row[name]) for name, text in names if name in row)
+    """A row of the log in words."""
+    words = {
+        'train_loss': 'loss {:.4f}',
+        'test_acc@1': 'kNN {:.2f} %',
+        'alignment': 'alignment {:.3f}',
+        'uniformity': 'uniformity {:.3f}',
+        'rankme': 'RankMe {:.1f}',
+        'seconds': '{:.1f} s',
+    }
+    return ', '.join(text.format(row[name]) for name, text in words.items() if name in row)
 
 
 if __name__ == '__main__':
-    runtime.run(main, 'choose a --micro_batch, as the loss stays that of the whole batch, or start more ranks')
+    runtime.run(main)

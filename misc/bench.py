@@ -33,15 +33,15 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import flags
-import runtime
-from augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kernel_size, normalize
-from batches import Batches, DeviceViews, ReferenceViews, seeded
+from hardneg import flags
+from hardneg import runtime
+from hardneg.augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kernel_size, normalize
+from hardneg.batches import Batches, DeviceViews, ReferenceViews, seeded
 from data import load_data
-from files import write_table
-from losses import contrastive_loss
+from hardneg.files import write_table
+from hardneg.losses import contrastive_loss
 from main import arguments, place
-from runs import device_name
+from hardneg.runs import device_name
 from step import build, train_step
 
 HOME = Path(__file__).parents[1]

@@ -23,15 +23,15 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import flags
-import runs
-import runtime
-from decoding import decode_or_why
-from evaluate import features_of
-from files import crc, lock, read_json, write, write_json
-from folder import Listing, in_any_form, own_size
+from hardneg import flags
+from hardneg import runs
+from hardneg import runtime
+from hardneg.decoding import decode_or_why
+from hardneg.evaluate import features_of
+from hardneg.files import crc, lock, read_json, write, write_json
+from hardneg.folder import Listing, in_any_form, own_size
 from model import load_model, unit
-from runtime import UserError, cores, on_rank0, ranks, say
+from hardneg.runtime import UserError, cores, on_rank0, ranks, say
 
 PAIRS = 1_000_000  # of near-duplicates that are listed at most
 

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import flags
-import runtime
-from files import write_tensors
+from hardneg import flags
+from hardneg import runtime
+from hardneg.files import write_tensors
 from model import IMAGENET, LAYERS, OURS, load_model, renormalize
-from runtime import UserError
+from hardneg.runtime import UserError
 
 THEIRS = dict(arch='resnet50', stem='cifar', width=1, hidden_dim=512, feature_dim=128)  # what HCL's scripts build
 

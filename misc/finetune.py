@@ -17,15 +17,15 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import flags
-import runs
-import runtime
-from batches import Batches, DeviceViews
-from evaluate import encode
-from files import crc, lock, write_table
+from hardneg import flags
+from hardneg import runs
+from hardneg import runtime
+from hardneg.batches import Batches, DeviceViews
+from hardneg.evaluate import encode
+from hardneg.files import crc, lock, write_table
 from linear import LABELS, features_of_views, labelled_data, one_epoch, probe_name, replace_files
 from model import Model, load_model
-from runtime import UserError, ranks
+from hardneg.runtime import UserError, ranks
 
 
 def arguments(argv=None):

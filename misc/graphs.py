@@ -31,12 +31,12 @@ from sklearn.svm import SVC
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import files
-import flags
-import runtime
-from losses import contrastive_loss
-from runs import markdown
-from runtime import UserError
+from hardneg import files
+from hardneg import flags
+from hardneg import runtime
+from hardneg.losses import contrastive_loss
+from hardneg.runs import markdown
+from hardneg.runtime import UserError
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # PyG's, of torch.jit
 warnings.filterwarnings('ignore', 'invalid value encountered in cast')  # pandas', before its error

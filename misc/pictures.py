@@ -14,17 +14,17 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import flags
-import runtime
-from augment import draw, transform
-from batches import seeded
+from hardneg import flags
+from hardneg import runtime
+from hardneg.augment import draw, transform
+from hardneg.batches import seeded
 from data import load_data
-from decoding import decode_or_why
-from evaluate import encode
-from losses import contrastive_loss
+from hardneg.decoding import decode_or_why
+from hardneg.evaluate import encode
+from hardneg.losses import contrastive_loss
 from model import load_model, unit
-from runs import OBJECTIVE, accuracies, data_name, name_data, read_run
-from runtime import UserError
+from hardneg.runs import OBJECTIVE, accuracies, data_name, name_data, read_run
+from hardneg.runtime import UserError
 
 COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
 STANDARD, DEBIASED, HARD = 'standard', 'debiased, τ⁺ = 0.1', 'hard, τ⁺ = 0.1, β = 1'

@@ -22,11 +22,11 @@ import pictures
 from pictures import BATCH, COLOURS, MARKERS, colours, names, plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import flags
-import runtime
-from files import write
-from runs import PROBES, name_data, read_probe, read_run
-from runtime import UserError
+from hardneg import flags
+from hardneg import runtime
+from hardneg.files import write
+from hardneg.runs import PROBES, name_data, read_probe, read_run
+from hardneg.runtime import UserError
 
 GRAPHS = dict(infograph='InfoGraph, the paper\'s form', published='InfoGraph, the released code\'s', graphcl='GraphCL')
 CURVES = [('train_loss', 'training loss (nats)'), ('test_acc@1', 'kNN accuracy on test images (%)'),

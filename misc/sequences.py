@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from losses import contrastive_loss
+from hardneg.losses import contrastive_loss
 
 SYMBOLS, LENGTH, WINDOW = 8, 128, 48
 OBJECTIVES = {'standard': dict(tau_plus=0, beta=0), 'debiased': dict(tau_plus=0.05, beta=0), 'untrained': dict(steps=0),

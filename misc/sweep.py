@@ -19,11 +19,11 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import files
-import flags
-import runs
-import runtime
-from runtime import UserError
+from hardneg import files
+from hardneg import flags
+from hardneg import runs
+from hardneg import runtime
+from hardneg.runtime import UserError
 
 ROOT = Path(__file__).parents[1]
 OBJECTIVES = {

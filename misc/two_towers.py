@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from losses import contrastive_loss
+from hardneg.losses import contrastive_loss
 
 OBJECTIVES = {'CLIP': dict(beta=0, tau_plus=0), 'hard, beta 0.5': dict(beta=0.5, tau_plus=0),
               'hard, beta 1': dict(beta=1, tau_plus=0), 'hard, beta 1, tau_plus 0.01': dict(beta=1, tau_plus=0.01)}

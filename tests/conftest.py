@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-import runtime
+from hardneg import runtime
 
 HOME = Path(__file__).parents[1]
 os.environ.update(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(str(HOME / part) for part in ('', 'misc', 'tests')))

@@ -14,8 +14,8 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-import augment
-from augment import (
+from hardneg import augment
+from hardneg.augment import (
     BLUR_SIGMA,
     CROP_RATIO,
     JITTER,
@@ -29,8 +29,8 @@ from augment import (
     transform,
     uniforms,
 )
-from batches import Batches, DeviceViews, ReferenceViews, random_views, seeded
-from runtime import UserError
+from hardneg.batches import Batches, DeviceViews, ReferenceViews, random_views, seeded
+from hardneg.runtime import UserError
 from utils import reference_transform
 
 SIZES = [(32, 32), (96, 96), (72, 120)]

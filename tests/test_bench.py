@@ -9,10 +9,10 @@ import torch
 from conftest import HOME
 
 import bench
-import flags
+from hardneg import flags
 import main
-from batches import seeded
-from losses import contrastive_loss
+from hardneg.batches import seeded
+from hardneg.losses import contrastive_loss
 
 SIZES = ['--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--batch_size', '8']
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from pretend import CUDA, Generator, Operations, Pretend, Stream, key
 
-import augment
-import batches
+from hardneg import augment
+from hardneg import batches
 import linear
-import losses
+from hardneg import losses
 import main
 import model
-import runs
-import runtime
+from hardneg import runs
+from hardneg import runtime
 from data import Data, Joined
 
 

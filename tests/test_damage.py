@@ -16,11 +16,11 @@ import graphs
 import linear
 import main
 import plot
-import runs
+from hardneg import runs
 import sweep
-from files import read_json
+from hardneg.files import read_json
 from model import load_model
-from runtime import UserError
+from hardneg.runtime import UserError
 
 
 @pytest.fixture(scope='module')

@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, STL10
 
 import data as sets
 from data import load_data
-from runtime import UserError
+from hardneg.runtime import UserError
 
 RNG = np.random.default_rng(0)
 

@@ -8,10 +8,10 @@ from conftest import assert_same_outcome, outcome, skip_if_not_compiled
 
 import linear
 import main
-import runtime
-from augment import uniforms
-from batches import Batches, DeviceViews, random_views, seeded
-from losses import contrastive_loss
+from hardneg import runtime
+from hardneg.augment import uniforms
+from hardneg.batches import Batches, DeviceViews, random_views, seeded
+from hardneg.losses import contrastive_loss
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device('cuda' if CUDA else 'cpu')

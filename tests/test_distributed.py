@@ -62,7 +62,7 @@ BATCH = 8
 
 
 def losses_and_gradients(rank, world, V):
-    from losses import contrastive_loss
+    from hardneg.losses import contrastive_loss
     whole = torch.randn(V, BATCH, 6, generator=torch.Generator().manual_seed(V), dtype=torch.float64)
     all_labels = torch.tensor([-1, 0, 0, 0, -1, 1, 0, 0])  # some ranks hold one class alone; -1: unknown
     results = []
@@ -81,13 +81,13 @@ def losses_and_gradients(rank, world, V):
 
 
 def loss_of_one_sample_each(rank, world):
-    from losses import contrastive_loss
+    from hardneg.losses import contrastive_loss
     whole = torch.randn(2, max(2, world), 6, generator=torch.Generator().manual_seed(0))
     return contrastive_loss(*(whole if world == 1 else whole[:, rank:rank + 1]))
 
 
 def test_ranks_may_hold_one_sample_each(ranks):
-    from losses import contrastive_loss
+    from hardneg.losses import contrastive_loss
     whole = torch.randn(2, len(ranks), 6, generator=torch.Generator().manual_seed(0))
     for rank in ranks:
         torch.testing.assert_close(rank['one each'], contrastive_loss(*whole))
@@ -108,7 +108,7 @@ CASES = 60
 
 def random_case_on_rank(rank, world, seed):
     """The value, and the gradients at views, further negatives and temperature, of a rank's part of a random case."""
-    from losses import contrastive_loss
+    from hardneg.losses import contrastive_loss
     views, setting = random_case(seed, sizes=(world, 2 * world, 3 * world))
     inputs = [z.chunk(world)[rank].clone().requires_grad_() for z in views]
     if 'labels' in setting:
@@ -146,7 +146,7 @@ def test_random_cases_are_the_equations_with_negatives_for_each_rank(ranks):
 
 def groups(rank, world):
     """A rank's losses alone, among pairs and with the group left out, and errors: not a member, not equally many."""
-    from losses import contrastive_loss
+    from hardneg.losses import contrastive_loss
     views = torch.randn(2, BATCH, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     if world == 1:
         return None
@@ -160,7 +160,7 @@ def groups(rank, world):
 
 
 def test_a_group_makes_the_batch(ranks):
-    from losses import contrastive_loss
+    from hardneg.losses import contrastive_loss
     views = torch.randn(2, BATCH, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     parts = views.chunk(len(ranks), 1)
     for rank, (values, (outside, unequal)) in enumerate(rank['groups'] for rank in ranks):
@@ -176,9 +176,9 @@ def weights_after_steps(rank, world):
     """By the images of a part: the weights after steps of SGD in float64. On one process for the parts of any number of
     ranks; on several, also for all of a rank's images at once."""
     import main
-    import runtime
+    from hardneg import runtime
     import step
-    from losses import contrastive_loss
+    from hardneg.losses import contrastive_loss
     B, found = 32, {}
     views = torch.randn(10, 2, B, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
     part = slice(rank * B // world, (rank + 1) * B // world)
@@ -234,9 +234,9 @@ def test_main_under_a_launcher_takes_the_mean_of_the_ranks_gradients(one, ranks)
 
 
 def features_and_gathered(rank, world):
-    import evaluate
+    from hardneg import evaluate
     import model
-    import runtime
+    from hardneg import runtime
     torch.manual_seed(0)
     net = model.Model(16, 'resnet18', width=0.25)
     images = torch.randint(256, (23, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -262,8 +262,8 @@ def statistics(rank, world, flags):
     """
     import linear
     import main
-    import runs
-    import runtime
+    from hardneg import runs
+    from hardneg import runtime
     seen, inputs, results = [], [], Path(f'{flags[-1]}_statistics')
     train_step, write, views = main.train_step, runs.write_tensors, linear.features_of_views
 
@@ -328,7 +328,7 @@ def test_running_statistics_become_their_mean_over_ranks_wherever_they_are_used(
 
 def memory_of_the_loss(rank, world, B):
     import bench
-    from losses import contrastive_loss
+    from hardneg.losses import contrastive_loss
     views = [F.normalize(torch.randn(B // world, 128), dim=1).requires_grad_() for _ in range(2)]
     contrastive_loss(*[x[:64] for x in views]).backward()  # libraries are loaded
     before = bench.peak_memory(reset=True)

@@ -10,9 +10,9 @@ from PIL import Image
 
 import embed
 import model
-from augment import normalize
-from files import write_tensors
-from runtime import UserError
+from hardneg.augment import normalize
+from hardneg.files import write_tensors
+from hardneg.runtime import UserError
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import torchvision
 import export
 import linear
 import main
-import runs
-from augment import normalize
-from files import write_tensors
+from hardneg import runs
+from hardneg.augment import normalize
+from hardneg.files import write_tensors
 from model import IMAGENET, Model, load_model
-from runtime import UserError
+from hardneg.runtime import UserError
 from step import build
 
 IMAGES = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

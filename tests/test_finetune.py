@@ -9,12 +9,12 @@ import torch
 
 import finetune
 import linear
-import runs
+from hardneg import runs
 from data import load_data
-from evaluate import resized
-from files import read_json, write_json, write_tensors
+from hardneg.evaluate import resized
+from hardneg.files import read_json, write_json, write_tensors
 from model import Model, load_model
-from runtime import UserError
+from hardneg.runtime import UserError
 
 
 def test_fraction_takes_a_random_part_of_each_class():

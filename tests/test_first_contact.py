@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import linear
 import main
-import runtime
-from runtime import UserError
+from hardneg import runtime
+from hardneg.runtime import UserError
 
 
 @pytest.fixture(params=[main, linear], ids=lambda script: script.__name__)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import flags
+from hardneg import flags
 import linear
 import main
 import plot

@@ -19,19 +19,19 @@ from PIL import Image
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms.functional import pil_to_tensor
 
-import decoding
-import flags
-import folder
+from hardneg import decoding
+from hardneg import flags
+from hardneg import folder
 import linear
 import main
 import plot
-from augment import apply, draw, normalize
-from batches import seeded
+from hardneg.augment import apply, draw, normalize
+from hardneg.batches import seeded
 from data import Joined, load_data
-from evaluate import encode, label_free
-from folder import find_folder
+from hardneg.evaluate import encode, label_free
+from hardneg.folder import find_folder
 from model import Model
-from runtime import UserError
+from hardneg.runtime import UserError
 
 RNG = np.random.default_rng(0)
 RGB = np.kron(RNG.integers(256, size=(8, 10, 3)), np.ones((4, 4, 1))).astype(np.uint8)  # 32 x 40, in squares

@@ -15,7 +15,7 @@ import torch_geometric as pyg
 
 import graphs as g
 import plot
-from runtime import UserError
+from hardneg.runtime import UserError
 
 SHAPES = dict(path=[(0, 1), (1, 2), (2, 3)], ring=[(0, 1), (1, 2), (2, 3), (3, 0)])
 

@@ -17,8 +17,8 @@ import pytest
 from conftest import Job, assert_same_outcome, outcome
 from PIL import Image
 
-import runs
-from files import read_json
+from hardneg import runs
+from hardneg.files import read_json
 from model import read_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-import losses
-from losses import contrastive_loss
+from hardneg import losses
+from hardneg.losses import contrastive_loss
 
 
 def unit_views(B, D, V=2, dtype=torch.float64, seed=0, correlation=0.5):

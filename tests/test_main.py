@@ -22,18 +22,18 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torchvision.datasets import STL10
 
-import evaluate
-import files
+from hardneg import evaluate
+from hardneg import files
 import linear
 import main
 import model
-import runs
-import runtime
+from hardneg import runs
+from hardneg import runtime
 import step
-from augment import MEAN, STD
+from hardneg.augment import MEAN, STD
 from data import Data, load_data
-from losses import contrastive_loss
-from runtime import UserError
+from hardneg.losses import contrastive_loss
+from hardneg.runtime import UserError
 
 CPU, NO_AUTOCAST = torch.device('cpu'), torch.autocast('cpu', enabled=False)
 NO_SCALER = torch.amp.GradScaler('cpu', enabled=False)

@@ -20,22 +20,22 @@ from conftest import HOME, Job
 from PIL import Image
 
 import embed
-import files
-import flags
-import folder
+from hardneg import files
+from hardneg import flags
+from hardneg import folder
 import linear
 import main
 import model
 import pictures
 import plot
-import runs
+from hardneg import runs
 import sequences
 import sweep
-from augment import normalize
+from hardneg.augment import normalize
 from data import load_data
-from decoding import decode
-from losses import contrastive_loss
-from runtime import UserError
+from hardneg.decoding import decode
+from hardneg.losses import contrastive_loss
+from hardneg.runtime import UserError
 
 
 @pytest.fixture(scope='module')

@@ -13,15 +13,15 @@ import torch
 from conftest import HOME, assert_same_outcome, outcome, stop_after
 from PIL import Image
 
-import files
+from hardneg import files
 import linear
 import main
 import plot
-import runs
+from hardneg import runs
 import sweep
 from data import load_data
-from files import read_json, write_json
-from runtime import UserError
+from hardneg.files import read_json, write_json
+from hardneg.runtime import UserError
 
 OLD = ['--dataset_name', 'shapes', '--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--test_size', '8',
        '--hidden_dim', '8', '--feature_dim', '4', '--batch_size', '1000', '--epochs', '1', '--k', '5']

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same_outcome, outcome
 
-import evaluate
+from hardneg import evaluate
 import main
-import runs
+from hardneg import runs
 import step
-from losses import contrastive_loss
-from runtime import UserError
+from hardneg.losses import contrastive_loss
+from hardneg.runtime import UserError
 
 CPU, NO_AUTOCAST = torch.device('cpu'), torch.autocast('cpu', enabled=False)
 NO_SCALER = torch.amp.GradScaler('cpu', enabled=False)

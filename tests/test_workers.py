@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import Job
 
-from batches import Batches, ReferenceViews
-from runtime import STOP_SIGNALS
+from hardneg.batches import Batches, ReferenceViews
+from hardneg.runtime import STOP_SIGNALS
 
 
 @pytest.fixture

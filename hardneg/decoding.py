@@ -20,8 +20,8 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from folder import CACHE, own_size
-from runtime import UserError, cores, ranks, say
+from hardneg.folder import CACHE, own_size
+from hardneg.runtime import UserError, cores, ranks, say
 
 FITS = ('crop', 'squeeze', 'pad')
 TURNS = dict(zip(range(2, 9), (Image.Transpose[name] for name in (  # EXIF's orientation

@@ -1,6 +1,6 @@
 """Contrastive losses in one function: SimCLR's, debiased, hard-negative, and CLIP's with its hard-negative form.
 
-    from losses import contrastive_loss                    # a file to copy into any project: it needs torch alone
+    from hardneg.losses import contrastive_loss                    # a file to copy into any project: it needs torch alone
     loss = contrastive_loss(z1, z2)                        # (B, D) each; hard negatives: tau_plus 0.1, beta 1
     loss = contrastive_loss(z1, z2, beta=0)                # debiased
     loss = contrastive_loss(z1, z2, beta=0, tau_plus=0)    # SimCLR's NT-Xent; with intra_view=False, CLIP's

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from runtime import UserError, ranks, say
+from hardneg.runtime import UserError, ranks, say
 
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()  # of those that Pillow reads
             if kind in set(Image.OPEN) - {'BUFR', 'GRIB', 'HDF5', 'MPEG', 'WMF'}}  # and not just recognises

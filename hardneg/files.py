@@ -1,0 +1,183 @@
+"""Atomic writes, locks, and checked reads: JSON, tables, checkpoints."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import filelock
+import pandas as pd
+import torch
+
+from hardneg.runtime import UserError
+
+_locks = []  # held until the process ends
+
+
+def write(path, data):
+    """Write the bytes to path, which holds its old content or all of the new one at any time.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    part = Path(f'{path}.{os.getpid()}.part')  # another process may write here, too
+    try:
+        with open(part, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(
+            f'cannot write {path} ({error.strerror}); what was saved before is untouched'
+        ) from error
+
+
+def write_table(path, rows, columns):
+    """Write rows, dicts or sequences, as a CSV file with these columns."""
+    text = pd.DataFrame(rows, columns=columns).to_csv(index=False)
+    write(path, text.encode(errors='surrogateescape'))  # names of files may be no valid text
+
+
+def write_json(path, content):
+    write(path, json.dumps(content, indent=2).encode())
+
+
+def write_tensors(path, content):
+    """torch.save() to path; returns the CRC-32 of the file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer())
+    return zlib.crc32(buffer.getbuffer())
+
+
+def crc(path):
+    """The CRC-32 of a file, by which a probe knows its checkpoint."""
+    return zlib.crc32(Path(path).read_bytes())
+
+
+def lock(directory, name='.lock', wait=False):
+    """Hold the lock of this name in the directory until this process ends.
+
+    Raises:
+        UserError: another process holds it and wait is False, or it cannot be written.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        path = Path(directory, name).absolute()
+        held = filelock.FileLock(path, blocking=wait, is_singleton=True)
+        held.acquire()
+    except filelock.Timeout:
+        raise UserError(
+            f'another run is writing in {directory}: wait for it, or choose another directory'
+        ) from None
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        raise UserError(
+            f'cannot write in {directory} ({error}): choose another directory'
+        ) from error
+    _locks.append(held)
+
+
+def read_json(path):
+    """The dict in a JSON file that a script wrote; it may have been edited since.
+
+    Raises:
+        UserError: the file cannot be read, or holds no dict.
+    """
+    try:
+        content = json.loads(Path(path).read_text('utf-8-sig'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path} is damaged or not of a run ({type(error).__name__})') from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path} is damaged or not of a run')
+    return content
+
+
+def read_table(path, columns):
+    """The numbers of a CSV file, as a DataFrame with these columns, whose epochs count up.
+
+    Raises:
+        UserError: the file cannot be read, or is another one.
+    """
+    try:
+        table = pd.read_csv(path, encoding='utf-8-sig')[list(columns)].astype(float)
+    except (OSError, ValueError, KeyError, pd.errors.ParserError) as error:
+        reason = f'{type(error).__name__}: {error!s:.60}'
+        raise UserError(f'{path} is damaged or not of a run ({reason})') from None
+    epochs = table['epoch']
+    if (epochs.diff()[1:] != 1).any() or not epochs[:1].isin([0, 1]).all():
+        raise UserError(f'{path} is damaged or not of a run: its epochs do not count up')
+    return table
+
+
+def read_checkpoint(path):
+    """What torch.save() wrote to path, on the CPU: dense tensors and plain containers.
+
+    Raises:
+        UserError: the file is missing or damaged, by its archive's checksums too; it holds other
+            objects, which are not unpickled; or its tensors are sparse, quantised, nested, or
+            larger than what the file holds of them.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise zipfile.BadZipFile(f'checksum of {damaged} does not match')
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        for name, x in tensors(content):
+            _check_plain(path, name, x)
+    except UserError:
+        raise
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(_what_is_there(Path(path))) from None
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run'
+        ) from error
+    except Exception as error:  # torch.load and zipfile raise many kinds for a damaged file
+        reason = ''
+        if isinstance(error, (OSError, zipfile.BadZipFile)):
+            reason = f' ({error})'
+        raise UserError(f'{path}: damaged or not a checkpoint{reason}') from error
+    return content
+
+
+def tensors(content, name='it'):
+    """Yield every (name, tensor) in nested dicts, lists and tuples."""
+    items = ()
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    elif isinstance(content, dict):
+        items = content.items()
+    elif isinstance(content, (list, tuple)):
+        items = enumerate(content)
+    for key, value in items:
+        yield from tensors(value, str(key))
+
+
+def _check_plain(path, name, x):
+    plain = x.layout == torch.strided and not (x.is_quantized or x.is_meta or x.is_nested)
+    if not plain or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+        raise UserError(f'{path}: {name} is not a plain tensor')
+
+
+def _what_is_there(path):
+    """The message for a checkpoint that is missing: which others lie in its directory."""
+    what, directory = 'no such file', path.parent
+    if path.is_dir():
+        what, directory = 'a directory', path
+    others = [
+        p.name
+        for p in sorted(directory.glob('*.pth'))
+        if not re.search('last|linear|logistic', p.name)
+    ]
+    return f'{path}: {what}; in {directory} there is {", ".join(others) or "no checkpoint"}'

@@ -1,0 +1,310 @@
+"""Command-line flags: a parser with errors of one line, checked types, flags that scripts share."""
+
+import argparse
+import os
+import sys
+
+from hardneg.decoding import FITS
+from hardneg.folder import own_size, short_side
+from hardneg.runtime import UsageError, ranks, say
+
+DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
+# Values of the data's and the views' flags that are given neither by the user nor by a run
+DATA = dict(
+    root='data',
+    dataset_name='stl10',
+    store_size=0,
+    fit='crop',
+    holdout=0.0,
+    cache_dir=None,
+    skip_damaged=False,
+    image_size=32,
+    test_size=0,
+)
+VIEWS = dict(blur='published', crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, said once for all ranks.
+
+    `--flag = value` is read as DCL's README prints it, and -5e-1 as a number.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        kept = []
+        for i, word in enumerate(words):
+            lone = word == '=' and i > 0 and words[i - 1].startswith('--')
+            if not lone:
+                kept.append(_not_a_flag(word))
+        return super().parse_known_args(kept, namespace)
+
+    def error(self, message):
+        text = None
+        if ranks().rank == 0:
+            text = f'{self.prog}: error: {message}\n'
+        self.exit(2, text)
+
+
+def _not_a_flag(word):
+    """A negative number with a space before it, which argparse would take for a flag."""
+    try:
+        if word.startswith('-') and float(word) <= 0:
+            return f' {word}'
+    except ValueError:
+        pass
+    return word
+
+
+# Types of values
+
+
+def number(kind, text, valid):
+    """An argparse type: a number of this kind for which valid(number) holds, described by text."""
+
+    def parse(value):
+        try:
+            x = kind(value)
+            if valid(x):
+                return x
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f'must be {text}, got {value!r}')
+
+    return parse
+
+
+def real_number(text):
+    return float(text) + 0.0  # -0 becomes 0
+
+
+def integer(low, high):
+    return number(int, f'an integer from {low} to {high}', lambda x: low <= x <= high)
+
+
+def real(low, high):
+    return number(real_number, f'a number from {low} to {high}', lambda x: low <= x <= high)
+
+
+def positive(high):
+    return real(1e-30, high)  # the inverse of a smaller one overflows float32
+
+
+count = integer(1, 1_000_000)
+seed = integer(0, 2**32 - 1)
+fraction = number(real_number, 'in [0, 1)', lambda x: 0 <= x < 1)
+part = number(real_number, 'in (0, 1]', lambda x: 0 < x <= 1)
+store_size = number(int, '0 or an integer from 8 to 1024', lambda x: x == 0 or 8 <= x <= 1024)
+
+
+def boolean(value):
+    """An argparse type: True/False, yes/no, 1/0."""
+    if value.lower() in ('true', 'yes', '1'):
+        return True
+    if value.lower() in ('false', 'no', '0'):
+        return False
+    raise argparse.ArgumentTypeError(f'must be True/False, yes/no or 1/0, got {value!r}')
+
+
+def path(value):
+    """An argparse type: the name of a file or directory, with ~ expanded.
+
+    A shell leaves the ~ in --flag=~/name.
+    """
+    name = os.path.expanduser(value)
+    whole = os.fsencode(name)
+    too_long = len(whole) >= 4000 or any(len(part) >= 256 for part in whole.split(b'/'))
+    no_home = name.split('/')[0] == '~'
+    if not name.strip() or '\0' in name or no_home or too_long:
+        raise argparse.ArgumentTypeError(
+            f'must be the name of a file or directory, got {value!r:.80}'
+        )
+    return name
+
+
+# Flags that scripts share
+
+
+def add_data_flags(parser, title):
+    """The group of flags of the data set. Each is None if it is not given."""
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        '--root',
+        type=path,
+        help='directory of the data set, to which stl10 and cifar are downloaded (data)',
+    )
+    group.add_argument('--dataset_name', choices=DATASETS, help='what to train on (stl10)')
+    group.add_argument(
+        '--store_size',
+        type=store_size,
+        help="pixels at which a folder's images are kept (for views above 64 px: 8/7 of them; else "
+        '0, which is their own size if they are squares of at most 256 px, else 96)',
+    )
+    group.add_argument(
+        '--fit',
+        choices=FITS,
+        help="how a folder's images become squares: centre crop, squeeze, or pad with white (crop)",
+    )
+    group.add_argument(
+        '--holdout',
+        type=real(0, 0.9),
+        help="take a folder's directories as classes; test with this part of the images (0)",
+    )
+    group.add_argument(
+        '--cache_dir',
+        type=path,
+        help='where decoded images are kept (in the folder, or else in ~/.cache)',
+    )
+    group.add_argument(
+        '--skip_damaged',
+        action='store_true',
+        default=None,
+        help='leave out damaged files of a folder',
+    )
+    group.add_argument(
+        '--image_size',
+        type=integer(8, 512),
+        help='pixels of the training views (32; of a folder whose images have a median short side '
+        'above 64 px, that side, at most 224)',
+    )
+    group.add_argument(
+        '--test_size',
+        type=integer(0, 1024),
+        help='pixels of the images that monitor and probe test; 0: their own (0)',
+    )
+
+
+def add_view_flags(parser, title):
+    """The group of flags of the random views. Each is None if it is not given."""
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        '--blur',
+        choices=('published', 'none'),
+        help='Gaussian blur with a kernel of a tenth of the view, or none as leftthomas has it '
+        '(published)',
+    )
+    group.add_argument('--crop_min', type=part, help='smallest part of the area in a crop (0.08)')
+    group.add_argument(
+        '--jitter',
+        type=real(0, 2.5),
+        help='strength of the changes in brightness, contrast, saturation and hue; 0: none (1)',
+    )
+    group.add_argument(
+        '--grayscale', type=real(0, 1), help='probability that a view loses its colours (0.2)'
+    )
+    group.add_argument(
+        '--vertical_flip',
+        action='store_true',
+        default=None,
+        help='flip half of the views upside down, for satellite or microscope images',
+    )
+    return group
+
+
+def fill(args, defaults, settings=None):
+    """Give the flags named in defaults, where not given, their values in settings or defaults."""
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, (settings or {}).get(name, default))
+
+
+def fill_data_flags(args, settings):
+    """Give the data's flags that were not given the values of a run's settings, or the defaults.
+
+    Sizes, and what makes images square, are the encoder's and so always taken from the run. The
+    others describe the run's data set alone.
+    """
+    if args.dataset_name not in (None, settings.get('dataset_name')):
+        encoders = 'image_size', 'test_size', 'store_size', 'fit'
+        settings = {name: settings[name] for name in encoders if name in settings}
+    fill(args, DATA, settings)
+
+
+def recipe(settings):
+    """What augment.draw() takes, from the settings of a run."""
+    values = {name: settings.get(name, default) for name, default in VIEWS.items()}
+    values['blur'] = values['blur'] == 'published'
+    return values
+
+
+def choose_sizes(args, found, before):
+    """Give sizes and stem, where not given, values that fit the images.
+
+    Args:
+        found: folder.Folder of a folder data set, or None.
+        before: settings of the run that the directory holds, which come first, or {}.
+    """
+    side = None
+    if found and not before:
+        side = short_side(found.root, found.files)
+    if args.image_size is None and 'image_size' not in before and side and side > 64:
+        args.image_size = min(224, side)
+    fill(args, dict(image_size=DATA['image_size'], test_size=DATA['test_size']), before)
+    if side and args.image_size > 64:
+        fill(args, dict(store_size=round(args.image_size * 8 / 7), stem='imagenet'))
+    fill(args, dict(store_size=DATA['store_size'], stem='cifar'), before)
+    if side:
+        n = len(found.files)
+        kept = args.store_size or own_size(found.root, found.files[:1000])  # decoding reads all
+        views = args.views * int((found.parts < 2).sum())
+        say(
+            f'{found.root}: {n:,} images, the median of whose short sides is {side} px, are kept '
+            f'at {kept} px, which takes {n * 3 * kept**2 / 1e9:.2f} GB.\n'
+            f"Views have {args.image_size} px, the stem is {args.stem}'s; an epoch is {views:,} "
+            'views. Other values: --image_size, --store_size, --stem'
+        )
+
+
+def resolve_objective(args):
+    """Turn the objective's flags into the values that act, and tell of those without effect.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    estimator = args.estimator
+    if estimator == 'easy':
+        estimator = 'standard'
+    if args.debiased is False and estimator in ('hard', 'debiased'):
+        raise UsageError(f'--debiased False contradicts --estimator {estimator}')
+    if args.debiased and estimator == 'standard':
+        raise UsageError(f'--debiased True contradicts --estimator {args.estimator}')
+    if args.oracle and (args.debiased or estimator == 'debiased'):
+        raise UsageError(
+            '--oracle leaves no false negatives, for which the debiased objective would correct: '
+            'choose one'
+        )
+    if estimator is None:
+        estimator = _implied_estimator(args)
+    hard = estimator == 'hard'
+    corrected = estimator != 'standard' and not args.oracle
+    args.estimator = estimator
+    _set_or_tell(args, 'tau_plus', acts=corrected, default=0.1, off=0.0)
+    _set_or_tell(args, 'beta', acts=hard, default=1.0, off=0.0)
+    _set_or_tell(args, 'anneal', acts=hard, default='none', off='none')
+    del args.debiased
+
+
+def _implied_estimator(args):
+    """The estimator that --debiased, --oracle and --beta mean."""
+    if args.debiased is False:
+        return 'standard'
+    if args.debiased:
+        return 'hard' if args.beta else 'debiased'
+    if args.oracle and not args.beta:
+        return 'standard'
+    return 'hard'
+
+
+def _set_or_tell(args, name, acts, default, off):
+    """Give a flag that was not given its default, and one that does not act its value `off`."""
+    given = getattr(args, name)
+    if not acts:
+        if given not in (None, off):
+            oracle = ' with --oracle' if args.oracle else ''
+            say(f'--{name} {given} has no effect on the {args.estimator} objective{oracle}')
+        setattr(args, name, off)
+    elif given is None:
+        setattr(args, name, default)

@@ -1,0 +1,110 @@
+"""The gradient of a large batch whose images go through the network in parts (GradCache)."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass
+class MicroBatches:
+    """Computes the gradient of the whole batch's loss with few images in the network at once.
+
+    A first pass, without a graph, gives the embeddings z, and the loss its gradient at z. A second
+    pass, with a graph, takes that gradient through the network, part by part (Gao et al. 2021,
+    arXiv 2101.06983). BatchNorm's batch is a part.
+
+    Args:
+        net: model.Model, perhaps under DistributedDataParallel.
+        size: images m that go through the network at once.
+        joint: whether the views of an image go through it together; else one view after the other.
+        autocast: what runtime.autocast() gives.
+    """
+
+    net: torch.nn.Module
+    size: int
+    joint: bool
+    autocast: Any
+
+    def backward(self, views, loss_of, scaler):
+        """Add the gradient of the loss to the parameters' and return the loss.
+
+        Args:
+            views: V tensors (b, 3, h, w).
+            loss_of: function of V embeddings (b, D).
+            scaler: torch.amp.GradScaler.
+        """
+        parts = self._parts(views)
+        z = self._embeddings(parts, len(views))
+        loss = loss_of(*z)
+        scaler.scale(loss).backward()
+        gradients = self._parts([x.grad for x in z])
+        with self.autocast:  # a new one: casts kept from the first pass would have no graph
+            for i, (part, gradient) in enumerate(zip(parts, gradients), start=1):
+                with self._reduced(last=i == len(parts)):
+                    self.net(part)[1].backward(gradient)
+        return loss.detach()
+
+    def _parts(self, views):
+        """V x (b, ...) -> what goes through the network at once: (m, ...), or joint (V m, ...)."""
+        split = [x.split(self.size) for x in views]
+        parts = []
+        for own in zip(*split):  # V x (m, ...)
+            if self.joint:
+                parts.append(torch.cat(own))
+            else:
+                parts.extend(own)
+        return parts
+
+    @torch.no_grad()
+    def _embeddings(self, parts, V):
+        """V x (b, D) that take a gradient. Only the second pass moves BatchNorm's statistics."""
+        buffers = list(self.net.buffers())
+        before = [x.clone() for x in buffers]
+        z = []
+        with self.autocast:
+            for part in parts:
+                z.extend(self.net(part)[1].split(self.size))
+        torch._foreach_copy_(buffers, before)
+        return [torch.cat(z[v::V]).requires_grad_() for v in range(V)]  # b/m x (m, D) -> (b, D)
+
+    def _reduced(self, last):
+        """DistributedDataParallel sums gradients over ranks once, after the last part."""
+        if last or not isinstance(self.net, DistributedDataParallel):
+            return nullcontext()
+        return self.net.no_sync()
+
+
+def set_momentum(net, parts):
+    """Let the parts of a batch move BatchNorm's running statistics as far as one batch does."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1 - (1 - module.momentum) ** (1 / parts)
+
+
+def kept_bytes(build, size, dtype, n=8):
+    """Bytes that the network keeps of one view for the backward pass, counted without memory.
+
+    Args:
+        build: function that returns the network.
+        size: side of a view in pixels.
+        dtype: numbers in which the network computes.
+        n: views in the forward pass that is counted.
+    """
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        kept[id(storage)] = storage
+        return x
+
+    with torch.device('meta'):
+        net = build().to(dtype)
+        x = torch.empty(n, 3, size, size, dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        net(x)
+    for p in net.parameters():
+        kept.pop(id(p.untyped_storage()), None)
+    return sum(storage.nbytes() for storage in kept.values()) / n

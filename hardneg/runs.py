@@ -1,0 +1,457 @@
+"""What a run writes, and how it is read back: config.json, log.csv, checkpoints, probes."""
+
+import platform
+import re
+import shlex
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import PIL
+import torch
+import torchvision
+
+from hardneg.files import (
+    crc,
+    lock,
+    read_checkpoint,
+    read_json,
+    read_table,
+    write_json,
+    write_table,
+    write_tensors,
+)
+from hardneg.runtime import UserError, ranks
+
+# Columns of log.csv and of a probe's .csv
+LOG = (
+    'epoch',
+    'train_loss',
+    'test_acc@1',
+    'test_acc@5',
+    'alignment',
+    'uniformity',
+    'rankme',
+    'lr',
+    'images/s',
+    'seconds',
+)
+PROBE = (
+    'epoch',
+    'train_loss',
+    'train_acc@1',
+    'train_acc@5',
+    'test_loss',
+    'test_acc@1',
+    'test_acc@5',
+)
+PROBES = {  # by the names of their files
+    'linear': 'linear probe',
+    'linear_bn_train': 'probe, BatchNorm drifting',
+    'linear_cached': 'linear probe on cached features',
+    'logistic': 'logistic regression',
+}
+# Settings that may change while a run goes on
+FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')
+OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
+# What last.pth holds
+STATE = (
+    'settings',
+    'data_digest',
+    'epoch',
+    'step',
+    'seconds',
+    'log',
+    'losses',
+    'model',
+    'optimizer',
+    'scaler',
+)
+SAVE_SECONDS = 600  # last.pth is never older
+
+
+# A run that is going on
+
+
+@dataclass
+class Progress:
+    """How far a run has come. Shuffles and views depend on (seed, epoch, step), so this is all.
+
+    losses (steps,) are those of the epoch that has begun, step the number of its steps taken,
+    seconds the time that they took; epoch is the number of epochs that have ended, log their rows.
+    """
+
+    losses: torch.Tensor
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    log: list = field(default_factory=list)
+
+
+def open_run(results, settings, defaults, data, device):
+    """Lock the directory, and write config.json at the start of a run.
+
+    Args:
+        results: Path of the directory.
+        settings: dict of all settings.
+        defaults: dict of the values of settings that an earlier config.json may lack.
+        data: utils.Data.
+        device: torch.device.
+
+    Returns the content of last.pth, or None at the start.
+
+    Raises:
+        UserError: the directory holds another run, or one that cannot be continued. Nothing has
+            been changed then.
+    """
+    lock(results)
+    for path in results.glob('*.part'):
+        if re.fullmatch(r'(config\.json|log\.csv|last\.pth|model_\d+\.pth)\.\d+\.part', path.name):
+            path.unlink()  # of a run that was killed
+    config_file, state_file = results / 'config.json', results / 'last.pth'
+    images = dict(train=len(data.train), test=len(data.test))
+    if data.damaged:
+        images |= dict(damaged=len(data.damaged), damaged_files=list(data.damaged))
+    config = dict(
+        settings=settings,
+        classes=data.classes,
+        images=images,
+        data_digest=data.digest,
+        **provenance(device),
+    )
+
+    trained = []  # model_0.pth alone is of a run that was killed before its first state
+    for path in sorted(results.glob('*')):
+        if re.fullmatch(r'model_[1-9]\d*\.pth|last\.pth|log\.csv', path.name):
+            trained.append(path.name)
+    missing = [path.name for path in (config_file, state_file) if not path.exists()]
+    differ = ''
+    if config_file.exists():
+        differ = difference(results, read_json(config_file), config, defaults)
+    if trained and missing:
+        raise UserError(
+            differ
+            or f'{results} holds {", ".join(trained)} but no {" and no ".join(missing)}, so the '
+            'run there cannot be continued: choose another --results_dir'
+        )
+    saved = None
+    if state_file.exists():
+        saved = _read_state(state_file, trained)
+        begun = saved['epoch'] > 0 or saved['step'] > 0
+        if begun and differ:
+            raise UserError(differ)
+        if differ:  # no step was taken, perhaps as memory was full: this run replaces it
+            state_file.unlink()
+            (results / 'log.csv').unlink(missing_ok=True)
+            saved = None
+    if saved:
+        differ = difference(state_file, saved, config, defaults)
+        if differ:
+            raise UserError(differ)
+    else:
+        write_json(config_file, config)
+    return saved
+
+
+def _read_state(file, trained):
+    """The content of a last.pth; UserError if it is damaged, which says what lies beside it."""
+    try:
+        saved = read_checkpoint(file)
+        if not isinstance(saved, dict) or not set(STATE) <= set(saved):
+            raise UserError(f'{file} is not the state of a run')
+    except UserError as error:
+        raise UserError(
+            f'{error}. The run cannot be continued; beside it is {", ".join(trained)}. Choose '
+            'another --results_dir, or restore the file from a copy'
+        ) from None
+    return saved
+
+
+def difference(place, there, here, defaults):
+    """How settings or data of a run, dicts like a config.json, differ from others; '' if not."""
+    before = {**defaults, **there['settings']}
+    now = {**defaults, **here['settings']}
+    differ = []
+    for name in {**before, **now}:
+        if name not in FREE and before.get(name) != now.get(name):
+            differ.append(f'--{name} {before.get(name)} there, {now.get(name)} here')
+    if differ:
+        return (
+            f'{place} holds a run with other settings ({"; ".join(differ)}): choose another '
+            '--results_dir, or repeat its settings to continue it'
+        )
+    if there['data_digest'] != here['data_digest']:
+        counts = ''
+        if 'images' in there:
+            counts = f' ({there["images"]} images there, {here["images"]} here)'
+        return f'{place} holds a run on other data{counts}: choose another --results_dir'
+    return ''
+
+
+def restore(results, saved, progress, net, optimizer, scaler):
+    """Put what open_run() returned into a run at its start.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    try:
+        net.load_state_dict(saved['model'])
+        optimizer.load_state_dict(saved['optimizer'])
+        scaler.load_state_dict(saved['scaler'])
+        progress.losses[: saved['step']] = saved['losses']
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = ' '.join(str(error).split())
+        raise UserError(
+            f'{results / "last.pth"} does not fit this run ({reason:.200}): restore it from a '
+            'copy, or choose another --results_dir'
+        ) from None
+    progress.epoch = saved['epoch']
+    progress.step = saved['step']
+    progress.seconds = saved['seconds']
+    progress.log = saved['log']
+
+
+class Saver:
+    """Writes a run's state, kept encoders and log; on a GPU, in a thread beside the training.
+
+    Rank 0 writes; on other ranks the methods do nothing.
+
+    Args:
+        results: Path of the directory.
+        identity: dict with the settings and the data_digest of the run.
+        net, optimizer, scaler: what is saved.
+    """
+
+    def __init__(self, results, identity, net, optimizer, scaler):
+        self.results = results
+        self.identity = identity
+        self.net = net
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = None
+        self.last = time.monotonic()
+
+    def wait(self):
+        """Return when all is written; UserError if it cannot be."""
+        if self.writing:
+            self.writing.result()
+
+    def due(self):
+        """Whether the last state is too old."""
+        return time.monotonic() - self.last > SAVE_SECONDS
+
+    def epoch_ended(self, progress, keep):
+        """Write the log; the encoder, if it is kept; the state with it, or once a minute."""
+        if keep or time.monotonic() - self.last > 60:
+            self.save(progress, keep)
+        elif ranks().rank == 0:
+            self.wait()
+            write_table(self.results / 'log.csv', progress.log, LOG)
+
+    def save(self, progress, keep=False, buffers=None):
+        """Write last.pth, which is all that resuming needs, and the log.
+
+        Args:
+            progress: Progress.
+            keep: first write the encoder as model_{epoch}.pth.
+            buffers: dict, by name, of values that replace the network's own.
+        """
+        self.wait()
+        self.last = time.monotonic()
+        if ranks().rank != 0:
+            return
+        optimizer = self.optimizer.state_dict()
+        moments = {}
+        for i, state in optimizer['state'].items():
+            moments[i] = _on_host(state)
+        whole = dict(
+            self.identity,
+            epoch=progress.epoch,
+            step=progress.step,
+            seconds=progress.seconds,
+            log=list(progress.log),
+            losses=progress.losses[: progress.step].to('cpu', non_blocking=True),
+            model=_on_host({**self.net.state_dict(), **(buffers or {})}),
+            optimizer={**optimizer, 'state': moments},
+            scaler=self.scaler.state_dict(),
+        )
+        if progress.losses.is_cuda:
+            copied = torch.cuda.current_stream().record_event()
+            self.writing = self.thread.submit(self.write, whole, keep, copied)
+        else:  # on a CPU a thread would take cores from the training
+            self.write(whole, keep)
+
+    def write(self, whole, keep, copied=None):
+        if copied:
+            copied.synchronize()
+        epoch = whole['epoch']
+        if not all(x.isfinite().all() for x in whole['model'].values()):
+            raise UserError(
+                f'weights are not finite after epoch {epoch}: not saved; the last good state in '
+                f'{self.results} is untouched'
+            )
+        if keep:
+            write_tensors(self.results / f'model_{epoch}.pth', whole['model'])
+        write_tensors(self.results / 'last.pth', whole)
+        write_table(self.results / 'log.csv', whole['log'], LOG)
+
+
+def _on_host(tensors):
+    """A dict of tensors on the CPU: the file then loads without a GPU."""
+    return {name: x.detach().to('cpu', non_blocking=True) for name, x in tensors.items()}
+
+
+def provenance(device):
+    """What made the files of a run, as a dict for its JSON."""
+    versions = dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=torchvision.__version__,
+        numpy=np.__version__,
+        pillow=PIL.__version__,
+        opencv=cv2.__version__,
+    )
+    return dict(
+        command=shlex.join(sys.argv),
+        ranks=ranks().world,
+        device=device_name(device),
+        versions=versions,
+    )
+
+
+def device_name(device):
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'CPU, {torch.get_num_threads()} threads'
+
+
+# Runs that are read
+
+
+def read_run(directory):
+    """The config.json of a run as a dict, to which are added
+
+    log: a DataFrame; objective and data: as people name them; identity: the settings that decide
+    results. Runs whose identities differ in the seed alone form a row of a table.
+
+    Raises:
+        UserError: it names what is missing or not of a run.
+    """
+    for name in ('config.json', 'log.csv'):
+        if not (directory / name).is_file():
+            raise UserError(f'{directory} is not the directory of a run: {name} is missing')
+    run = read_json(directory / 'config.json')
+    try:
+        settings = run['settings']
+        run['log'] = read_table(directory / 'log.csv', LOG)
+        run['objective'] = objective_name(settings)
+        run['data'] = data_name(settings)
+        run['identity'] = deciding(settings) | dict(
+            objective=run['objective'],
+            data=run['data'],
+            ranks=run['ranks'],
+            images=f'{run["images"]["train"]} + {run["images"]["test"]}',
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f'{directory / "config.json"} is damaged or not of a run ({error})'
+        ) from None
+    return run
+
+
+def deciding(settings):
+    """The settings that decide results."""
+    return {name: value for name, value in settings.items() if name not in FREE}
+
+
+def name_data(runs):
+    """Give every data set of the runs a name of its own, in their identities too.
+
+    Data are known by their digest: the same data get one name. Different data of one name get a
+    part of their digest added.
+    """
+    names = {}
+    for run in runs:
+        names.setdefault(run['data_digest'], run['data'])
+    for run in runs:
+        name = names[run['data_digest']]
+        if list(names.values()).count(name) > 1:
+            name = f'{name} ({run["data_digest"][:8]})'
+        run['data'] = run['identity']['data'] = name
+
+
+def data_name(settings):
+    """A data set as people call it: a folder by its own name."""
+    if settings['dataset_name'] == 'folder':
+        return Path(settings['root']).absolute().name
+    return settings['dataset_name']
+
+
+def objective_name(settings):
+    """An objective as people write it: 'hard, τ⁺ = 0.1, β = 1'."""
+    parts = [settings['estimator']]
+    if settings['tau_plus']:
+        parts.append(f'τ⁺ = {settings["tau_plus"]:g}')
+    if settings['beta']:
+        parts.append(f'β = {settings["beta"]:g}')
+    if settings['anneal'] == 'down':
+        parts.append('annealed')
+    if settings['oracle']:
+        parts.append('oracle')
+    if settings['positives'] == 'label':
+        parts.append('positives by label')
+    return ', '.join(parts)
+
+
+def read_probe(directory, epochs, name, data_digest=None):
+    """Settings and last row of a finished probe of the encoder after so many epochs.
+
+    They are None and None if there is none, or if it is a probe of another encoder of that name or
+    on data of another digest. The probe of an encoder that was deleted counts.
+    """
+    checkpoint = directory / f'model_{epochs}.pth'
+    table = directory / f'model_{epochs}_{name}.csv'
+    about_file = table.with_suffix('.json')
+    if not table.exists() or not about_file.exists():
+        return None, None
+    about, rows = read_json(about_file), read_table(table, PROBE)
+    if checkpoint.exists() and about['encoder'] != crc(checkpoint):
+        return None, None
+    if data_digest and about['data_digest'] != data_digest:
+        return None, None
+    settings = about['settings']
+    if rows['epoch'].max() != settings['epochs']:
+        return None, None
+    return dict(settings, command=about['command'], data_digest=about['data_digest']), rows.iloc[-1]
+
+
+def accuracies(checkpoint):
+    """The kNN accuracy (percent) of each encoder, by file name, in the log beside a checkpoint.
+
+    Raises:
+        UserError: the log is damaged.
+    """
+    file = checkpoint.with_name('log.csv')
+    found = {}
+    if file.exists():
+        for _, row in read_table(file, LOG).iterrows():
+            if not pd.isna(row['test_acc@1']):
+                found[f'model_{row["epoch"]:.0f}.pth'] = row['test_acc@1']
+    return found
+
+
+def markdown(rows):
+    """A table for people, from rows of cells; the first row is the head."""
+    lines = []
+    for row in rows:
+        cells = [' '.join(str(cell).replace('|', '\\|').splitlines()) for cell in row]
+        lines.append(f'| {" | ".join(cells)} |\n')
+        if len(lines) == 1:
+            lines.append(f'| {" | ".join(["---"] * len(row))} |\n')
+    return ''.join(lines)

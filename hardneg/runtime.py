@@ -1,0 +1,361 @@
+"""Distributed set-up, devices, signals, and messages to the user."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from datetime import timedelta
+from inspect import signature
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from joblib import cpu_count
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+# How long a rank waits for the others. The first start may download or decode a data set.
+TIMEOUT = timedelta(hours=2)
+
+
+class UserError(ValueError):
+    """An error that the user can fix. Its message is one line that says how."""
+
+
+class UsageError(UserError):
+    """A UserError in the flags: the script ends with exit code 2, as argparse does."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by the signal of this number."""
+
+    def __init__(self, signum):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def say(text):
+    """Print a line on rank 0, above a progress bar."""
+    if ranks().rank == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def no_bar():
+    """The value of tqdm's disable: one bar for all ranks, and none where the output is no terminal."""
+    if ranks().rank == 0:
+        return None
+    return True
+
+
+# Ranks
+
+
+class Ranks(NamedTuple):
+    """Rank and number of ranks, over all machines and on this one."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def ranks():
+    """The Ranks of this process.
+
+    They are those of torch.distributed once it is initialised, before that those of the launcher's
+    variables. Variables that are incomplete, as a scheduler or a notebook may leave them, do not
+    count: this process is then alone.
+    """
+    if dist.is_available() and dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
+    elif launched():
+        rank, world = _variable('RANK'), _variable('WORLD_SIZE')
+    else:
+        return Ranks(0, 1, 0, 1)
+    local_rank = max(0, _variable('LOCAL_RANK'))
+    local_world = max(_variable('LOCAL_WORLD_SIZE'), local_rank + 1)
+    return Ranks(rank, world, local_rank, local_world)
+
+
+def launched():
+    """Whether torchrun, or another launcher that sets its variables, started this process."""
+    address = os.environ.get('MASTER_ADDR') and _variable('MASTER_PORT') > 0
+    return bool(address) and 0 <= _variable('RANK') < _variable('WORLD_SIZE')
+
+
+def _variable(name):
+    """The environment variable as a number, or -1."""
+    value = os.environ.get(name, '')
+    return int(value) if value.isdecimal() else -1
+
+
+def start():
+    """Join the launcher's process group, if there is one, and return this rank's device."""
+    _, world, local_rank, _ = ranks()
+    device = torch.device('cpu')
+    backend = 'gloo'
+    device_id = None
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() == 1:
+            local_rank = 0  # Slurm may show each rank its own GPU alone
+        device = device_id = torch.device('cuda', local_rank)
+        backend = 'nccl'
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+    return device
+
+
+def on_rank0(function):
+    """Call function() on rank 0, and return its result, or raise its UserError, on every rank."""
+    result, error = None, None
+    if ranks().rank == 0:
+        try:
+            result = function()
+        except UserError as caught:
+            error = caught
+    if ranks().world > 1:
+        both = [result, error]
+        dist.broadcast_object_list(both)
+        result, error = both
+    if error:
+        raise error
+    return result
+
+
+def sum_ranks(x):
+    """The sum of x over all ranks, in place."""
+    if ranks().world > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x):
+    """Every rank's rows, in rank order: (n_rank, ...) -> (n, ...). Numbers of rows may differ."""
+    rank, world, _, _ = ranks()
+    if world == 1:
+        return x
+    sizes = x.new_zeros(world, dtype=torch.int64)
+    sizes[rank] = len(x)
+    ends = sum_ranks(sizes).cumsum(0).tolist()
+    whole = x.new_zeros(ends[-1], *x.shape[1:])
+    whole[ends[rank] - len(x) : ends[rank]] = x
+    return sum_ranks(whole)
+
+
+def distributed(net, device):
+    """The network under DistributedDataParallel, if there are several ranks."""
+    if ranks().world == 1:
+        return net
+    # A step has several forward passes, between which DDP must not overwrite BatchNorm's buffers.
+    # Newer versions of torch have another name for the flag that says so.
+    flag = 'broadcast_buffers'
+    if 'forward_sync_buffers' in signature(DistributedDataParallel).parameters:
+        flag = 'forward_sync_buffers'
+    devices = [device] if device.type == 'cuda' else None
+    return DistributedDataParallel(net, devices, **{flag: False})
+
+
+def averaged_buffers(net):
+    """The means over ranks of BatchNorm's running statistics, by name; empty for one rank."""
+    world = ranks().world
+    averaged = {}
+    if world > 1:
+        for name, buffer in net.named_buffers():
+            if buffer.is_floating_point():
+                averaged[name] = sum_ranks(buffer.clone()).div_(world)
+    return averaged
+
+
+# Devices
+
+
+def cores():
+    """This rank's share of the cores that affinity and cgroup leave to this process."""
+    return max(1, cpu_count() // ranks().local_world)
+
+
+def default_precision():
+    """'bf16' on a GPU that has it natively, else 'fp32'."""
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return 'bf16'
+    return 'fp32'
+
+
+def autocast(device, precision):
+    """torch.autocast for a --precision: 'bf16', 'fp16' or 'fp32', which casts nothing."""
+    dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != 'fp32')
+
+
+def check_machine(precision):
+    """Tell of a GPU that cannot be used, and of a precision that does not suit it.
+
+    Raises:
+        UserError: there are more ranks than GPUs.
+    """
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        one_for_each = gpus == 1 and not dist.is_torchelastic_launched()  # as Slurm may show them
+        if gpus < ranks().local_world and not one_for_each:
+            raise UserError(f'{gpus} GPUs here: start at most as many ranks, one for each')
+        no_bf16 = default_precision() == 'fp32'
+        if precision == 'bf16' and no_bf16:
+            say(
+                '--precision bf16: this GPU emulates it, which is slower than fp32; '
+                '--precision fp16 is faster'
+            )
+        if precision == 'fp32' and no_bf16:
+            say(
+                'This GPU has no bf16: --precision fp16 is faster than fp32 and takes half of '
+                'the memory'
+            )
+        return
+    drivers = '/proc/driver/nvidia/version', '/dev/kfd'  # NVIDIA's and AMD's
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES') == ''
+    if any(map(os.path.exists, drivers)) and not hidden:
+        say(
+            f'There is a GPU, but torch {torch.__version__} cannot use it: the driver is older '
+            'than this torch needs, torch was built for CPUs, or the container was started '
+            'without GPUs. The run goes on on the CPU'
+        )
+
+
+def fits(device, *tensors, reserved=0):
+    """Whether a GPU has room for the tensors beside `reserved` bytes; always true for a CPU."""
+    if device.type == 'cpu':
+        return True
+    needed = sum(x.nbytes for x in tensors)
+    free, _ = torch.cuda.mem_get_info(device)
+    return needed + reserved < 0.8 * free
+
+
+def free_memory():
+    """Bytes of the machine's memory that are free, or None where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in open('/proc/meminfo'):
+            name, value, *_ = line.split()
+            if name == 'MemAvailable:':
+                return 1024 * int(value)
+    return None
+
+
+class _FirstFailure(logging.Filter):
+    """Replaces the traces of code that torch could not compile by one line."""
+
+    told = False
+
+    def filter(self, record):
+        if record.levelno >= logging.WARNING and not self.told:
+            self.told = True
+            reason = ' '.join(str(record.msg).split())[:200]
+            say(
+                f'Not compiled, which is slower: {reason}. On Debian, apt install build-essential '
+                'python3-dev brings what is often missing'
+            )
+        return False
+
+
+def compiles_or_goes_on():
+    """Let torch.compile() run code uncompiled where it fails to compile it, and say so once."""
+    torch._dynamo.config.suppress_errors = True
+    logging.getLogger('torch._dynamo.convert_frame').addFilter(_FirstFailure())
+
+
+# Signals
+
+# Ctrl-C, a scheduler, a closed terminal; Windows lacks the last
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)
+]
+
+
+def stop_signals():
+    """The stop signals that this process does not ignore; under nohup it ignores SIGHUP."""
+    return [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
+
+
+class Signals:
+    """Within `with`, keeps the stop signals until the loop asks for them by check().
+
+    A second Ctrl-C ends the process at once. No file is lost then, as files are written whole.
+    """
+
+    def __enter__(self):
+        self.caught = 0
+        self.before = {signum: signal.signal(signum, self.catch) for signum in stop_signals()}
+        return self
+
+    def __exit__(self, *error):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def catch(self, signum, frame):
+        self.caught = signum
+        if signum == signal.SIGINT:  # SIGTERM may come twice: from a scheduler and from torchrun
+            signal.signal(signum, signal.SIG_DFL)
+
+    def check(self, due=False):
+        """Whether something is due on any rank. All ranks must call it at the same place.
+
+        Raises:
+            Stopped: on every rank, if any of them was asked to stop.
+        """
+        caught = self.caught
+        if ranks().world > 1:
+            device = 'cuda' if torch.cuda.is_available() else 'cpu'
+            asked = torch.tensor([caught, int(due)], device=device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            caught, due = asked.tolist()
+        if caught:
+            raise Stopped(caught)
+        return bool(due)
+
+
+# How a script ends
+
+
+def run(main):
+    """Run a script's main(). An error that the user can cause ends in one line, not a traceback."""
+    if hasattr(sys.stdout, 'reconfigure'):  # a notebook's stream has no such method
+        # File names may have letters that the locale has not.
+        sys.stdout.reconfigure(errors='backslashreplace')
+    try:
+        main()
+        if dist.is_initialized():
+            # Only here: after an error the other ranks would not join in.
+            dist.destroy_process_group()
+    except UsageError as error:
+        if ranks().rank == 0:
+            print(f'{os.path.basename(sys.argv[0])}: error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except (UserError, PermissionError) as error:  # the latter names its file
+        if ranks().local_rank == 0:
+            print(f'error: {error}', file=sys.stderr)
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition('. ')[0]
+        sys.exit(
+            f"error: the GPU's memory is full ({reason}): lower --batch_size, free memory, or use "
+            'the CPU by CUDA_VISIBLE_DEVICES='
+        )
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        sys.exit(
+            'error: a worker of --augment pil was killed, perhaps as memory ran out: use fewer '
+            '--workers. The same command continues from the last saved state'
+        )
+    except KeyboardInterrupt:
+        print('Interrupted', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    finally:
+        # Workers ignore the signal by which Python would end them.
+        for worker in multiprocessing.active_children():
+            worker.kill()
