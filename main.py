@@ -230,7 +230,22 @@ def defaults():
 
 
 def arguments(argv=None):
-    """The final settings, the Model of --init and the Folder of a folder data set, or None.
+    """The final settings; the Model of --init and the Folder of a folder data set, each or None."""
+    args = parse(argv)
+    runtime.check_machine(args.precision)
+    init = starting_weights(args)
+    before, found = {}, None
+    if args.dataset_name == 'folder':
+        config = Path(args.results_dir, 'config.json')
+        if config.exists():
+            before = read_json(config).get('settings', {})
+        found = find_folder(args.root, needs_no_labels(args), args.holdout)
+    flags.choose_sizes(args, found, before)
+    return args, init, found
+
+
+def parse(argv=None):
+    """The settings, but for sizes and stem, which may depend on the images.
 
     Raises:
         UsageError: flags do not fit each other.
@@ -248,19 +263,11 @@ def arguments(argv=None):
         args.precision = runtime.default_precision()
     if args.compile is None:
         args.compile = torch.cuda.is_available()
-    check(args)
-    init = starting_weights(args)
-    before, found = {}, None
-    if args.dataset_name == 'folder':
-        config = Path(args.results_dir, 'config.json')
-        if config.exists():
-            before = read_json(config).get('settings', {})
-        found = find_folder(args.root, needs_no_labels(args), args.holdout)
-    flags.choose_sizes(args, found, before)
-    return args, init, found
+    check_flags(args)
+    return args
 
 
-def check(args):
+def check_flags(args):
     world = ranks().world
     own = args.batch_size // world
     if args.batch_size % world:
@@ -305,7 +312,6 @@ def needs_no_labels(args):
 
 def main(argv=None):
     args, init, found = arguments(argv)
-    runtime.check_machine(args.precision)
     results = Path(args.results_dir)
     data = load(args, needs_no_labels(args), found)
     check_data(args, data)
@@ -491,7 +497,7 @@ def step_bytes(args):
 
 
 def check_memory(args, device):
-    """Tell if a step on a CPU needs more memory than there is, as the system kills such a process."""
+    """Tell if a step on a CPU needs more memory than there is: the system kills such processes."""
     if device.type != 'cpu':
         return
     needed, free = step_bytes(args), runtime.free_memory()

@@ -93,22 +93,21 @@ def shapes_data(train=3000, test=1000):
     """The drawn data set, which needs no files."""
     images, labels, classes = shapes.draw(train + test)
     digest = digest_of(images, labels)
-    return Data(
-        images[:train], labels[:train], images[train:], labels[train:], classes, digest
-    )
+    return Data(images[:train], labels[:train], images[train:], labels[train:], classes, digest)
 
 
 def stl10_data(root, unlabeled):
     """STL10. The training images come first, those without labels after them."""
     test = _torchvision('STL10', root, split='test')  # checks all files
     folder = root / test.base_folder
-    train = _stl10_images(folder / 'train_X.bin')
-    labels = torch.from_numpy(np.fromfile(folder / 'train_y.bin', np.uint8)).long() - 1
+    files = ['train_X.bin']
     if unlabeled:
-        more = _stl10_images(folder / 'unlabeled_X.bin')
-        train = torch.cat([train, more])
-        labels = torch.cat([labels, torch.full((len(more),), -1)])
-    classes = list(test.classes or ())  # from a file that has no checksum
+        files.append('unlabeled_X.bin')
+    train = torch.cat([_stl10_images(folder / file) for file in files])
+    train_labels = np.fromfile(folder / 'train_y.bin', np.uint8)
+    labels = torch.full((len(train),), -1)
+    labels[: len(train_labels)] = torch.from_numpy(train_labels).long() - 1
+    classes = list(getattr(test, 'classes', ()))  # from a file that has no checksum
     if len(classes) != 10:
         raise UserError(
             f'{folder}: {len(classes)} names of classes where the labels have 10: restore '
@@ -122,7 +121,7 @@ def stl10_data(root, unlabeled):
 
 
 def _stl10_images(file):
-    """Images in a file of STL10, mapped. Each channel lies in it column by column."""
+    """The images in a file of STL10, mapped. Each channel lies in it column by column."""
     array = np.memmap(file, mode='r').reshape(-1, 3, 96, 96)
     return mapped(array).mT  # (N, 3, W, H) -> (N, 3, H, W)
 
@@ -133,7 +132,9 @@ def cifar_data(name, root):
     test = _torchvision(name, root, train=False)
     images, labels = [], []
     for split in (train, test):
-        array = np.ascontiguousarray(split.data.transpose(0, 3, 1, 2))  # (N, H, W, 3) -> (N, 3, H, W)
+        array = np.ascontiguousarray(
+            split.data.transpose(0, 3, 1, 2)
+        )  # (N, H, W, 3) -> (N, 3, H, W)
         images.append(torch.from_numpy(array))
         labels.append(torch.tensor(split.targets))
     digest = digest_of(test.train_list, test.test_list, test.classes)
@@ -187,7 +188,10 @@ def folder_data(found, unlabeled, *, store_size=0, fit='crop', cache_dir=None, s
     content = decoded(root, found.files, store_size, fit, cache_dir)
     damaged = content.damaged
     if damaged and not skip_damaged:
-        lines = [f'{root}: {len(damaged)} damaged images. Repair them, or leave them out by --skip_damaged:']
+        lines = [
+            f'{root}: {len(damaged)} damaged images. Repair them, or leave them out by '
+            '--skip_damaged:'
+        ]
         for name, why in damaged.items():
             lines.append(f'{root / name}: {why}')
         raise UserError('\n  '.join(lines))
@@ -296,7 +300,7 @@ def reference_transform(
 
 
 class RandomViews(Dataset):
-    """Item (epoch, place in its shuffle, i_1 ... i_V): a view (3, size, size) of each image, and i_1."""
+    """Item (epoch, place in its shuffle, i_1 ... i_V): views (3, size, size) of i_1 ... i_V, and i_1."""
 
     def __init__(self, images, size, seed, recipe):
         self.images = images
@@ -338,7 +342,7 @@ def _begin_worker(worker):
 
 
 class ReferenceViews:
-    """Random views through PIL, image by image, in workers: the slow path that defines the fast one.
+    """Random views by PIL, image by image, in workers: the slow path that defines the fast one.
 
     epoch(e) yields what batches.DeviceViews does. The views depend on (seed, epoch, place in the
     shuffle) alone, not on the number of workers and ranks.

@@ -19,7 +19,7 @@ def seeded(*key, device='cpu'):
 
 
 class Batches:
-    """The batches of every epoch, which depend on (seed, epoch) alone, and this rank's part of each.
+    """The batches of every epoch, and this rank's part of each. They depend on (seed, epoch) alone.
 
     Args:
         n: number of images.
@@ -40,7 +40,10 @@ class Batches:
         self.rank, self.world, _, _ = ranks()
 
     def epoch(self, epoch):
-        """The shuffle of an epoch, batch by batch: indices (W, B) of images. W is 1; V with labels."""
+        """The shuffle of an epoch, batch by batch: indices (W, B) of images.
+
+        W is 1, or with labels V.
+        """
         order = torch.randperm(self.n, generator=seeded(self.seed, epoch))
         orders = [order]
         if self.labels is not None:
@@ -124,7 +127,7 @@ class DeviceViews:
             yield views, index
 
     def fetch(self, index):
-        """Start to bring images (W, b, 3, H, W') and the first's index to the device, by index (W, b)."""
+        """Start to bring the images at index (W, b), and the index of the first, to the device."""
         if self.resident:
             images = self.images.index_select(0, index.flatten())
             return images.unflatten(0, index.shape), index[0]  # (W b, ...) -> (W, b, ...)
@@ -148,7 +151,7 @@ class DeviceViews:
         return batch
 
     def view(self, images, whole, generator):
-        """A random view of each image. Numbers are drawn for the whole batch, on every rank alike."""
+        """A random view of each image. Every rank draws the numbers of the whole batch."""
         u = [self.batches.part(x) for x in uniforms(whole, generator)]
         n = AT_ONCE[self.device.type]
         views = []

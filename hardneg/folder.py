@@ -1,10 +1,9 @@
-"""Image files below a directory, found as people keep them: which there are, with which labels, how large."""
+"""The image files of a folder data set: which there are, with which labels, and of what size."""
 
 import contextlib
 import hashlib
 import os
 import random
-import stat
 import statistics
 import unicodedata
 from dataclasses import dataclass
@@ -14,63 +13,38 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from hardneg.runtime import UserError, ranks, say
+from hardneg.runtime import UserError, no_bar, say
 
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()  # of those that Pillow reads
-            if kind in set(Image.OPEN) - {'BUFR', 'GRIB', 'HDF5', 'MPEG', 'WMF'}}  # and not just recognises
-SYSTEM = ('@eadir', '#recycle', '__macosx', 'thumbs.db', 'desktop.ini', '$recycle.bin', 'lost+found')
-ALIKE = ('train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 'unlabelled')  # but for capitals
-CACHE = '.decoded'  # where the images of a folder are kept once they are decoded, if it can be written
+TRAIN, UNLABELED, TEST = 0, 1, 2  # parts of a data set
+CACHE = '.decoded'  # the directory of the decoded images, in a folder that can be written
 
+# Names in lower case: of files and directories that systems leave, and of splits
+SYSTEM = (
+    '@eadir',
+    '#recycle',
+    '__macosx',
+    'thumbs.db',
+    'desktop.ini',
+    '$recycle.bin',
+    'lost+found',
+)
+SPLITS = ('train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 'unlabelled')
 
-def hidden(name):
-    return name[0] == '.' or name.lower() in SYSTEM
-
-
-class Listing:
-    """The image files below root: what was left out, by its reason, and which directories could not be read."""
-
-    def __init__(self, root):
-        self.root, self.left, self.problems = root, {}, []
-
-    def images(self, top, bar):
-        """(path below root, bytes, times of change) of the images below the directory top, sorted. Links are followed.
-
-        No directory is read twice, nor one between root and top, so that loops of links end.
-        """
-        found, root = [], self.root
-        seen = {os.stat(path)[1:3] for path in (top, *top.parents) if path.is_relative_to(root)}
-        for place, directories, names in os.walk(top, onerror=lambda error: self.problems.append(str(error)),
-                                                 followlinks=True):
-            kept = []
-            for name in sorted(directories + names):
-                path, why = f'{place}/{name}', None
-                try:
-                    about = os.stat(path)
-                except OSError:  # of a broken link decoding tells
-                    about = os.lstat(path)
-                if hidden(name):
-                    why = 'hidden or a system\'s'
-                elif stat.S_ISDIR(about.st_mode):
-                    why = 'read before by another link' if about[1:3] in seen else kept.append(name)
-                    seen.add(about[1:3])  # inode and device
-                elif os.path.splitext(name)[1].lower() not in SUFFIXES:
-                    why = 'not named as an image'
-                elif not (stat.S_ISREG(about.st_mode) or stat.S_ISLNK(about.st_mode)):
-                    why = 'FIFO, socket or device'
-                else:
-                    found.append((path[len(str(root)) + 1:], about.st_size, about.st_mtime_ns, about.st_ctime_ns))
-                if why and name != CACHE:
-                    self.left.setdefault(why, []).append(path)
-            directories[:] = kept
-            bar.update(len(names))
-        return sorted(found)
+# Formats that Pillow recognises, but does not decode by itself. To decode EPS it starts
+# Ghostscript, which runs the file as a program.
+NOT_DECODED = 'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'
+_by_suffix = Image.registered_extensions()  # which loads all of Pillow's formats
+FORMATS = [name for name in Image.ID if name not in NOT_DECODED]
+SUFFIXES = {suffix for suffix, name in _by_suffix.items() if name in FORMATS}
 
 
 @dataclass
 class Folder:
-    """The files of a folder data set, as Listing gives them; of each, its part (0: labelled training images, 1: those
-    without label, 2: test images) and label; the names of the classes."""
+    """A folder data set.
+
+    files are as Listing.images() returns them. Of each file, parts (N,) holds TRAIN, UNLABELED or
+    TEST, and labels (N,) its class, or -1. classes are the names of the classes.
+    """
 
     root: Path
     files: list
@@ -79,125 +53,375 @@ class Folder:
     classes: list
 
 
-def find_folder(root, unlabeled=True, holdout=0.0):
-    """The Folder of root/train/<class>/**, root/test/<class>/** (or root/val), and images anywhere in root/unlabeled.
+@dataclass
+class Group:
+    """The images below some directories, all of one part and with one label."""
 
-    Without train and test, or with less than two classes in train, all images below root, or train, have no label. With
-    holdout, root/<class>/** (or root/train/<class>/**) are both training and test images.
+    part: int
+    label: int
+    directories: list
+
+
+def find_folder(root, unlabeled=True, holdout=0.0):
+    """The Folder at root, in one of three layouts.
+
+    - root/train/<class>/**, root/test/<class>/** (or root/val) and, if there, root/unlabeled/**.
+    - With holdout: root/train/<class>/** or root/<class>/**, and root/unlabeled/**. This part of
+      the images of each class is the test images.
+    - Images anywhere: without root/train, or with fewer than two classes in it, all images below
+      root, or below root/train and root/unlabeled, have no label.
+
+    Args:
+        unlabeled: whether a folder without labels will do.
+        holdout: part of the images that are tested with, in [0, 1).
 
     Raises:
-        UserError: naming all that is missing or cannot be read.
+        UserError: directories or images are missing, or cannot be read. It names all of them.
     """
     root = in_any_form(Path(root)).absolute()
     listing = Listing(root)
-    classes, groups = _groups(listing, unlabeled, holdout)
+    classes, groups = _layout(listing, unlabeled, holdout)
     files, parts, labels = [], [], []
-    with tqdm(desc=f'Listing {root}', unit=' files', delay=3, leave=False,
-              disable=None if ranks().rank == 0 else True) as bar:
-        for part, label, directories in groups:
-            found = [file for top in directories if top.is_dir() for file in listing.images(top, bar)]
-            if part != 1 and len(found) < 1 + bool(holdout):
-                listing.problems.append(f'{directories[0]}: {len(found) or "no"} image in it')
+    with tqdm(desc=f'Listing {root}', unit=' files', delay=3, leave=False, disable=no_bar()) as bar:
+        for group in groups:
+            found = _images_of(group, listing, bar)
+            _check_enough(group, found, listing, holdout)
             files += found
-            parts += held_out(found, holdout) if holdout and part == 0 else [part] * len(found)
-            labels += [label] * len(found)
-    if listing.left:
-        say(f'{root}: left out ' + '; '.join(f'{len(paths)} {why}, such as {paths[0]}'
-                                             for why, paths in listing.left.items()))
-    if listing.problems:
-        raise UserError('\n  '.join([f'{root}: {len(listing.problems)} problems:', *listing.problems]))
+            labels += [group.label] * len(found)
+            if holdout and group.part == TRAIN and found:
+                parts += held_out(found, holdout)
+            else:
+                parts += [group.part] * len(found)
+    listing.report()
     if not files:
-        raise UserError(f'{root}: no image in it or below it (looked for .jpg, .png and others): '
-                        'give the directory of the images by --root')
-    parts, labels = torch.tensor(parts), torch.tensor(labels)
-    order = parts.argsort(stable=True)
-    return Folder(root, [files[i] for i in order.tolist()], parts[order], labels[order], classes)
+        raise UserError(
+            f'{root}: no image in it or below it (looked for .jpg, .png and others): give the '
+            'directory of the images by --root'
+        )
+    order = torch.tensor(parts).argsort(stable=True)
+    return Folder(
+        root,
+        [files[i] for i in order.tolist()],
+        torch.tensor(parts)[order],
+        torch.tensor(labels)[order],
+        classes,
+    )
+
+
+def _images_of(group, listing, bar):
+    images = []
+    for top in group.directories:
+        if top.is_dir():  # root/unlabeled may be missing
+            images += listing.images(top, bar)
+    return images
+
+
+def _check_enough(group, images, listing, holdout):
+    """Note as a problem that a class has no image, or one alone and holdout needs two."""
+    needed = 1
+    if holdout:
+        needed = 2
+    if group.part != UNLABELED and len(images) < needed:
+        listing.problems.append(f'{group.directories[0]}: {len(images) or "no"} image in it')
 
 
 def held_out(files, holdout):
-    """The part of each of a class's files: 2 (test) for the lowest hashes of names, else 0, one at least of each."""
-    hashes = [int(hashlib.sha256(os.fsencode(nfc(name))).hexdigest()[:16], 16) / 2**64 for name, *_ in files]
-    return [2 if x == min(hashes) or x < min(holdout, max(hashes)) else 0 for x in hashes]
+    """The part of each file of a class, TRAIN or TEST: TEST for the lowest hashes of their names.
+
+    Both have one file at least. Apart from that a name decides for itself: a file keeps its part
+    as others come and go, or as it moves to another machine.
+    """
+    hashes = []
+    for name, *_ in files:
+        digest = hashlib.sha256(os.fsencode(nfc(name))).hexdigest()
+        hashes.append(int(digest[:16], 16) / 2**64)
+    lowest, highest = min(hashes), max(hashes)
+    parts = []
+    for x in hashes:
+        if x == lowest or x < min(holdout, highest):
+            parts.append(TEST)
+        else:
+            parts.append(TRAIN)
+    return parts
 
 
-def _groups(listing, unlabeled, holdout):
-    """The names of the classes, and of every group of files its part, its label and its directories."""
+# The layout of a folder
+
+
+def _layout(listing, unlabeled, holdout):
+    """The names of the classes, and the Groups of files."""
     root = listing.root
-    train, test = root / 'train', root / ('val' if (root / 'val').is_dir() and not (root / 'test').is_dir() else 'test')
-    missing = [path for path in (root, *[train] * (root / 'test').is_dir()) if not path.is_dir()]
-    if missing:
-        raise UserError(f'{missing[0]} is not a directory: a folder data set is {root}/train/<class>/*, {root}/test/'
-                        f'<class>/* and, if wanted, {root}/unlabeled/**, or images without labels anywhere below '
-                        f'{root}. --dataset_name shapes needs no files')
+    train = root / 'train'
+    test = _test_directory(root)
+    _check_there(root, train)
     if holdout and test.is_dir():
         raise UserError(f'{test} has test images: --holdout is for a folder without')
-    top = train if train.is_dir() else root
-    splits = ({}, {})  # class -> directories, whose names may differ in Unicode form
-    for split, names in zip((top, test), splits):
-        for entry in sorted(split.glob('*')):
-            if entry.is_dir() and not hidden(entry.name) and entry != root / 'unlabeled':
-                names.setdefault(nfc(entry.name), []).append(entry)
-            elif entry != root / 'unlabeled' and (top == train or holdout):
-                listing.left.setdefault('outside the classes', []).append(entry)
-    classes = sorted(splits[0])
-    if top == train:
-        others = [str(path) for path in sorted(root.glob('*')) if path.is_dir() and not hidden(path.name)
-                  and path not in (train, test, root / 'unlabeled')]
-        if others:
-            say(f'{root}: not read beside {train.name}: {", ".join(others)} (known: train, test or val, unlabeled)')
+    top = root
+    if train.is_dir():
+        top = train
+        _tell_of_others(root, test)
+    classes = _class_directories(root, top)
     if holdout and len(classes) < 2:
-        raise UserError(f'{top}: --holdout needs two directories of images or more, one for each class')
-    if len(classes) < 2 or top == root and not holdout:
+        raise UserError(
+            f'{top}: --holdout needs two directories of images or more, one for each class'
+        )
+    takes_classes = top == train or holdout > 0
+    if len(classes) < 2 or not takes_classes:
         if not unlabeled:
-            raise UserError(f'{root} has no labels: name a labelled data set by --dataset_name and --root, or, where '
-                            'directories are classes, give --holdout 0.1')
-        if len(classes) > 1:
-            say(f'{root}: its directories ({classes[0]}, {classes[1]}, …) are not taken as classes. --holdout 0.1 '
-                'takes them, and tests with a tenth of their images')
-        meant = [path.name for path in sorted(root.glob('*')) if path.is_dir() and path.name.lower() in ALIKE]
-        if meant:
-            say(f'{root}: {", ".join(meant)} read as any other directory; known are train, test, val and unlabeled')
-        listing.left.clear()
-        return [], [(1, -1, [train, root / 'unlabeled'] if top == train else [root])]
-    if not holdout and not test.is_dir():
-        raise UserError(f'{train} has classes, and {test} is not a directory. Give --holdout 0.1 to test with a tenth '
-                        f'of the images, or, to train without labels, --root {train}')
-    if not holdout and classes != sorted(splits[1]):
-        raise UserError(f'classes differ: only in {train}: {sorted({*classes} - {*splits[1]}) or "none"}; '
-                        f'only in {test}: {sorted({*splits[1]} - {*classes}) or "none"}')
-    groups = [(part, label, names[name]) for part, names in ((0, splits[0]), (2, splits[1]))
-              for label, name in enumerate(classes) if name in names]
-    return classes, sorted([*groups, (1, -1, [root / 'unlabeled'])])
+            raise UserError(
+                f'{root} has no labels: name a labelled data set by --dataset_name and --root, '
+                'or, where directories are classes, give --holdout 0.1'
+            )
+        return [], [_without_labels(root, top, test, classes)]
+    listing.leave_out_beside_classes(top)
+    names = sorted(classes)
+    groups = [Group(TRAIN, label, classes[name]) for label, name in enumerate(names)]
+    groups.append(Group(UNLABELED, -1, [root / 'unlabeled']))
+    if not holdout:
+        tests = _class_directories(root, test)
+        _check_test(train, test, names, sorted(tests))
+        listing.leave_out_beside_classes(test)
+        groups += [Group(TEST, label, tests[name]) for label, name in enumerate(names)]
+    return names, groups
+
+
+def _test_directory(root):
+    if (root / 'val').is_dir() and not (root / 'test').is_dir():
+        return root / 'val'
+    return root / 'test'
+
+
+def _check_there(root, train):
+    missing = None
+    if not root.is_dir():
+        missing = root
+    elif (root / 'test').is_dir() and not train.is_dir():
+        missing = train
+    if missing:
+        raise UserError(
+            f'{missing} is not a directory: a folder data set is {root}/train/<class>/*, '
+            f'{root}/test/<class>/* and, if wanted, {root}/unlabeled/**, or images without labels '
+            f'anywhere below {root}. --dataset_name shapes needs no files'
+        )
+
+
+def _check_test(train, test, classes, test_classes):
+    if not test.is_dir():
+        raise UserError(
+            f'{train} has classes, and {test} is not a directory. Give --holdout 0.1 to test with '
+            f'a tenth of the images, or, to train without labels, --root {train}'
+        )
+    if classes != test_classes:
+        only_train = sorted(set(classes) - set(test_classes))
+        only_test = sorted(set(test_classes) - set(classes))
+        raise UserError(
+            f'classes differ: only in {train}: {only_train or "none"}; '
+            f'only in {test}: {only_test or "none"}'
+        )
+
+
+def _class_directories(root, top):
+    """The directories of each class in top, by its name. Their names may differ in Unicode form."""
+    directories = {}
+    for path in _directories(top):
+        if path != root / 'unlabeled':
+            directories.setdefault(nfc(path.name), []).append(path)
+    return directories
+
+
+def _directories(top):
+    return [path for path in sorted(top.glob('*')) if path.is_dir() and not hidden(path.name)]
+
+
+def _without_labels(root, top, test, classes):
+    """The Group of a folder without labels. Tells of directories that may be meant otherwise."""
+    if top != root:
+        if test.is_dir():
+            say(f'{test} is not read, as {top} has no classes')
+        return Group(UNLABELED, -1, [top, root / 'unlabeled'])
+    if len(classes) > 1:
+        first, second, *_ = sorted(classes)
+        say(
+            f'{root}: its directories ({first}, {second}, …) are not taken as classes. '
+            '--holdout 0.1 takes them, and tests with a tenth of their images'
+        )
+    meant = [path.name for path in _directories(root) if path.name.lower() in SPLITS]
+    if meant:
+        say(
+            f'{root}: {", ".join(meant)} read as any other directory; known are train, test, val '
+            'and unlabeled'
+        )
+    return Group(UNLABELED, -1, [root])
+
+
+def _tell_of_others(root, test):
+    """Tell of directories beside root/train that are not read."""
+    known = root / 'train', test, root / 'unlabeled'
+    others = [str(path) for path in _directories(root) if path not in known]
+    if others:
+        say(
+            f'{root}: not read beside train: {", ".join(others)} (known: train, test or val, '
+            'unlabeled)'
+        )
+
+
+# Files
+
+
+class Listing:
+    """Lists the image files below the directory root.
+
+    left maps each reason to leave a path out to the paths. problems says which directories could
+    not be read, and why.
+    """
+
+    def __init__(self, root):
+        self.root = root
+        self.left = {}
+        self.problems = []
+
+    def images(self, top, bar):
+        """The images below the directory top, sorted: (path below root, bytes, times of change).
+
+        Links are followed. No directory is read twice, nor one between root and top, so that loops
+        of links end.
+        """
+        seen = set()
+        for path in (top, *top.parents):
+            if path.is_relative_to(self.root):
+                seen.add(_identity(path))
+        found = []
+        for place, directories, names in os.walk(top, onerror=self._unreadable, followlinks=True):
+            directories[:] = self._new_directories(
+                place, directories, seen
+            )  # walk goes on in these
+            for name in sorted(names):
+                path = f'{place}/{name}'
+                if hidden(name):
+                    self.leave_out(path, "hidden or a system's")
+                elif os.path.splitext(name)[1].lower() not in SUFFIXES:
+                    self.leave_out(path, 'not named as an image')
+                else:
+                    about = _status(path)
+                    below_root = path[len(str(self.root)) + 1 :]
+                    found.append((below_root, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+            bar.update(len(names))
+        return sorted(found)
+
+    def _new_directories(self, place, names, seen):
+        new = []
+        for name in sorted(names):
+            path = f'{place}/{name}'
+            if hidden(name):
+                self.leave_out(path, "hidden or a system's")
+                continue
+            identity = _identity(path)
+            if identity in seen:
+                self.leave_out(path, 'read before by another link')
+            else:
+                seen.add(identity)
+                new.append(name)
+        return new
+
+    def _unreadable(self, error):
+        self.problems.append(str(error))
+
+    def leave_out(self, path, why):
+        if os.path.basename(path) != CACHE:
+            self.left.setdefault(why, []).append(path)
+
+    def leave_out_beside_classes(self, top):
+        """Leave out what lies in top, a directory of classes, and is no class."""
+        for path in sorted(top.glob('*')):
+            if hidden(path.name):
+                self.leave_out(path, "hidden or a system's")
+            elif not path.is_dir():
+                self.leave_out(path, 'outside the classes')
+
+    def report(self):
+        """Say what was left out.
+
+        Raises:
+            UserError: there were problems.
+        """
+        if self.left:
+            reasons = []
+            for why, paths in self.left.items():
+                reasons.append(f'{len(paths)} {why}, such as {paths[0]}')
+            say(f'{self.root}: left out ' + '; '.join(reasons))
+        if self.problems:
+            lines = [f'{self.root}: {len(self.problems)} problems:', *self.problems]
+            raise UserError('\n  '.join(lines))
+
+
+def hidden(name):
+    return name[0] == '.' or name.lower() in SYSTEM
+
+
+def _identity(path):
+    """What two paths to one directory have in common: inode and device."""
+    about = os.stat(path)
+    return about.st_ino, about.st_dev
+
+
+def _status(path):
+    """os.stat() of what a link leads to, or of the link if it is broken: decoding tells of it."""
+    try:
+        return os.stat(path)
+    except OSError:
+        return os.lstat(path)
 
 
 def in_any_form(path):
-    """The path, or, where nothing is there, the one whose names differ from it in Unicode form alone (NFC, NFD)."""
+    """The path, or the one that is there and differs in Unicode form (NFC, NFD) alone."""
     if path.exists() or path == path.parent:
         return path
     parent = in_any_form(path.parent)
-    return next((p for p in parent.glob('*') if nfc(p.name) == nfc(path.name)), parent / path.name)
+    for other in parent.glob('*'):
+        if nfc(other.name) == nfc(path.name):
+            return other
+    return parent / path.name
 
 
 def nfc(name):
     return unicodedata.normalize('NFC', name)
 
 
+# Sizes
+
+
 def short_side(root, files, n=1000):
-    """The median of the shorter sides, in pixels, of up to n of the files; None if no header can be read."""
+    """The median of the shorter sides, in pixels, of up to n of the files, or None.
+
+    It is None if no header can be read.
+    """
     sides = []
     for name, *_ in random.Random(0).sample(files, min(n, len(files))):
-        with contextlib.suppress(Exception), Image.open(root / name) as image:  # decoding tells what is wrong
-            sides.append(min(image.size))
-    return int(statistics.median(sides)) if sides else None
+        size = _size(root / name)
+        if size:
+            sides.append(min(size))
+    if not sides:
+        return None
+    return int(statistics.median(sides))
 
 
 def own_size(root, files):
-    """The side of the images where all are squares of one size of at most 256 pixels, else 96, by their headers."""
+    """The side of the images if all are squares of one size of at most 256 pixels, else 96."""
     sizes = set()
     for name, *_ in files:
-        with contextlib.suppress(Exception), Image.open(root / name) as image:  # decoding tells what is wrong
-            sizes.add(image.size)
+        size = _size(root / name)
+        if size:
+            sizes.add(size)
         if len(sizes) > 1:
             return 96
-    width, height = sizes.pop() if sizes else (96, 96)
-    return width if width == height <= 256 else 96
+    for width, height in sizes:
+        if width == height <= 256:
+            return width
+    return 96
+
+
+def _size(path):
+    """(width, height) by the header of an image, or None: decoding tells what is wrong with it."""
+    with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
+        return image.size
+    return None

@@ -1,279 +1,615 @@
-"""Contrastive losses in one function: SimCLR's, debiased, hard-negative, and CLIP's with its hard-negative form.
+"""Contrastive losses in one function: SimCLR's, debiased, hard-negative, and CLIP's.
 
-    from hardneg.losses import contrastive_loss                    # a file to copy into any project: it needs torch alone
-    loss = contrastive_loss(z1, z2)                        # (B, D) each; hard negatives: tau_plus 0.1, beta 1
-    loss = contrastive_loss(z1, z2, beta=0)                # debiased
-    loss = contrastive_loss(z1, z2, beta=0, tau_plus=0)    # SimCLR's NT-Xent; with intra_view=False, CLIP's
+    from hardneg import contrastive_loss  # or copy this file: from losses import contrastive_loss
 
-HCL: Robinson, Chuang, Sra, Jegelka. Contrastive Learning with Hard Negative Samples. ICLR 2021, arXiv 2010.04592.
-DCL: Chuang, Robinson, Lin, Torralba, Jegelka. Debiased Contrastive Learning. NeurIPS 2020, arXiv 2007.00224.
-SimCLR: Chen, Kornblith, Norouzi, Hinton. ICML 2020, arXiv 2002.05709. CLIP: Radford et al. 2021, arXiv 2103.00020.
-From "Contrastive learning with hard negatives". MIT License, (c) 2026 its authors. Its tests pass on torch 2.4 to 2.14.
+    loss = contrastive_loss(z1, z2)  # (B, D) each; hard negatives with tau_plus 0.1, beta 1
+    loss = contrastive_loss(z1, z2, beta=0)  # debiased
+    loss = contrastive_loss(z1, z2, beta=0, tau_plus=0)  # SimCLR's NT-Xent
+    loss = contrastive_loss(z1, z2, beta=0, tau_plus=0, intra_view=False)  # CLIP's
+
+Read `textbook_loss` first: it is the objective as the papers write it. For two views
+`contrastive_loss` has the same value and gradient. It computes the similarity matrix one tile at a
+time and never holds all of it. The file needs torch and the standard library alone.
+
+HCL: Robinson, Chuang, Sra, Jegelka. Contrastive Learning with Hard Negative Samples. ICLR 2021,
+arXiv 2010.04592.
+DCL: Chuang, Robinson, Lin, Torralba, Jegelka. Debiased Contrastive Learning. NeurIPS 2020,
+arXiv 2007.00224.
+SimCLR: Chen, Kornblith, Norouzi, Hinton. A Simple Framework for Contrastive Learning of Visual
+Representations. ICML 2020, arXiv 2002.05709.
+CLIP: Radford et al. Learning Transferable Visual Models From Natural Language Supervision.
+ICML 2021, arXiv 2103.00020.
+
+From "Contrastive learning with hard negatives". MIT License, (c) 2026 its authors.
+Its tests pass on torch 2.6 to 2.14.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-__version__ = '1.0'
-OLD = torch.__version__ < '2.6'  # compiled, an autograd.Function there gets gradients of 0 from torch.func.vjp
-SIDE = {'cpu': 2**8, 'cuda': 2**13}  # rows of a tile of similarities: 256 kB in float32 on a CPU, for a core's cache
-KEPT = {'cpu': 2**24, 'cuda': 2**28}  # similarities kept at most: 64 MB in float32 on a CPU
+# Rows along a tile of similarities. On a CPU, 256 kB in float32: a tile stays in a core's cache.
+SIDE = {'cpu': 2**8, 'cuda': 2**13}
+LOG2_E = math.log2(math.e)
 
 
-def contrastive_loss(*views, negatives=None, temperature=0.5, tau_plus=0.1, beta=1.0, labels=None, intra_view=True,
-                     normalize=True, chunk_size=None, group=None):
-    """HCL's hard-negative objective, which contains those of DCL and SimCLR and, between two encoders, of CLIP.
+def textbook_loss(z1, z2, temperature=0.5, tau_plus=0.1, beta=1.0):
+    """HCL's objective (its section 3) as usually written, from the whole matrix of similarities.
 
-    With s = z·z'/t for rows z of unit length, V - 1 positives and N = V (B - 1) + K negatives for each of V B anchors,
-
-        R    = N sum_j exp((1 + beta) s_j) / sum_j exp(beta s_j)     over the anchor's negatives j
-        P    = mean of exp(s_v), not weighted by beta                over the anchor's positives v
-        Ng   = max((R - tau_plus N P) / (1 - tau_plus), N exp(-1/t)), and R if tau_plus is 0
-        loss = mean of -log(exp(s_v) / (exp(s_v) + Ng))              over anchors and positives
-
-    The gradient flows through both sums of R; an active floor has one in t alone. An anchor without negatives adds 0.
+    Ng is the estimator of DCL's equation 7, with HCL's weights on the negatives, and the loss has
+    the form of DCL's equation 8. With beta=0 it is DCL's objective; with beta=0 and tau_plus=0,
+    SimCLR's (its equation 1).
 
     Args:
-        views: V >= 2 floating-point tensors (B, D) on one device; row i of each is a view of sample i.
-        negatives: (K, D), optional: further negatives of every anchor, like a queue; a gradient if they require one.
-        temperature: t > 0: a number, or a tensor of one element, which gets a gradient and whose value is not checked.
-        tau_plus: the prior probability, in [0, 1), that a negative has the anchor's class. 0: no correction.
-        beta: concentration >= 0 of the weights on hard negatives. 0: every negative weighs the same.
-        labels: (B,) integers, optional. Views with the anchor's label are no negatives, the papers' unbiased oracle: N
-            is counted for each anchor, tau_plus must be 0. Below 0: unknown, as are those of `negatives`.
-        intra_view: False compares an anchor with other views alone, as CLIP does images with texts: N = (V-1)(B-1),
-            and + K for the anchors of the first view, which alone meet `negatives`.
+        z1, z2: (B, D) embeddings, B >= 2. Row i of each is a view of image i.
+        temperature: t > 0, a number. exp((1 + beta) / t) must be finite in the dtype of z1.
+        tau_plus: the prior probability, in [0, 1), that a negative has the anchor's class.
+        beta: concentration >= 0 of the weights on hard negatives.
+
+    Returns the mean over the 2B anchors, a scalar. Memory grows with B^2.
+    """
+    B = len(z1)
+    N = 2 * B - 2
+    z = F.normalize(torch.cat([z1, z2]), dim=1)  # 2 x (B, D) -> (2B, D)
+    similarities = (z @ z.T / temperature).exp()
+    same_image = torch.eye(B, dtype=torch.bool, device=z.device).repeat(2, 2)  # (B, B) -> (2B, 2B)
+    neg = similarities[~same_image].view(2 * B, N)  # (2B N,) -> (2B, N)
+    pos = similarities.diagonal(B).repeat(2)  # (B,) -> (2B,)
+
+    weight = neg**beta
+    R = N * (weight * neg).sum(1) / weight.sum(1)
+    Ng = (R - tau_plus * N * pos) / (1 - tau_plus)
+    Ng = Ng.clamp(min=N * math.exp(-1 / temperature))
+    return -(pos / (pos + Ng)).log().mean()
+
+
+def contrastive_loss(
+    *views,
+    negatives=None,
+    temperature=0.5,
+    tau_plus=0.1,
+    beta=1.0,
+    labels=None,
+    intra_view=True,
+    normalize=True,
+    chunk_size=None,
+    group=None,
+):
+    """HCL's objective, which contains DCL's and SimCLR's and, between two encoders, CLIP's.
+
+    With s = z·z'/t for rows z of unit length, each of the V B anchors has V - 1 positives and
+    N = V (B - 1) + K negatives, and
+
+        R    = N sum_j exp((1 + beta) s_j) / sum_j exp(beta s_j)     over its negatives j
+        P    = mean of exp(s_v), not weighted by beta                over its positives v
+        Ng   = max((R - tau_plus N P) / (1 - tau_plus), N exp(-1/t))
+        loss = mean of -log(exp(s_v) / (exp(s_v) + Ng))              over anchors and positives
+
+    The gradient flows through both sums of R. Where the floor N exp(-1/t) is active, it flows
+    through Ng to t alone. With tau_plus=0, Ng is R. An anchor without negatives adds 0.
+
+    Args:
+        views: V >= 2 floating-point tensors (B, D) on one device. Row i of each is a view of
+            sample i.
+        negatives: (K, D), optional: further negatives of every anchor, such as a queue. They get
+            a gradient if they require one.
+        temperature: t > 0, a number or a tensor of one element. A tensor gets a gradient, and its
+            value is not checked.
+        tau_plus: the prior probability, in [0, 1), that a negative has the anchor's class.
+            0: no correction.
+        beta: concentration >= 0 of the weights on hard negatives. 0: all weigh the same.
+        labels: (B,) integers, optional. Views with the anchor's label are no negatives, which is
+            the papers' unbiased oracle. N is counted for each anchor, and tau_plus must be 0.
+            A label below 0 is unknown, as are those of `negatives`: no other sample shares it.
+        intra_view: False compares an anchor with other views alone, as CLIP does images with
+            texts. N is (V - 1) (B - 1), and K more for the anchors of the first view, which alone
+            meet `negatives`.
         normalize: False takes s of the rows as they are, of any length.
-        chunk_size: samples along a tile of s (default: as many as fit a fixed size). It changes speed, not values.
-        group: a torch.distributed ProcessGroup; None: the default group, if initialised; False: this process alone.
+        chunk_size: samples along a tile of s (default: SIDE). It changes speed, not values.
+        group: a torch.distributed ProcessGroup. None: the default group, if initialised.
+            False: this process alone.
 
-    Returns a scalar: float64 if an input is float64, else float32, under autocast too. NaN in a view gives NaN.
-    Raises ValueError, which names the argument and what it got; RuntimeError in backward with create_graph=True.
+    Returns a scalar: float64 if an input is float64, else float32, under autocast too. NaN in a
+    view gives NaN.
 
-    Each rank of a group passes its own samples, equally many, and gets the loss of the whole batch; `negatives` meet
-    the anchors of their rank alone. The gradients at views and negatives are scaled so that DistributedDataParallel's
-    mean over ranks is the whole batch's gradient; a tensor temperature gets that on every rank. Unequal numbers of
-    samples are a ValueError on every rank on a CPU. On a GPU the check would wait: there the job hangs or crashes.
+    Raises ValueError that names the argument and what it got. A second derivative raises
+    RuntimeError.
+
+    Each rank of a group passes its own samples, equally many, and gets the loss of the whole
+    batch. `negatives` meet the anchors of their rank alone. Gradients at views and negatives are
+    scaled so that DistributedDataParallel's mean over ranks is the whole batch's gradient. A
+    tensor temperature gets the whole batch's gradient on every rank. Unequal numbers of samples
+    are a ValueError on every rank on a CPU. On a GPU the check would make the host wait: there
+    the job hangs or crashes.
     """
-    _check(views, negatives, temperature, tau_plus, beta, labels, chunk_size, group)
-    dtype = torch.float64 if torch.float64 in [x.dtype for x in (*views, negatives) if x is not None] else torch.float32
-    # An anchor's negatives are in its own tower, which holds all views, or in all other towers, of one view each.
-    z = torch.stack([z.to(dtype) for z in views], 1 if intra_view else 0)  # V x (B, D) -> (B, V, D) or (V, B, D)
-    z = z.unsqueeze(0 if intra_view else 2)  # -> (T towers, B, U views in each, D)
-    negatives = z.new_empty(0, z.shape[-1]) if negatives is None else negatives.to(dtype)
-    learnable, beta = isinstance(temperature, torch.Tensor), beta if beta > torch.finfo(dtype).tiny else 0
-    t = temperature.to(dtype).reshape(()) if learnable else z.new_full((), temperature)
-    # Unit rows bound |s| by 1/t. Within this range, sums of exponentials need no maximum taken out.
-    bounded = normalize and not learnable and (1 + beta) / temperature <= 0.7 * math.log(torch.finfo(dtype).max)
-    y, further = (x / (t.detach().sqrt() * (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) if normalize else 1))
-                  for x in (z, negatives))  # so that s = y·y'
-    return _Loss.apply(y, further, t, tau_plus, beta, labels, chunk_size, bounded, group, torch.is_grad_enabled())
+    _check_rows(views, negatives)
+    _check_numbers(temperature, tau_plus, beta, chunk_size, views[0].device)
+    _check_labels(labels, tau_plus, views[0])
+    _check_group(group, views[0])
+
+    device = views[0].device
+    dtype = _dtype(views, negatives)
+    if beta < torch.finfo(dtype).tiny:
+        beta = 0
+    world, rank = _ranks(group)
+    V = len(views)
+    b, D = views[0].shape  # this rank's samples; from here on B is all ranks'
+    B = world * b
+    first = rank * b
+
+    with torch.autocast(device.type, enabled=False):
+        t = _temperature(temperature, dtype, device, group)
+        z = [_scaled(view.to(dtype), t, normalize) for view in views]
+        rows = torch.cat(z)  # V x (b, D) -> (V b, D)
+        columns = None
+        if world > 1:
+            own = torch.stack(z, 1)  # V x (b, D) -> (b, V, D)
+            whole = _Gather.apply(own, group)  # (b, V, D) -> (B, V, D)
+            columns = whole.transpose(0, 1).flatten(0, 1)  # (B, V, D) -> (V, B, D) -> (V B, D)
+        extra = rows.new_empty(0, D)
+        if negatives is not None:
+            extra = _scaled(negatives.to(dtype), t, normalize)
+
+        classes = None
+        of_same_class = 1
+        if labels is not None:
+            classes, of_same_class = _classes(labels, first, group)
+        N = rows.new_zeros(V, b)
+        if intra_view:
+            N += V * (B - of_same_class) + len(extra)
+        else:
+            N += (V - 1) * (B - of_same_class)
+            N[0] += len(extra)
+        N = N.flatten()  # (V, b) -> (V b,)
+
+        plan = _Plan(
+            own_samples=b,
+            samples=B,
+            first=first,
+            side=chunk_size or SIDE.get(device.type, SIDE['cuda']),
+            intra_view=intra_view,
+            beta=beta,
+            bounded=normalize and _is_bounded(temperature, beta, dtype),
+            extra_needs_grad=extra.requires_grad,
+        )
+        log_R, _ = _LogR.apply(rows, columns, extra, classes, N, plan)
+        s_pos = torch.cat([_positives(z, v) for v in range(V)])  # V x (b, V - 1) -> (V b, V - 1)
+        terms = objective(log_R, s_pos, N, t, tau_plus)
+        loss = terms.sum() / (V * B * (V - 1))
+        if world > 1:
+            loss = _sum_over_ranks(loss, group)
+    return loss
 
 
-def objective(S, W, s_pos, N, t, tau_plus, offset=None):
-    """The sum of -log(exp(s_v) / (exp(s_v) + Ng)) over A anchors and their positives v, in log space.
+def objective(log_R, s_pos, N, t, tau_plus):
+    """-log(exp(s_v) / (exp(s_v) + Ng)) for each anchor and each of its positives v, in log space.
 
-    S = sum_j exp((1 + beta) s_j) and W = sum_j exp(beta s_j) run over an anchor's N negatives j, all (A,); s_pos is
-    (A, V - 1). With an offset (A,), S and W are the sums for s_j - offset.
+    Args:
+        log_R: (A,) log(R / N) of each anchor.
+        s_pos: (A, V - 1) its similarities s_v with its positives.
+        N: (A,) the number of its negatives.
+        t: the temperature, a scalar tensor.
+        tau_plus: a number in [0, 1).
+
+    Returns (A, V - 1).
     """
-    log_R = S.log() - W.log()  # here R and Ng are without their factor N
-    if offset is not None:
-        log_R = log_R + offset
-    log_Ng = log_R
-    if tau_plus:
+    log_Ng = log_R  # R and Ng are without their factor N, which may be 0, until the end
+    if tau_plus > 0:
         log_P = s_pos.logsumexp(1) - math.log(s_pos.shape[1])
         log_share = math.log(tau_plus) + log_P - log_R  # of tau_plus P in R
-        at_floor = 1 - log_share.exp() <= (1 - tau_plus) * (-1 / t - log_R).exp()
-        share = log_share.masked_fill(at_floor, -math.inf).exp()  # finite, so that its gradient is, too
-        log_Ng = torch.where(at_floor, -1 / t, log_R + torch.log1p(-share) - math.log1p(-tau_plus))
+        log_floor = -1 / t
+        at_floor = 1 - log_share.exp() <= (1 - tau_plus) * (log_floor - log_R).exp()
+        # At the floor log1p(-share) may be infinite, and its gradient would be NaN.
+        share = log_share.masked_fill(at_floor, -math.inf).exp()
+        log_corrected = log_R + torch.log1p(-share) - math.log1p(-tau_plus)
+        log_Ng = torch.where(at_floor, log_floor, log_corrected)
     x = (N.log() + log_Ng)[:, None] - s_pos
-    return torch.logaddexp(x, torch.zeros_like(x)).sum()  # log(1 + e^x) = -log(exp(s_v) / (exp(s_v) + Ng))
+    return torch.logaddexp(x, torch.zeros_like(x))  # log(1 + e^x), and e^x = Ng / exp(s_v)
 
 
-def _check(views, negatives, temperature, tau_plus, beta, labels, chunk_size, group):
-    def need(fits, words, *got):
-        if not fits:
-            got = (f'{tuple(x.shape)} {x.dtype} on {x.device}' if torch.is_tensor(x) else repr(x)[:80] for x in got)
-            raise ValueError(f'{words}, got {"; ".join(got)}')
-
-    def real(x):
-        return torch.is_tensor(x) and x.is_floating_point() and x.device == views[0].device
-
-    def number(x, low, high):
-        return not torch.is_tensor(x) and hasattr(x, '__float__') and low <= x < high
-
-    need(len(views) > 1 and all(real(x) and x.ndim == 2 and x.shape == views[0].shape and len(x) for x in views),
-         'views must be 2 or more floating-point tensors (B, D) of one shape on one device, each an argument', *views)
-    (B, D), device = views[0].shape, views[0].device
-    need(negatives is None or real(negatives) and negatives.ndim == 2 and negatives.shape[1] == D,
-         f'negatives must be a floating-point tensor (K, {D}) on {device}', negatives)
-    need(number(temperature, 1e-300, math.inf) or real(temperature) and temperature.numel() == 1,
-         f'temperature must be a positive number or a floating-point tensor of one element on {device}', temperature)
-    need(number(tau_plus, 0, 1), 'tau_plus must be a number in [0, 1)', tau_plus)
-    need(number(beta, 0, math.inf), 'beta must be a number of at least 0', beta)
-    need(chunk_size is None or isinstance(chunk_size, int) and chunk_size > 0, 'chunk_size must be an integer > 0',
-         chunk_size)
-    need(labels is None or torch.is_tensor(labels) and labels.shape == (B,) and labels.device == device
-         and not labels.is_floating_point() and not labels.is_complex(),
-         f'labels must be a tensor of ({B},) integers on {device}', labels)
-    need(labels is None or tau_plus == 0, 'tau_plus must be 0 with labels, which leave no false negatives', tau_plus)
-    need(group is None or group is False or dist.is_available() and isinstance(group, dist.ProcessGroup),
-         'group must be None, False or a ProcessGroup that holds this process', group)
-    if device.type == 'cpu' and _ranks(group)[0] > 1 and not torch.compiler.is_compiling():  # elsewhere it would wait
-        numbers = _gather(torch.tensor([B]), group).tolist()
-        need(min(numbers) == max(numbers), 'views must hold equally many samples on every rank', numbers)
+def _dtype(views, negatives):
+    """float64 if one of the tensors is, else float32."""
+    for x in (*views, negatives):
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
-class _Loss(torch.autograd.Function):
-    """The mean of the objective. Its gradient is computed with its value, so that no similarities outlive the call."""
+def _temperature(temperature, dtype, device, group):
+    """t as a scalar tensor."""
+    if not torch.is_tensor(temperature):
+        return torch.full((), temperature, dtype=dtype, device=device)
+    t = temperature.to(dtype).reshape(1)  # () or (1,) or (1, 1) -> (1,)
+    if _ranks(group)[0] > 1:
+        # All ranks' t are equal. The gradient at their mean is the mean of all ranks' gradients.
+        t = _Gather.apply(t, group)
+    return t.mean()
 
-    @staticmethod
-    def forward(ctx, y, further, t, tau_plus, beta, labels, chunk_size, bounded, group, with_grad):
-        if OLD and torch.compiler.is_compiling():
-            raise RuntimeError('contrastive_loss is compiled by torch 2.6 or newer')  # torch runs it uncompiled
-        with torch.autocast(y.device.type, enabled=False):
-            (T, b, U, D), (world, rank) = y.shape, _ranks(group)
-            V, B, first = T * U, b * world, b * rank  # first: the place of this rank's samples in the whole batch
-            labels, same = (None, 1) if labels is None else _classes(labels, first, group)
-            N = (y.new_zeros(T, b, U) + max(U, T - 1) * (B - same)).flatten()  # -> (A,)
-            N[:b * U] += len(further)
-            rows, columns = y.flatten(0, 2), _gather(y.transpose(0, 1), group).transpose(0, 1).flatten(0, 2)  # (V B, D)
-            side = U * (chunk_size or max(1, SIDE.get(y.device.type, SIDE['cuda']) // U))
-            blocks = _Block(rows, columns, T, side, (U, b, B, first, labels)), _Block(rows[:b * U], further, 1, side)
-            S, W, offset = _sums(blocks, N, beta, bounded)
 
-            def loss(S, W, y, t):
-                s_pos = [(y * y.roll(k, 0 if T > 1 else 2)).sum(-1).flatten() for k in range(1, V)]  # (A,) each
-                return objective(S, W, torch.stack(s_pos, 1), N, t, tau_plus, offset)
+def _scaled(x, t, normalize):
+    """x, of unit rows if normalize, divided by sqrt(t): products of such rows are similarities."""
+    square = t
+    if normalize:
+        square = t * x.square().sum(1, keepdim=True).clamp(min=1e-24)
+    return x * square.rsqrt()
 
-            (total, pullback), dt, count = torch.func.vjp(loss, S, W, y, t), torch.zeros_like(t), V * B * (V - 1)
-            if with_grad := with_grad and any(ctx.needs_input_grad):
-                dS, dW, dy, dt = pullback(torch.full_like(total, world / count))
-                dy = dy.reshape(rows.shape)
-                d_columns = dy if world == 1 else torch.zeros_like(columns)
-                d_further = torch.zeros_like(further) if any(ctx.needs_input_grad[1:3]) else None  # needed for dt, too
-                for block, d in zip(blocks, (d_columns, d_further)):
-                    _add_gradient(block, dy, d, (1 + beta) * dS, beta * dW, offset, beta)
-                if world > 1:  # the anchors of each rank act on the rows of all
-                    dist.all_reduce(d_columns, group=group)
-                    dy += d_columns.view(T, B, U, D)[:, first:first + b].flatten(0, 2)
-                y_dy = (rows * dy).sum() + (0 if d_further is None else (further * d_further).sum())
-                dt = (dt - y_dy / (2 * t)) / world  # rows and further are proportional to t^(-1/2)
-            results = torch.stack([total / count, dt])
-            if world > 1:
-                dist.all_reduce(results, group=group)
-            if with_grad:
-                ctx.save_for_backward(dy.view_as(y), d_further, results[1])
-            return results[0]
+
+def _positives(z, v):
+    """Similarities (b, V - 1) of view v with the other views of the same samples."""
+    return torch.stack([(z[v] * z[u]).sum(1) for u in range(len(z)) if u != v], 1)
+
+
+def _is_bounded(temperature, beta, dtype):
+    """Whether exp((1 + beta) / t), the largest exponential of unit rows, is far from overflow."""
+    if torch.is_tensor(temperature):
+        # On a GPU the host would wait for the value, and compiled code has none.
+        if temperature.device.type != 'cpu' or torch.compiler.is_compiling():
+            return False
+        temperature = float(temperature.detach())
+    return 1 + beta <= 0.7 * math.log(torch.finfo(dtype).max) * temperature
+
+
+class _Plan(NamedTuple):
+    """How the tiles are computed. Rows (V b, D) and columns (V B, D) come view by view."""
+
+    own_samples: int  # b, those of this rank
+    samples: int  # B, those of all ranks
+    first: int  # the place of this rank's first sample among them
+    side: int  # rows and columns of a tile, at most
+    intra_view: bool
+    beta: float
+    bounded: bool  # False: the sums are relative to a maximum
+    extra_needs_grad: bool
+
+
+class _LogR(torch.autograd.Function):
+    """log(R / N) of each anchor, which is log S - log W with the sums over its negatives j
+
+        S = sum_j exp((1 + beta) s_j) and W = sum_j exp(beta s_j).
+
+    Only the sums are kept for backward, which computes the tiles again. The difference is taken
+    here and not in ordinary code, whose gradients at the two logs nearly cancel in float32.
+    """
 
     @staticmethod
-    def backward(ctx, grad_output):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled, torch refuses by itself
-            raise RuntimeError('contrastive_loss has a first derivative only: no backward with create_graph=True')
-        return *[x if x is None else grad_output * x for x in ctx.saved_tensors], *[None] * 7
+    def forward(rows, columns, extra, classes, N, plan):
+        """As for _tiles, and N (V b,) -> log(R / N) (V b,) and S, W and their offsets (3, V b).
+
+        The sums are of s less the anchor's offset: 0, or the largest s where s is not bounded.
+        """
+        sums = N.new_zeros(3, len(N))
+        S, W, offset = sums
+        if not plan.bounded:
+            offset.fill_(-1e30)
+        for i, j, s, twin in _tiles(rows, columns, extra, classes, plan):
+            if not plan.bounded:
+                _raise_offset(sums[:, i], s.amax(1), plan.beta)
+            u, w = _exponentials(s, offset[i, None], plan)
+            _add_sums(S[i], W[i], u, w, 1)
+            if twin:
+                if not plan.bounded:
+                    _raise_offset(sums[:, j], s.amax(0), plan.beta)
+                    u, w = _exponentials(s, offset[j], plan)
+                _add_sums(S[j], W[j], u, w, 0)
+        if plan.beta == 0:
+            W.copy_(N)
+        S.masked_fill_(N == 0, 1)  # any finite R will do where there are no negatives
+        W.masked_fill_(N == 0, 1)
+        return S.log() - W.log() + offset / LOG2_E, sums
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, columns, extra, classes, _, plan = inputs
+        _, sums = output
+        ctx.plan = plan
+        ctx.save_for_backward(rows, columns, extra, classes, sums)
+        ctx.mark_non_differentiable(sums)
+
+    @staticmethod
+    def backward(ctx, d_log_R, _):
+        rows, columns, extra, classes, sums = ctx.saved_tensors
+        S, W, offset = sums
+        beta = ctx.plan.beta
+        dS = (1 + beta) * d_log_R / S
+        dW = -beta * d_log_R / W
+        slopes = torch.stack([dS, dW, offset])  # 3 x (V b,) -> (3, V b)
+        gradients = _Gradient.apply(rows, columns, extra, classes, slopes, ctx.plan)
+        return *gradients, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of _LogR, as a Function of its own so that a second derivative is an error."""
+
+    @staticmethod
+    def forward(rows, columns, extra, classes, slopes, plan):
+        """As for _tiles, and (1 + beta) dL/dS, beta dL/dW and the offsets: slopes (3, V b).
+
+        Returns the gradients at rows, columns (None without them) and extra (None if not needed).
+        """
+        dS, dW, offset = slopes
+        mirrored = columns is None
+        d_rows = torch.zeros_like(rows)
+        d_columns = None
+        if not mirrored:
+            d_columns = torch.zeros_like(columns)
+        d_extra = None
+        if plan.extra_needs_grad:
+            d_extra = torch.zeros_like(extra)
+
+        with torch.autocast(rows.device.type, enabled=False):
+            for i, j, s, _ in _view_tiles(rows, columns, classes, plan):
+                u, w = _exponentials(s, offset[i, None], plan)
+                ds = _slope(u, w, dS[i, None], dW[i, None])
+                if not mirrored:
+                    d_rows[i].addmm_(ds, columns[j])
+                    d_columns[j].addmm_(ds.T, rows[i])
+                    continue
+                if not plan.bounded:
+                    u, w = _exponentials(s, offset[j], plan)
+                ds += _slope(u, w, dS[j], dW[j])
+                d_rows[i].addmm_(ds, rows[j])
+                if i != j:  # a tile on the diagonal is its own twin
+                    d_rows[j].addmm_(ds.T, rows[i])
+            for i, j, s, _ in _extra_tiles(rows, extra, plan):
+                u, w = _exponentials(s, offset[i, None], plan)
+                ds = _slope(u, w, dS[i, None], dW[i, None])
+                d_rows[i].addmm_(ds, extra[j])
+                if d_extra is not None:
+                    d_extra[j].addmm_(ds.T, rows[i])
+        return d_rows, d_columns, d_extra
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError('contrastive_loss has a first derivative only, not a second one')
+
+
+def _tiles(rows, columns, extra, classes, plan):
+    """All tiles of similarities of the rows: with the columns, then with extra negatives."""
+    yield from _view_tiles(rows, columns, classes, plan)
+    yield from _extra_tiles(rows, extra, plan)
+
+
+def _view_tiles(rows, columns, classes, plan):
+    """Yield slices i and j, a tile of similarities of rows[i] and columns[j], and if it has a twin.
+
+    Without columns the rows stand for them. The matrix is symmetric then: the tile at (j, i) is
+    the twin of that at (i, j), and only one of the two comes.
+
+    The tiles are s * log2(e), since exp2 is several times faster than exp on some CPUs. They are
+    -inf where a column is no negative of a row. The caller may overwrite them.
+
+    Args:
+        rows: (V b, D), columns: (V B, D) or None, view by view.
+        classes: (B,) integers, or None where each sample is a class of its own.
+    """
+    mirrored = columns is None
+    if mirrored:
+        columns = rows
+    scaled_rows = rows * LOG2_E
+    row_slices = _slices(len(rows), plan.own_samples, plan.side)
+    column_slices = _slices(len(columns), plan.samples, plan.side)
+    for i in row_slices:
+        for j in column_slices:
+            same_view = i.start // plan.own_samples == j.start // plan.samples
+            if same_view and not plan.intra_view:
+                continue
+            if mirrored and j.start < i.start:
+                continue
+            s = scaled_rows[i] @ columns[j].T
+            k = plan.first + i.start % plan.own_samples  # the tile's first samples
+            m = j.start % plan.samples
+            if classes is None:
+                s.diagonal(k - m).fill_(-math.inf)  # empty where no sample is in both slices
+            else:
+                same_class = classes[k : k + s.shape[0], None] == classes[m : m + s.shape[1]]
+                s.masked_fill_(same_class, -math.inf)
+            yield i, j, s, mirrored and i != j
+
+
+def _extra_tiles(rows, extra, plan):
+    """Yield the same for the rows that meet extra negatives. No tile has a twin."""
+    scaled_rows = rows * LOG2_E
+    if not plan.intra_view:
+        scaled_rows = scaled_rows[: plan.own_samples]
+    for i in _slices(len(scaled_rows), plan.own_samples, plan.side):
+        for j in _slices(len(extra), len(extra), plan.side):
+            yield i, j, scaled_rows[i] @ extra[j].T, False
+
+
+def _slices(length, part, side):
+    """Slices of at most `side` rows that cover `length`, none across two parts of `part` rows."""
+    slices = []
+    for start in range(0, length, max(part, 1)):
+        for k in range(start, start + part, side):
+            slices.append(slice(k, min(k + side, start + part)))
+    return slices
+
+
+def _raise_offset(sums, highest, beta):
+    """Make `highest` (n,) the offset of sums (3, n) wherever it is above the present one."""
+    S, W, offset = sums
+    raised = torch.maximum(offset, highest)
+    drop = offset - raised
+    S.mul_(((1 + beta) * drop).exp2())
+    W.mul_((beta * drop).exp2())
+    offset.copy_(raised)
+
+
+def _exponentials(s, offset, plan):
+    """exp(s) and, None for beta 0, exp(beta s) of a tile, which may be overwritten."""
+    if not plan.bounded:
+        s = s - offset
+    w = None
+    if plan.beta not in (0, 1):
+        w = (plan.beta * s).exp2_()
+    u = s.exp2_()
+    if plan.beta == 1:
+        w = u
+    return u, w
+
+
+def _add_sums(S, W, u, w, dim):
+    """Add a tile's exponentials to the sums of the anchors along its other dimension."""
+    if w is None:
+        S.add_(u.sum(dim))
+    else:
+        S.add_((u * w).sum(dim))
+        W.add_(w.sum(dim))
+
+
+def _slope(u, w, dS, dW):
+    """dL/ds = w (u dS + dW) of a tile, given (1 + beta) dL/dS and beta dL/dW of its anchors."""
+    ds = u * dS
+    if w is not None:
+        ds += dW
+        ds *= w
+    return ds
 
 
 def _classes(labels, first, group):
-    """This rank's labels (b,) -> all ranks', in which each unknown one is its own, and how many have each: (b, 1)."""
-    own = torch.where(labels < 0, -1 - torch.arange(first, first + len(labels), device=labels.device), labels).long()
-    labels = _gather(own, group)
-    ordered = labels.sort().values
-    return labels, (torch.searchsorted(ordered, own, right=True) - torch.searchsorted(ordered, own))[:, None]
+    """Classes (B,) of all ranks' samples, and the sizes (b,) of the classes of this rank's samples.
 
-
-class _Block:
-    """Similarities s = rows @ columns.T of anchors (A, D) with (C, D), of which a tile is computed at a time."""
-
-    def __init__(self, rows, columns, T, side, views=None):
-        self.rows, self.columns, self.views, self.kept = rows, columns, views, {}
-        self.mirrored = views is not None and len(rows) == len(columns)  # s is symmetric: half of the tiles do
-        slices = [[(u, slice(k, min(k + side, u * n + n))) for u in range(T) for k in range(u * n, u * n + n, side)]
-                  for n in (len(rows) // T, len(columns) // T)]  # none across two of T towers
-        self.tiles = [(i, j) for k, (u, i) in enumerate(slices[0]) for v, j in slices[1][k if self.mirrored else 0:]
-                      if T == 1 or u != v]
-        numbers = sum((i.stop - i.start) * (j.stop - j.start) for i, j in self.tiles)
-        self.few = numbers <= KEPT.get(rows.device.type, KEPT['cuda'])
-
-    def similarities(self, i, j):
-        """A tile of s, -inf between views of one sample or, with labels, of one label."""
-        s = self.rows[i] @ self.columns[j].T
-        if self.views is not None:
-            U, b, B, first, labels = self.views
-            k, m = first + i.start // U % b, j.start // U % B  # the first samples of rows and of columns
-            by_sample = s.view(len(s) // U, U, -1, U)  # (rows, columns) -> (samples, views, samples, views)
-            if labels is None:
-                by_sample.diagonal(k - m, 0, 2).fill_(-math.inf)  # empty where rows and columns share no sample
-            else:
-                same = labels[k:k + by_sample.shape[0], None] == labels[m:m + by_sample.shape[2]]
-                by_sample.masked_fill_(same[:, None, :, None], -math.inf)
-        return s
-
-
-def _visit(*blocks):
-    """Yield each tile's slices and s, and its sides: anchors, and the dimension over which their sums run."""
-    for block in blocks:
-        for n, (i, j) in enumerate(block.tiles):
-            s = block.kept[n] if n in block.kept else block.similarities(i, j)
-            if block.few:
-                block.kept[n] = s
-            yield i, j, s, ((i, 1), (j, 0))[:1 + (block.mirrored and i != j)]
-
-
-def _exponentials(s, sides, offset, beta):
-    """Yield u = exp(s), w = exp(beta s) and the sides that they serve: all, or one with its own offset."""
-    for x, served in [(s, sides)] if offset is None else [(s - offset[a].unsqueeze(d), [(a, d)]) for a, d in sides]:
-        u = x.exp()
-        yield u, u if beta == 1 else (beta * x).exp_() if beta else None, served
-
-
-def _sums(blocks, N, beta, bounded):
-    """The objective's S, W and offset. Without negatives S and W are 1, as the loss is 0 whatever they are."""
-    offset = None
-    if not bounded:
-        offset = torch.full_like(N, -1e30)
-        for _, _, s, sides in _visit(*blocks):
-            for a, d in sides:
-                offset[a] = torch.maximum(offset[a], s.amax(d))
-    S, W = torch.zeros_like(N), torch.zeros_like(N) if beta else N
-    for _, _, s, sides in _visit(*blocks):
-        for u, w, served in _exponentials(s, sides, offset, beta):
-            uw = u * w if beta else u
-            for a, d in served:
-                S[a].add_(uw.sum(d))
-                if beta:
-                    W[a].add_(w.sum(d))
-    return S.masked_fill(N == 0, 1), W.masked_fill(N == 0, 1), offset
-
-
-def _add_gradient(block, d_rows, d_columns, dS, dW, offset, beta):
-    """Add dL/drows and, if it is not None, dL/dcolumns, given (1 + beta) dL/dS and beta dL/dW."""
-    for i, j, s, sides in _visit(block):
-        ds = None  # dL/ds = w (u dS + dW)
-        for u, w, served in _exponentials(s, sides, offset, beta):
-            g = u * sum(dS[a].unsqueeze(d) for a, d in served)
-            if beta:
-                for a, d in served:
-                    g.add_(dW[a].unsqueeze(d))
-                g.mul_(w)
-            ds = g if ds is None else ds.add_(g)
-        whole = block.mirrored and i == j
-        d_rows[i].addmm_(ds + ds.T if whole else ds, block.columns[j])
-        if d_columns is not None and not whole:
-            d_columns[j].addmm_(ds.T, block.rows[i])
+    A sample whose label is below 0 gets a class below 0, its own.
+    """
+    places = torch.arange(first, first + len(labels), device=labels.device)
+    own = torch.where(labels < 0, -1 - places, labels).long()
+    classes = _gather(own, group)
+    ordered = classes.sort().values
+    below = torch.searchsorted(ordered, own)
+    up_to = torch.searchsorted(ordered, own, right=True)
+    return classes, up_to - below
 
 
 def _ranks(group):
     """The world size and this process's rank: 1 and 0 without an initialised group."""
-    alone = group is False or not (dist.is_available() and dist.is_initialized())
-    return (1, 0) if alone else (dist.get_world_size(group), dist.get_rank(group))
+    if group is False or not dist.is_available() or not dist.is_initialized():
+        return 1, 0
+    return dist.get_world_size(group), dist.get_rank(group)
 
 
 def _gather(x, group):
-    """(b, ...) on each rank -> (B, ...), the whole batch in rank order."""
-    if _ranks(group)[0] == 1:
+    """(b, ...) on each rank -> (B, ...), the whole batch in rank order, without a gradient."""
+    world, _ = _ranks(group)
+    if world == 1:
         return x
-    whole = x.new_empty(_ranks(group)[0] * len(x), *x.shape[1:])
-    getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)(whole, x.contiguous(), group=group)  # new, old name
+    whole = x.new_empty(world * len(x), *x.shape[1:])
+    # The first is the newer name of the second.
+    gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)
+    gather(whole, x.contiguous(), group=group)
     return whole
+
+
+class _Gather(torch.autograd.Function):
+    """_gather with a gradient, the sum of all ranks'."""
+
+    @staticmethod
+    def forward(x, group):
+        return _gather(x, group)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, group = inputs
+        ctx.group = group
+        ctx.samples = len(x)
+
+    @staticmethod
+    def backward(ctx, d_whole):
+        d_whole = d_whole.clone()
+        dist.all_reduce(d_whole, group=ctx.group)
+        _, rank = _ranks(ctx.group)
+        first = rank * ctx.samples
+        return d_whole[first : first + ctx.samples], None
+
+
+def _sum_over_ranks(loss, group):
+    """The sum of all ranks' losses. Its gradient is this rank's times the number of ranks."""
+    world, _ = _ranks(group)
+    whole = loss.detach().clone()
+    dist.all_reduce(whole, group=group)
+    own = world * loss
+    return whole + (own - own.detach())  # adds 0, and the gradient
+
+
+def _check_rows(views, negatives):
+    words = 'views must be 2 or more floating-point tensors (B, D) of one shape on one device'
+    _need(_are_views(views), f'{words}, each an argument', *views)
+    if negatives is not None:
+        D = views[0].shape[1]
+        device = views[0].device
+        fits = _is_real(negatives, device) and negatives.ndim == 2 and negatives.shape[1] == D
+        words = f'negatives must be a floating-point tensor (K, {D}) on {device}'
+        _need(fits, words, negatives)
+
+
+def _are_views(views):
+    for z in views:
+        if not torch.is_tensor(z) or not _is_real(z, views[0].device):
+            return False
+        if z.ndim != 2 or len(z) == 0 or z.shape != views[0].shape:
+            return False
+    return len(views) >= 2
+
+
+def _check_numbers(temperature, tau_plus, beta, chunk_size, device):
+    if _is_number(temperature):
+        fits = 1e-300 <= temperature < math.inf
+    else:
+        fits = _is_real(temperature, device) and temperature.numel() == 1
+    words = f'a positive number or a floating-point tensor of one element on {device}'
+    _need(fits, f'temperature must be {words}', temperature)
+    fits = _is_number(tau_plus) and 0 <= tau_plus < 1
+    _need(fits, 'tau_plus must be a number in [0, 1)', tau_plus)
+    fits = _is_number(beta) and 0 <= beta < math.inf
+    _need(fits, 'beta must be a number of at least 0', beta)
+    if chunk_size is not None:
+        fits = isinstance(chunk_size, int) and chunk_size > 0
+        _need(fits, 'chunk_size must be an integer > 0', chunk_size)
+
+
+def _check_labels(labels, tau_plus, z):
+    if labels is not None:
+        fits = torch.is_tensor(labels) and labels.shape == z.shape[:1] and labels.device == z.device
+        fits = fits and not labels.is_floating_point() and not labels.is_complex()
+        _need(fits, f'labels must be a tensor of ({len(z)},) integers on {z.device}', labels)
+        words = 'tau_plus must be 0 with labels, which leave no false negatives'
+        _need(tau_plus == 0, words, tau_plus)
+
+
+def _check_group(group, z):
+    if group is not None and group is not False:
+        fits = dist.is_available() and isinstance(group, dist.ProcessGroup)
+        _need(fits, 'group must be None, False or a ProcessGroup that holds this process', group)
+    world, _ = _ranks(group)
+    # On a GPU the host would wait for the numbers, and compiled code has none.
+    if world > 1 and z.device.type == 'cpu' and not torch.compiler.is_compiling():
+        numbers = _gather(torch.tensor([len(z)]), group).tolist()
+        words = 'views must hold equally many samples on every rank'
+        _need(min(numbers) == max(numbers), words, numbers)
+
+
+def _is_real(x, device):
+    """Whether x is a floating-point tensor on the device."""
+    return torch.is_tensor(x) and x.is_floating_point() and x.device == device
+
+
+def _is_number(x):
+    return not torch.is_tensor(x) and hasattr(x, '__float__')
+
+
+def _need(fits, words, *got):
+    if not fits:
+        got = '; '.join(_described(x) for x in got)
+        raise ValueError(f'{words}, got {got}')
+
+
+def _described(x):
+    if torch.is_tensor(x):
+        return f'{tuple(x.shape)} {x.dtype} on {x.device}'
+    return repr(x)[:80]

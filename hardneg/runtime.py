@@ -44,7 +44,7 @@ def say(text):
 
 
 def no_bar():
-    """The value of tqdm's disable: one bar for all ranks, and none where the output is no terminal."""
+    """The value of tqdm's disable: one bar for all ranks, none where the output is no terminal."""
     if ranks().rank == 0:
         return None
     return True
@@ -251,9 +251,10 @@ class _FirstFailure(logging.Filter):
     def filter(self, record):
         if record.levelno >= logging.WARNING and not self.told:
             self.told = True
-            reason = ' '.join(str(record.msg).split())[:200]
+            _, error, _ = record.exc_info or (None, record.getMessage(), None)
+            reason = ' '.join(str(error).partition('\n\n')[0].split())
             say(
-                f'Not compiled, which is slower: {reason}. On Debian, apt install build-essential '
+                f'Not compiled, which is slower: {reason:.200}. On Debian, apt install build-essential '
                 'python3-dev brings what is often missing'
             )
         return False

@@ -1,18 +1,19 @@
-"""Features of all images below a directory, with their names, for a search of your own; and near-duplicates among them.
+"""Features of all images below a directory, with their names; and near-duplicates among them.
 
     python misc/embed.py --model_path results/mine/model_400.pth --root DIR --out features.npz
-    python misc/embed.py --model_path results/mine/model_400.pth --root DIR --out features.csv --duplicates 0.95
-    torchrun --nproc_per_node 8 misc/embed.py …                                # each GPU takes a part of the images
+    python misc/embed.py … --out features.csv --duplicates 0.95
+    torchrun --nproc_per_node 8 misc/embed.py …       # each GPU takes a part of the images
 
-An .npz holds names below DIR (n,), features (n, F), rows of unit length, and about, a JSON text of what made them; a
-.csv has a row for each image, and a .json beside it. The cosine of two images is the product of their rows. Sizes and
-the treatment of borders are the run's, from the config.json beside the checkpoint. Damaged images are named and left
-out. With --duplicates C, features_duplicates.csv lists the pairs whose cosine is at least C, the most similar first.
+An .npz holds names below DIR (n,), features (n, F), rows of unit length, and about, a JSON text of
+what made them. A .csv has a row for each image, and a .json beside it. The cosine of two images is
+the product of their rows. Sizes, and how images become squares, are the run's, from the config.json
+beside the checkpoint. Damaged images are named and left out. With --duplicates C,
+features_duplicates.csv lists the pairs whose cosine is at least C, the most similar first. The
+features are kept in memory: 2 GB for a million images by a ResNet-18, 8 GB by a ResNet-50.
 """
 
+import io
 import json
-import math
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,142 +24,223 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hardneg import flags
-from hardneg import runs
-from hardneg import runtime
-from hardneg.decoding import decode_or_why
-from hardneg.evaluate import features_of
-from hardneg.files import crc, lock, read_json, write, write_json
+from hardneg import flags, runs, runtime
+from hardneg.decoding import FITS, decode_or_why
+from hardneg.evaluate import Evaluator
+from hardneg.files import crc, lock, read_json, write, write_json, write_table
 from hardneg.folder import Listing, in_any_form, own_size
+from hardneg.runtime import UserError, ranks, say
 from model import load_model, unit
-from hardneg.runtime import UserError, cores, on_rank0, ranks, say
 
-PAIRS = 1_000_000  # of near-duplicates that are listed at most
+BLOCK = 256  # images that a rank decodes while it encodes the block before
+PAIRS = 1_000_000  # near-duplicates that are listed at most
 
 
-def main(argv=None):
+def arguments(argv=None):
     parser = flags.Parser(prog='embed.py', description=__doc__.partition('\n')[0])
-    given = {name: (name, None, kind, text) for name, _, kind, text in flags.DATA}
-    flags.add(parser, 'encoder and images',
-              ('--model_path', 'results/model_400.pth', flags.path, 'checkpoint'),
-              ('--root', 'data', flags.path, 'directory of the images, which may lie anywhere below it'),
-              ('--out', 'features.npz', flags.path, 'file to write, .npz or .csv'),
-              ('--duplicates', None, flags.real(0, 1), 'list the pairs with at least this cosine (default: no list)'),
-              ('--precision', None, ('bf16', 'fp16', 'fp32'), 'precision of the encoder (default: bf16 on CUDA)'),
-              *(given[name] for name in ('--store_size', '--fit', '--test_size')))
+    parser.add_argument(
+        '--model_path',
+        type=flags.path,
+        default='results/model_400.pth',
+        help='checkpoint (%(default)s)',
+    )
+    parser.add_argument(
+        '--root',
+        type=flags.path,
+        default='data',
+        help='directory of the images, which may lie anywhere below it (%(default)s)',
+    )
+    parser.add_argument(
+        '--out',
+        type=flags.path,
+        default='features.npz',
+        help='file to write, .npz or .csv (%(default)s)',
+    )
+    parser.add_argument(
+        '--duplicates',
+        type=flags.real(0, 1),
+        help='list the pairs of images with at least this cosine (no list)',
+    )
+    parser.add_argument(
+        '--precision',
+        choices=('bf16', 'fp16', 'fp32'),
+        help='numbers of the encoder (bf16 on a GPU that has it, else fp32)',
+    )
+    sizes = parser.add_argument_group(
+        'sizes (default: as in the config.json beside the checkpoint)'
+    )
+    sizes.add_argument(
+        '--store_size',
+        type=flags.store_size,
+        help='pixels to which images are decoded; 0: their own if they are squares of one size of '
+        'at most 256 px, else 96',
+    )
+    sizes.add_argument('--fit', choices=FITS, help='how images become squares')
+    sizes.add_argument(
+        '--test_size',
+        type=flags.integer(0, 1024),
+        help='pixels to which they are then resized; 0: no more',
+    )
     args = parser.parse_args(argv)
     if Path(args.out).suffix not in ('.npz', '.csv'):
         parser.error(f'--out {args.out}: its name must end in .npz or .csv')
-    path, root = Path(args.model_path), in_any_form(Path(args.root)).absolute()
-    net, config = load_model(path, head=False), path.with_name('config.json')
-    runs.accuracies(path)  # which checks that the run wrote this encoder
-    settings = read_json(config)['settings'] if config.exists() else {}
-    for name, default in dict(store_size=0, fit='crop', test_size=0).items():
-        if getattr(args, name) is None:
-            setattr(args, name, settings.get(name, default))
+    if args.precision is None:
+        args.precision = runtime.default_precision()
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    runtime.check_machine(args.precision)
+    path, out = Path(args.model_path), Path(args.out)
+    net = load_model(path, head=False)
+    settings = {}
+    if path.with_name('config.json').exists():
+        settings = read_json(path.with_name('config.json')).get('settings', {})
+    sizes = {name: flags.DATA[name] for name in ('store_size', 'fit', 'test_size')}
+    flags.fill(args, sizes, settings)
+    root = in_any_form(Path(args.root)).absolute()
+    files = image_files(root)
+    names = [name for name, *_ in files]
+    size = args.store_size or own_size(root, files)
+    device = runtime.start()
+    # It also tells, before hours of work, that the directory cannot be written.
+    runtime.on_rank0(lambda: lock(out.parent, f'.{out.stem}.lock'))
+    net.eval().to(device, memory_format=torch.channels_last)
+    evaluator = Evaluator(net, device, runtime.autocast(device, args.precision))
+
+    def decode(name):
+        return decode_or_why(root / name, size, args.fit)
+
+    features = embed(names, decode, evaluator, args.test_size)
+    if ranks().rank != 0:
+        return
+    damaged = ~features.any(1)
+    if damaged.any():
+        first = names[damaged.argmax()]
+        why = f'such as {root / first}: {decode(first)}'
+        say(f'{damaged.sum()} images damaged and left out, {why}')
+        features = features[~damaged]
+    names = np.array(names)[~damaged]
+    about = dict(
+        settings=vars(args),
+        root=str(root),
+        size=size,
+        encoder=crc(path),
+        **runs.provenance(device),
+    )
+    save(out, names, features, about)
+    if args.duplicates is not None:
+        save_duplicates(out, names, features, args.duplicates)
+
+
+def image_files(root):
+    """The image files below root, as folder.Listing gives them.
+
+    Raises:
+        UserError: there are none, or some cannot be read.
+    """
     if not root.is_dir():
         raise UserError(f'{root} is not a directory: give that of the images by --root')
     listing = Listing(root)
-    with tqdm(desc=f'Listing {root}', unit=' files', delay=3, leave=False, disable=None) as bar:
+    with tqdm(
+        desc=f'Listing {root}', unit=' files', delay=3, leave=False, disable=runtime.no_bar()
+    ) as bar:
         files = listing.images(root, bar)
-    if listing.problems or not files:
-        raise UserError(listing.problems[0] if listing.problems else f'{root}: no image in it or below it')
-    device = runtime.start()
-    autocast = runtime.autocast(device, args.precision or runtime.default_precision())
-    size, rows = args.store_size or own_size(root, files), Path(f'{args.out}.rows.part')
-    shape, place = (len(files), net.features), Path(args.out).parent
-
-    def create():
-        lock(place, f'.{Path(args.out).stem}.lock')
-        if 8 * math.prod(shape) > shutil.disk_usage(place).free:  # a mapped file that finds no room ends the process
-            raise UserError(f'{place} has no room for {8 * math.prod(shape) / 1e9:.1f} GB: choose another --out')
-        try:
-            np.memmap(rows, np.float32, 'w+', shape=shape)  # a file, as all ranks write to it
-        except OSError as error:
-            raise UserError(f'cannot write {rows} ({error.strerror}): choose another --out') from error
-
-    on_rank0(create)
-    try:
-        names, out = [name for name, *_ in files], np.memmap(rows, np.float32, 'r+', shape=shape)
-        embed(net, root, names, size, args, autocast, device, out)
-        runtime.sum_ranks(torch.zeros(1, device=device))  # all ranks have written
-        about = dict(settings=vars(args), root=str(root), size=size, encoder=crc(path), **runs.provenance(device))
-        if ranks().rank == 0:
-            save(args, root, names, out, about, size)
-    finally:
-        if ranks().rank == 0:
-            rows.unlink(missing_ok=True)
+    if listing.problems:
+        raise UserError(listing.problems[0])
+    if not files:
+        raise UserError(f'{root}: no image in it or below it')
+    return files
 
 
 @torch.no_grad()
-def embed(net, root, names, size, args, autocast, device, out, block=256):
-    """Write the features of the images to the rows of out (n, F), this rank's blocks of them; 0 if they are damaged."""
+def embed(names, decode, evaluator, test_size):
+    """Features (n, F) of n images, on rank 0: rows of unit length, 0 if an image is damaged.
+
+    Args:
+        names: n names.
+        decode: function of a name that returns what decoding.decode_or_why() does.
+        evaluator: evaluate.Evaluator.
+        test_size: side in pixels at which the encoder sees the images; 0: the decoded one.
+    """
     rank, world, _, _ = ranks()
-    net.eval().to(device, memory_format=torch.channels_last)
-    blocks = [range(i, min(i + block, len(names))) for i in range(rank * block, len(names), world * block)]
-    with ThreadPoolExecutor(cores()) as pool:
-        def read(rows):
-            return [pool.submit(decode_or_why, root / names[i], size, args.fit) for i in rows]
+    together = world * BLOCK  # images that all ranks encode at a time
+    features = []
+    with ThreadPoolExecutor(runtime.cores()) as pool:
 
-        ahead = read(blocks[0]) if blocks else []
-        for n, rows in enumerate(tqdm(blocks, f'Embedding {root}', unit='block', disable=None if rank == 0 else True)):
-            found, ahead = [job.result() for job in ahead], read(blocks[n + 1]) if n + 1 < len(blocks) else []
-            intact = [(i, result[0]) for i, result in zip(rows, found) if not isinstance(result, str)]
+        def read(start):
+            first = start + rank * BLOCK
+            return pool.map(decode, names[first : first + BLOCK])
+
+        starts = range(0, len(names), together)
+        ahead = read(0)
+        for start in tqdm(starts, 'Embedding', unit='block', disable=runtime.no_bar()):
+            results = list(ahead)
+            ahead = read(start + together)
+            own = torch.zeros(len(results), evaluator.net.features, device=evaluator.device)
+            intact = [i for i, result in enumerate(results) if not isinstance(result, str)]
             if intact:
-                images = torch.from_numpy(np.stack([pixels for _, pixels in intact])).to(device)
-                out[[i for i, _ in intact]] = unit(features_of(net, images, args.test_size, autocast)).cpu().numpy()
-    out.flush()
+                pixels = np.stack([results[i][0] for i in intact])  # (b, 3, size, size)
+                images = torch.from_numpy(pixels).to(evaluator.device)
+                own[intact] = unit(evaluator.encode(images, test_size))
+            whole = runtime.gather(own)
+            if rank == 0:
+                features.append(whole.cpu())
+    if rank == 0:
+        return torch.cat(features).numpy()
 
 
-def save(args, root, names, features, about, size):
-    """Write the file of the features and, if wanted, that of the duplicates."""
-    intact, out = features.any(1).nonzero()[0], Path(args.out)
-    if len(intact) < len(names):
-        first = next(i for i, name in enumerate(names) if not features[i].any())
-        say(f'{len(names) - len(intact)} images damaged and left out, such as {root / names[first]}: '
-            f'{decode_or_why(root / names[first], size, args.fit)}')
-    names, features = np.array(names)[intact], features if len(intact) == len(names) else features[intact]
+def save(out, names, features, about):
+    """Write names (n,), features (n, F) and the dict about, which says what made them."""
     if out.suffix == '.npz':
-        part = Path(f'{out}.npz.part')
-        try:
-            with open(part, 'wb') as file:
-                np.savez(file, names=names, features=features, about=json.dumps(about))
-            part.replace(out)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise UserError(f'cannot write {out} ({error.strerror}): choose another --out') from error
+        file = io.BytesIO()
+        np.savez(file, names=names, features=features, about=json.dumps(about))
+        write(out, file.getbuffer())
     else:
-        table = pd.DataFrame(features, columns=[f'f{i}' for i in range(features.shape[1])])
+        columns = ['name', *(f'f{i}' for i in range(features.shape[1]))]
+        table = pd.DataFrame(features, columns=columns[1:])
         table.insert(0, 'name', names)
-        write(out, table.to_csv(index=False).encode(errors='surrogateescape'))
+        write_table(out, table, columns)
         write_json(out.with_suffix('.json'), about)
     say(f'{len(names)} features of {features.shape[1]} numbers in {out}')
-    if args.duplicates is not None:
-        pairs = duplicates(features, args.duplicates)
-        table = pd.DataFrame({'first': names[pairs[0]], 'second': names[pairs[1]], 'cosine': pairs[2].round(4)})
-        file = out.with_name(f'{out.stem}_duplicates.csv')
-        write(file, table.to_csv(index=False).encode(errors='surrogateescape'))
-        say(f'{len(table)} pairs with a cosine of {args.duplicates} or more in {file}')
+
+
+def save_duplicates(out, names, features, least):
+    first, second, cosine = duplicates(torch.from_numpy(features), least)
+    file = out.with_name(f'{out.stem}_duplicates.csv')
+    pairs = zip(names[first.numpy()], names[second.numpy()], cosine.numpy().round(4))
+    write_table(file, pairs, ['first', 'second', 'cosine'])
+    say(f'{len(cosine)} pairs with a cosine of {least} or more in {file}')
 
 
 def duplicates(features, least, tile=2048):
-    """The pairs i < j of rows of features (n, F), of unit length, whose product is at least `least`, in tiles.
+    """The pairs i < j of rows of features (n, F), of unit length, whose cosine is at least `least`.
 
-    Returns i, j and the products, the largest first. Raises UserError beyond PAIRS.
+    Returns i, j and cosine, (pairs,) each, the largest cosine first. It goes tile by tile, as there
+    are n^2 cosines.
+
+    Raises:
+        UserError: there are too many pairs.
     """
+    least = max(least, 1e-9)  # at 0, the pairs that triu() leaves out would count
+    parts = features.split(tile)
     found, count = [], 0
-    for a in range(0, len(features), tile):
-        x = torch.from_numpy(np.array(features[a:a + tile]))
-        for b in range(a, len(features), tile):
-            cosine = x @ torch.from_numpy(np.array(features[b:b + tile])).T
-            i, j = (cosine.triu(1) if a == b else cosine).ge(max(least, 1e-9)).nonzero().T
-            found.append((i + a, j + b, cosine[i, j]))
+    for a in range(len(parts)):
+        for b in range(a, len(parts)):
+            cosine = parts[a] @ parts[b].T  # (tile, F) x (F, tile) -> (tile, tile)
+            if a == b:
+                cosine = cosine.triu(1)
+            i, j = cosine.ge(least).nonzero().T  # (pairs, 2) -> 2 x (pairs,)
+            found.append((i + a * tile, j + b * tile, cosine[i, j]))
             count += len(i)
             if count > PAIRS:
-                raise UserError(f'more than {PAIRS:,} pairs have a cosine of {least}: raise --duplicates')
-    i, j, cosine = (torch.cat(parts) for parts in zip(*found))
+                raise UserError(
+                    f'more than {PAIRS:,} pairs have a cosine of {least}: raise --duplicates'
+                )
+    i, j, cosine = (torch.cat(x) for x in zip(*found))
     order = cosine.argsort(descending=True, stable=True)
-    return [x[order].numpy() for x in (i, j, cosine)]
+    return i[order], j[order], cosine[order]
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The pictures of encoders that misc/plot.py makes: similarity, neighbours, and what negatives feel."""
+"""The pictures of encoders that misc/plot.py draws: similarity, neighbours and negatives."""
 
 import copy
 import os
@@ -14,69 +14,110 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hardneg import flags
-from hardneg import runtime
+from hardneg import flags, runtime
 from hardneg.augment import draw, transform
 from hardneg.batches import seeded
-from data import load_data
 from hardneg.decoding import decode_or_why
-from hardneg.evaluate import encode
+from hardneg.evaluate import Evaluator
 from hardneg.losses import contrastive_loss
-from model import load_model, unit
-from hardneg.runs import OBJECTIVE, accuracies, data_name, name_data, read_run
+from hardneg.runs import OBJECTIVE, data_name, name_data
 from hardneg.runtime import UserError
+from model import load_model, unit
+from sweep import read_run
+from utils import load
 
-COLOURS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888']  # Okabe and Ito's
-STANDARD, DEBIASED, HARD = 'standard', 'debiased, τ⁺ = 0.1', 'hard, τ⁺ = 0.1, β = 1'
-OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[2], HARD: COLOURS[1]}  # in all pictures of objectives
-RIGHT, WRONG = '#009E73', '#CC3311'  # a green and a red that the colour-blind can tell apart
-MARKERS = 'os^Dv'
+# Okabe and Ito's colours
+COLOURS = (
+    '#0072B2',
+    '#D55E00',
+    '#009E73',
+    '#CC79A7',
+    '#E69F00',
+    '#56B4E9',
+    '#000000',
+    '#888888',
+)
+MARKERS = 'os^DvP*X'
+STANDARD = 'standard'
+DEBIASED = 'debiased, τ⁺ = 0.1'
+HARD = 'hard, τ⁺ = 0.1, β = 1'
+# In all pictures of objectives
+OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[2], HARD: COLOURS[1]}
+# A green and a red that the colour-blind can tell apart
+RIGHT, WRONG = '#009E73', '#CC3311'
+GREY = '#555555'
 BATCH = 256  # images of the batch whose negatives are drawn
+
 warnings.filterwarnings('ignore', 'Glyph')  # a name in a script without a font shows as boxes
-plt.rcParams.update({'figure.dpi': 160, 'savefig.facecolor': 'white', 'font.size': 9, 'axes.grid': True,
-                     'grid.color': '#dddddd', 'axes.axisbelow': True, 'axes.spines.top': False,
-                     'axes.spines.right': False, 'legend.frameon': False, 'figure.constrained_layout.use': True})
+plt.rcParams.update(
+    {
+        'figure.dpi': 160,
+        'figure.constrained_layout.use': True,
+        'savefig.facecolor': 'white',
+        'font.size': 9,
+        'axes.grid': True,
+        'axes.axisbelow': True,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'grid.color': '#dddddd',
+        'legend.frameon': False,
+    }
+)
 
 
 def names(runs, but=()):
-    """A name for each run: its objective, and the settings, but for some, by which runs of one objective differ."""
+    """A name for each run: its objective and, if that is not enough, the settings that differ.
+
+    Settings in `but` are not told.
+    """
     name_data(runs)
-    found = [run['objective'] for run in runs]
-    settings = pd.DataFrame([run['identity'] for run in runs]).drop(columns=['objective', *OBJECTIVE])
-    differ = [name for name in settings if settings[name].nunique(dropna=False) > 1 and name not in but]
-    if len({*found}) == len(found):
-        return found
-    return [', '.join([name, *(f'{setting} {run["identity"][setting]}' for setting in differ)])
-            for name, run in zip(found, runs)]
+    objectives = [run['objective'] for run in runs]
+    if len(set(objectives)) == len(objectives):
+        return objectives
+    settings = pd.DataFrame([run['identity'] for run in runs])
+    settings = settings.drop(columns=['objective', *OBJECTIVE, *but])
+    differ = [name for name in settings if settings[name].nunique(dropna=False) > 1]
+    found = []
+    for run in runs:
+        parts = [run['objective']]
+        for name in differ:
+            parts.append(f'{name} {run["identity"][name]}')
+        found.append(', '.join(parts))
+    return found
 
 
 def colours(titles):
-    """A colour for each title: an objective that occurs once has its own in all pictures."""
-    own = [OWN.get(title) if titles.count(title) == 1 else None for title in titles]
-    spare = [colour for colour in COLOURS if colour not in own]
-    if own.count(None) > len(spare):
-        raise UserError(f'{len(titles)} different runs, and {len(COLOURS)} colours to tell them apart')
-    return [colour or spare.pop(0) for colour in own]
+    """A colour for each title. An objective that occurs once has its own in all pictures."""
+    chosen = []
+    for title in titles:
+        chosen.append(OWN.get(title) if titles.count(title) == 1 else None)
+    spare = [colour for colour in COLOURS if colour not in chosen]
+    if chosen.count(None) > len(spare):
+        raise UserError(
+            f'{len(titles)} different runs, and {len(COLOURS)} colours to tell them apart'
+        )
+    return [colour or spare.pop(0) for colour in chosen]
 
 
 def open_checkpoint(path, args, unlabeled=False):
-    """The encoder in a checkpoint, the run that wrote it, and data: the run's, or what the flags name."""
-    net, run = load_model(path).eval(), read_run(path.parent)
-    accuracies(path)  # which checks that the run wrote this encoder
+    """The encoder in a checkpoint, the run that wrote it, and data: the run's, or as flags name."""
+    net = load_model(path).eval()
+    run = read_run(path.parent)
     named = copy.copy(args)
     flags.fill_data_flags(named, run['settings'])
-    run['settings'] |= {name: getattr(named, name) for name in (flag[2:] for flag, *_ in flags.DATA)}
-    data = load_data(named.dataset_name, named.root, named.store_size, unlabeled, named.cache_dir, named.skip_damaged,
-                     named.fit, named.holdout)
-    run.update(data=data_name(vars(named)), data_digest=data.digest)
+    for name in flags.DATA:
+        run['settings'][name] = getattr(named, name)
+    data = load(named, unlabeled)
+    run['data'] = data_name(run['settings'])
+    run['data_digest'] = data.digest
     return net, run, data
 
 
 def features(net, images, index, run):
-    """f's features (n, width) of the uint8 images at index (n,), on the CPU."""
+    """f's features (n, F) of the uint8 images at index (n,), on the CPU."""
     device = runtime.start()
-    net.to(device)
-    return encode(net, images, index, run['settings']['test_size'], runtime.autocast(device, 'fp32'), device).cpu()
+    evaluator = Evaluator(net.to(device), device, runtime.autocast(device, 'fp32'))
+    return evaluator.features(images, index, run['settings']['test_size']).cpu()
 
 
 def some(n, count, seed):
@@ -84,87 +125,123 @@ def some(n, count, seed):
     return torch.randperm(n, generator=seeded(seed))[:count]
 
 
+# Similarity
+
+
 @torch.no_grad()
 def similarity(args):
-    """Histograms of the cosine similarity of features f and embeddings z, for pairs of one class and of two."""
+    """Cosine similarities of pairs of images of one class and of two, as histograms."""
     opened = [open_checkpoint(path, args) for path in args.paths]
-    figure, axes = plt.subplots(2, len(opened), figsize=(max(4, 2.7 * len(opened)), 5), sharex=True, squeeze=False)
-    for column, name, (net, run, data) in zip(axes.T, names([run for _, run, _ in opened]), opened):
+    width = max(4, 2.7 * len(opened))
+    figure, axes = plt.subplots(2, len(opened), figsize=(width, 5), sharex=True, squeeze=False)
+    titles = names([run for _, run, _ in opened])
+    for column, name, (net, run, data) in zip(axes.T, titles, opened):
         chosen = some(len(data.test), args.images, args.seed)
-        f = features(net, data.test, chosen, run)  # (n, width)
         labels = data.test_labels[chosen]
-        i, j = torch.triu_indices(len(f), len(f), 1)
+        i, j = torch.triu_indices(len(chosen), len(chosen), 1)  # all pairs
         same = labels[i] == labels[j]
         if same.all() or not same.any():
-            raise UserError(f'{run["data"]}: its test images have no two of one class and two of different ones')
-        for panel, what, x in zip(column, 'fz', (unit(f), unit(net.cpu().g(f)))):
-            cosine = (x @ x.T)[i, j].clamp(-1, 1)
-            for pairs, colour, text in ((same, COLOURS[5], 'same class'), (~same, COLOURS[7], 'different classes')):
-                panel.hist(cosine[pairs].numpy(), bins=np.linspace(-1, 1, 101), density=True, color=colour, alpha=0.55,
-                           label=text)
-                panel.axvline(cosine[pairs].mean(), color=colour, linestyle='--', linewidth=1)
-            title = f'{shown(name)}\n' if what == 'f' else ''
-            panel.set_title(f'{title}{what}: area under ROC {roc_auc_score(same, cosine):.3f}', fontsize=9)
-            panel.set(xlim=(-1, 1), xlabel='cosine similarity' if what == 'z' else None)
-    for row, what in zip(axes, ('features f', 'embeddings z')):
-        row[0].set_ylabel(f'density of pairs, {what}')
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside upper center', ncols=2)
+            raise UserError(
+                f'{run["data"]}: its test images have no two of one class and two of different ones'
+            )
+        f = features(net, data.test, chosen, run)  # (n, F)
+        z = net.cpu().embed(f)  # (n, D)
+        for panel, what, x in (column[0], 'f', unit(f)), (column[1], 'z', z):
+            cosine = (x @ x.T)[i, j].clamp(-1, 1)  # (pairs,)
+            histograms(panel, cosine, same)
+            area = f'{what}: area under ROC {roc_auc_score(same, cosine):.3f}'
+            panel.set_title(area, fontsize=9)
+        column[0].set_title(f'{shown(name)}\n{column[0].get_title()}', fontsize=9)
+        column[1].set_xlabel('cosine similarity')
+    axes[0, 0].set_ylabel('density of pairs, features f')
+    axes[1, 0].set_ylabel('density of pairs, embeddings z')
+    handles, texts = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc='outside upper center', ncols=2)
     return figure
+
+
+def histograms(panel, cosine, same):
+    """Draw the cosines (pairs,) of those of the same class and of the others, with their means."""
+    kinds = (
+        (cosine[same], COLOURS[5], 'same class'),
+        (cosine[~same], COLOURS[7], 'different classes'),
+    )
+    bins = np.linspace(-1, 1, 101)
+    for values, colour, text in kinds:
+        panel.hist(values.numpy(), bins, density=True, color=colour, alpha=0.55, label=text)
+        panel.axvline(values.mean(), color=colour, linestyle='--', linewidth=1)
+    panel.set_xlim(-1, 1)
+
+
+# Neighbours
 
 
 def neighbours(args):
-    """A grid of test images, or of the files --query, each with the training images that each encoder finds nearest."""
+    """A grid of images, each with the training images that each encoder finds nearest."""
     opened = [open_checkpoint(path, args, unlabeled=True) for path in args.paths]
     _, run, data = opened[0]
     if any(other.digest != data.digest for _, _, other in opened):
-        raise UserError('the encoders were trained on different data: say by --root which images to search')
-    memory = (data.train_labels >= 0).nonzero()[:, 0]
-    images, chosen = data.test, some(len(data.test), 5, args.seed)
-    if not data.classes or args.query:
-        memory = some(len(data.train), args.memory, args.seed)  # encoding millions would take hours on a CPU
-        if len(memory) < len(data.train):
-            runtime.say(f'{len(memory):,} of {len(data.train):,} images are searched: more by --memory')
-    if args.query:
-        images = torch.from_numpy(np.stack([decode_query(path, data, run) for path in args.query]))
-        chosen = torch.arange(len(images))
-    elif not data.classes:
-        images, chosen = data.train, memory[:5]
+        raise UserError(
+            'the encoders were trained on different data: say by --root which images to search'
+        )
+    images, chosen, memory = queries(args, run, data)
     columns = min(max(3, 10 // len(opened)), len(memory) - 1)
     if columns < 1:
         raise UserError(f'{run["data"]}: one image has no neighbours')
-    width = 1 + (columns + 0.3) * len(opened)  # in images
-    figure, grid = plt.subplots(len(chosen), 1 + (columns + 1) * len(opened), dpi=110, squeeze=False, figsize=(
-        8, 8 * (len(chosen) + 1.6) / width), width_ratios=[1, *[0.3, *[1] * columns] * len(opened)])
-    truths = data.test_labels[chosen].tolist() if data.classes and not args.query else [-1] * len(chosen)
-    for axes, query, truth in zip(grid[:, 0], chosen.tolist(), truths):
-        picture(axes, images[query], data.classes[truth] if truth >= 0 else '', None)
-    named = bool(args.query and data.names)
-    for i, (title, (net, run, _)) in enumerate(zip(names([run for _, run, _ in opened]), opened)):
-        queries, known = (unit(features(net, *of, run)) for of in ((images, chosen), (data.train, memory)))
-        cosine = queries @ known.T  # (rows, memory)
-        if not data.classes and not args.query:
-            cosine.fill_diagonal_(-2)  # not an image itself
+    with_classes = bool(data.classes) and not args.query
+    truths = [-1] * len(chosen)  # classes of the queries
+    if with_classes:
+        truths = data.test_labels[chosen].tolist()
+
+    figure, grid = neighbour_grid(len(chosen), columns, len(opened))
+    for axes, query, truth in zip(grid[:, 0], chosen, truths):
+        text = data.classes[truth] if with_classes else ''
+        picture(axes, images[query], text)
+    titles = names([run for _, run, _ in opened])
+    for n, (title, (net, run, _)) in enumerate(zip(titles, opened)):
+        block = grid[:, 1 + n * (columns + 1) :][:, : columns + 1]  # a gap, and the neighbours
+        known = unit(features(net, data.train, memory, run))  # (memory, F)
+        cosine = unit(features(net, images, chosen, run)) @ known.T  # (rows, memory)
+        if images is data.train:
+            cosine.fill_diagonal_(-2)  # the queries come first in memory: not an image itself
         near, found = cosine.topk(columns)
-        found, right = memory[found].tolist(), 0
-        block = grid[:, 1 + i * (columns + 1):][:, :columns + 1]
-        for axes, truth, values, indices in zip(block, truths, near.tolist(), found):
+        found = memory[found]  # (rows, columns)
+        for axes, truth, values, indices in zip(block, truths, near.tolist(), found.tolist()):
             axes[0].axis('off')
             for panel, value, index in zip(axes[1:], values, indices):
-                label = int(data.train_labels[index])
-                right += label == truth
-                text = '' if label == truth else f'× {data.classes[label]}' if truth >= 0 else f'{value:.3f}'
-                if named:
-                    text = f'{Path(data.names[index]).stem[-11:]}\n{value:.3f}'
-                picture(panel, data.train[index], text, None if truth < 0 else RIGHT if label == truth else WRONG)
-        count = f': {right} of {columns * len(chosen)} of the query\'s class' if max(truths) >= 0 else ''
+                neighbour(panel, data, index, value, truth, named=args.query)
+        if with_classes:
+            right = data.train_labels[found] == torch.tensor(truths)[:, None]
+            title += f": {right.sum()} of {right.numel()} of the query's class"
         first = block[0, 1]
-        first.text(0, 1.15, shown(f'{title}{count}'), transform=first.transAxes, fontsize=8, in_layout=False)
-        if named:
-            for query, indices in zip(args.query, found):
+        place = dict(transform=first.transAxes, fontsize=8, in_layout=False)
+        first.text(0, 1.15, shown(title), **place)
+        if args.query and data.names:
+            for query, indices in zip(args.query, found.tolist()):
                 print(f'{query}: {", ".join(data.names[i] for i in indices)}')
-    figure.suptitle(shown(f'{run["data"]}: images (left) and their nearest {"training " * bool(data.classes)}images by '
-                          'cosine of features\n'), fontsize=9)
+    kind = 'training images' if data.classes else 'images'
+    about = f'{run["data"]}: images (left) and their nearest {kind} by cosine of features\n'
+    figure.suptitle(shown(about), fontsize=9)
     return figure
+
+
+def queries(args, run, data):
+    """Images (N, 3, H, W), the indices of the queries among them, and of the training images
+    that are searched.
+
+    Queries are the files of --query, or five test images or, without classes, training images.
+    """
+    if data.classes and not args.query:
+        memory = (data.train_labels >= 0).nonzero()[:, 0]  # (n, 1) -> (n,)
+        return data.test, some(len(data.test), 5, args.seed), memory
+    # Encoding millions would take hours on a CPU.
+    memory = some(len(data.train), args.memory, args.seed)
+    if len(memory) < len(data.train):
+        runtime.say(f'{len(memory):,} of {len(data.train):,} images are searched: more by --memory')
+    if not args.query:
+        return data.train, memory[:5], memory
+    images = torch.from_numpy(np.stack([decode_query(path, data, run) for path in args.query]))
+    return images, torch.arange(len(images)), memory
 
 
 def decode_query(path, data, run):
@@ -175,79 +252,156 @@ def decode_query(path, data, run):
     return found[0]
 
 
+def neighbour_grid(rows, columns, encoders):
+    """A figure and its panels: of each row the query and, of each encoder, a gap and neighbours."""
+    width = 1 + (columns + 0.3) * encoders  # in images
+    return plt.subplots(
+        rows,
+        1 + (columns + 1) * encoders,
+        figsize=(8, 8 * (rows + 1.6) / width),
+        dpi=110,
+        width_ratios=[1] + ([0.3] + [1] * columns) * encoders,
+        squeeze=False,
+    )
+
+
+def neighbour(panel, data, index, cosine, truth, named):
+    """Draw a training image. With the class of the query, its frame says whether it is the same.
+
+    Without it (-1), the cosine stands below and, if named, the name of the file.
+    """
+    colour = None
+    text = f'{cosine:.3f}'
+    label = int(data.train_labels[index])
+    if truth >= 0:
+        colour = RIGHT if label == truth else WRONG
+        text = '' if label == truth else f'× {data.classes[label]}'
+    elif named and data.names:
+        text = f'{Path(data.names[index]).stem[-11:]}\n{cosine:.3f}'
+    picture(panel, data.train[index], text, colour)
+
+
+# Negatives
+
+
+def push(views, **objective):
+    """The derivative of the loss by the cosine of every pair of V views (B, D): (V B, V B).
+
+    Each embedding gets a coordinate of its own in which it is 1 and the others 0. That leaves the
+    cosines of pairs as they are, and the gradient of embedding i at the coordinate of j is the
+    derivative by their cosine.
+    """
+    z = torch.cat(views).double()  # V x (B, D) -> (V B, D)
+    own = torch.eye(len(z), dtype=z.dtype)
+    z = torch.cat([z, own], 1).requires_grad_()  # (V B, D) -> (V B, D + V B)
+    contrastive_loss(*z.chunk(len(views)), **objective, normalize=False).backward()
+    return z.grad[:, -len(z) :]
+
+
+@torch.no_grad()
+def negatives(args):
+    """Which negatives of one image each objective pushes away, and how strongly."""
+    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True)
+    settings, query = run['settings'], args.query
+    images, labels = data.train, data.train_labels
+    if data.classes:
+        images, labels = data.test, data.test_labels
+    if len(images) < BATCH:
+        raise UserError(f'{len(images)} images: a batch of {BATCH} is drawn')
+    chosen = some(len(images), BATCH, args.seed)
+    images = images.index_select(0, chosen)
+    labels = labels[chosen].repeat(2)  # (B,) -> (2B,)
+    views, seen = [], []  # as the encoder sees them, and as large as the images
+    for v in range(2):
+        generator = seeded(args.seed, v)
+        p = draw(BATCH, *images.shape[2:], generator, **flags.recipe(settings))
+        _, z = net(transform(images, p, settings['image_size']))
+        views.append(z)  # (B, D)
+        seen.append(transform(images, p, images.shape[2]))
+    seen = torch.cat(seen)  # 2 x (B, 3, H, W) -> (2B, 3, H, W)
+
+    cosine = torch.cat(views) @ views[0][query]  # (2B, D) x (D,) -> (2B,)
+    negative = (torch.arange(2 * BATCH) % BATCH != query).nonzero()[:, 0]  # (2B - 2,)
+    negative = negative[cosine[negative].argsort()]
+    same = (labels[negative] == labels[query]) & (labels[query] >= 0)
+    t = settings['temperature']
+    objectives = {
+        STANDARD: dict(temperature=t, tau_plus=0, beta=0),
+        DEBIASED: dict(temperature=t, tau_plus=0.1, beta=0),
+        HARD: dict(temperature=t, tau_plus=0.1, beta=1),
+        'standard at t = 0.1': dict(temperature=0.1, tau_plus=0, beta=0),
+    }
+    pushes = {}
+    with torch.enable_grad():
+        for name, objective in objectives.items():
+            pushes[name] = push(views, **objective)[query, negative]
+
+    x = cosine[negative].numpy()
+    figure, axes = plt.subplots(figsize=(8, 5.2))
+    draw_pushes(axes, x, pushes, same.numpy())
+    title = f'encoder: {run["objective"]}, {settings["epochs"]} epochs; objectives at t = {t:g}'
+    axes.set_title(shown(title), fontsize=9)
+    text = f'query, {data.classes[labels[query]]}' if data.classes else 'query'
+    picture(axes.inset_axes([0.01, 0.74, 0.14, 0.22]), seen[query], text, '#000000')
+    low, high = axes.get_xlim()
+    for place in np.linspace(x[0], x[-1], 11):  # negatives evenly spread, each below its place
+        nearest = abs(x - place).argmin()
+        left = (x[nearest] - low) / (high - low)
+        panel = axes.inset_axes([left - 0.035, -0.2, 0.07, 0.115])
+        picture(panel, seen[negative[nearest]])
+    return figure
+
+
+def draw_pushes(axes, x, pushes, same):
+    """Draw how strongly each objective pushes the negatives, in multiples of standard's mean.
+
+    Args:
+        x: cosines (n,) of the negatives to the query, sorted.
+        pushes: (n,) of each objective, by name.
+        same: (n,) bool, whether a negative has the query's class.
+    """
+    mean = pushes[STANDARD].mean()
+    pushed = torch.stack([pushes[name] for name in OWN]) / mean
+    for name, own in pushes.items():
+        if name in OWN:
+            colour, label = OWN[name], name
+            values = own / mean
+        else:  # it goes beyond the axis
+            colour = COLOURS[7]
+            values = own / own.mean()
+            label = f'{name} (its own mean = 1; up to {values.max():.0f})'
+        values = values.numpy()
+        axes.scatter(
+            x[~same], values[~same], s=12, color=colour, linewidths=0, alpha=0.8, label=label
+        )
+        axes.scatter(x[same], values[same], s=36, color=colour, marker='x', linewidths=1.2)
+    label = "false negative: the query's class"
+    axes.scatter([], [], s=36, color=GREY, marker='x', linewidths=1.2, label=label)
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set_xlim(x[0] - 0.06, x[-1] + 0.06)
+    axes.set_ylim(pushed.min().item() - 0.5, 1.1 * pushed.max().item())
+    axes.set_ylabel('push apart: ∂ loss / ∂ cosine  (mean of standard = 1)')
+    what = 'cosine similarity of a negative to the query, and what is found there'
+    axes.set_xlabel(what, labelpad=46)
+    axes.legend(loc='upper left', bbox_to_anchor=(0.16, 1))
+
+
+# Images and names in a picture
+
+
 def shown(name):
-    """A name as matplotlib shows it: no mathematics between dollars, no letters outside Unicode, none left out."""
+    """A name as matplotlib shows it: no mathematics, no letters outside Unicode, none left out."""
     name = name.encode('utf-8', 'replace').decode().replace('$', r'\$')
-    return f' {name}' if name[:1] == '_' else name  # a legend leaves out what begins so
+    if name.startswith('_'):  # a legend leaves out what begins so
+        return f' {name}'
+    return name
 
 
-def picture(axes, image, text, colour):
-    """An image (3, h, w), uint8 or in [0, 1], in a frame of the colour, with a line of text below."""
+def picture(axes, image, text='', colour=None):
+    """An image (3, h, w) uint8 in a frame of the colour, if any, with a line of text below."""
     axes.imshow(image.permute(1, 2, 0).numpy())  # (3, h, w) -> (h, w, 3)
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(shown(text), fontsize=6, labelpad=2)
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set(visible=colour is not None, color=colour or 'none', linewidth=3)
-
-
-def push(views, **objective):
-    """How the loss depends on the cosine of every pair of the V views (B, D): d loss / d cosine, (VB, VB).
-
-    Each embedding gets a coordinate of its own in which it is 1 and the others 0. That leaves the cosines of
-    pairs as they are, and the gradient of embedding i at the coordinate of j is the derivative by their cosine.
-    """
-    z = torch.cat(views).double()
-    z = torch.cat([z, torch.eye(len(z), dtype=z.dtype)], 1).requires_grad_()  # (VB, D) -> (VB, D + VB)
-    contrastive_loss(*z.chunk(len(views)), **objective, normalize=False).backward()
-    return z.grad[:, -len(z):]
-
-
-@torch.no_grad()
-def negatives(args):
-    """Which negatives of one image each objective pushes away, and how strongly, in one batch of an encoder."""
-    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True)
-    settings, t = run['settings'], run['settings']['temperature']
-    images, labels = (data.test, data.test_labels) if data.classes else (data.train, data.train_labels)
-    if len(images) < BATCH:
-        raise UserError(f'{len(images)} images: a batch of {BATCH} is drawn')
-    chosen = some(len(images), BATCH, args.seed)
-    images, labels, query = images.index_select(0, chosen), labels[chosen].repeat(2), args.query
-    recipe = flags.recipe(settings)
-    drawn = [draw(BATCH, *images.shape[2:], seeded(args.seed, view), **recipe) for view in range(2)]
-    views = [net(transform(images, p, settings['image_size']))[1] for p in drawn]  # 2 x (B, D)
-    seen = torch.cat([transform(images, p, images.shape[2]) for p in drawn])  # the same views, as large as the images
-    cosine = torch.cat(views) @ views[0][query]  # (2B,), with the first view of the query
-    negative = (torch.arange(2 * BATCH) % BATCH != query).nonzero()[:, 0]
-    negative = negative[cosine[negative].argsort()]
-    same = ((labels[negative] == labels[query]) & (labels[query] >= 0)).numpy()
-    objectives = {STANDARD: (t, 0, 0), DEBIASED: (t, 0.1, 0), HARD: (t, 0.1, 1), 'standard at t = 0.1': (0.1, 0, 0)}
-    with torch.enable_grad():
-        pushes = {name: push(views, temperature=t, tau_plus=tau_plus, beta=beta)[query, negative]
-                  for name, (t, tau_plus, beta) in objectives.items()}
-    figure, axes = plt.subplots(figsize=(8, 5.2))
-    mean, x = pushes[STANDARD].mean().item(), cosine[negative].numpy()
-    pushed = torch.stack([pushes[name] for name in OWN]) / mean
-    for name, values in pushes.items():
-        values = values / mean if name in OWN else values / values.mean()
-        colour = OWN.get(name, COLOURS[7])
-        most = '' if name in OWN else f' (its own mean = 1; up to {values.max():.0f})'  # beyond the axis
-        axes.scatter(x[~same], values[~same], s=12, color=colour, linewidths=0, alpha=0.8, label=name + most)
-        axes.scatter(x[same], values[same], s=36, color=colour, marker='x', linewidths=1.2)
-    of_class = f', {data.classes[labels[query]]}' if data.classes else ''
-    axes.scatter([], [], color='#555555', marker='x', s=36, linewidths=1.2, label='false negative: the query\'s class')
-    axes.axhline(0, color='#555555', linewidth=1)
-    axes.set(ylabel='push apart: ∂ loss / ∂ cosine  (mean of standard = 1)', xlim=(x[0] - 0.06, x[-1] + 0.06),
-             ylim=(pushed.min().item() - 0.5, 1.1 * pushed.max().item()))
-    axes.set_xlabel('cosine similarity of a negative to the query, and what is found there', labelpad=46)
-    title = f'encoder: {run["objective"]}, {settings["epochs"]} epochs; objectives at t = {t:g}'
-    axes.set_title(shown(title), fontsize=9)
-    axes.legend(loc='upper left', bbox_to_anchor=(0.16, 1))
-    picture(axes.inset_axes([0.01, 0.74, 0.14, 0.22]), seen[query], f'query{of_class}', '#000000')
-    count = 11  # negatives evenly spread over the axis, each below its place
-    for place in np.linspace(x[0], x[-1], count):
-        nearest = abs(x - place).argmin()
-        left = (x[nearest] - axes.get_xlim()[0]) / (axes.get_xlim()[1] - axes.get_xlim()[0])
-        panel = axes.inset_axes([left - 0.035, -0.2, 0.07, 0.115])
-        picture(panel, seen[negative[nearest]], '', None)
-    return figure

@@ -1,8 +1,10 @@
-"""Objectives compared on sequences: 20 kinds of Markov chain, in 5 groups of 4, told apart without labels.
+"""Compare the objectives on sequences: 20 kinds of Markov chain, told apart without labels.
 
     python misc/sequences.py
 
-Two views of a sequence are two windows of it with a fifth of their symbols replaced. Some minutes on a CPU.
+The kinds are 5 groups of 4. Two views of a sequence are two windows of it in which a fifth of the
+symbols are replaced. It prints the kNN accuracy of each objective, mean and standard deviation over
+seeds, and takes some minutes on a CPU.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
@@ -17,51 +20,75 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hardneg.losses import contrastive_loss
 
 SYMBOLS, LENGTH, WINDOW = 8, 128, 48
-OBJECTIVES = {'standard': dict(tau_plus=0, beta=0), 'debiased': dict(tau_plus=0.05, beta=0), 'untrained': dict(steps=0),
-              'hard, β = 1': dict(tau_plus=0.05, beta=1), 'hard, β = 2': dict(tau_plus=0.05, beta=2),
-              'standard, t = 0.1': dict(tau_plus=0, beta=0, temperature=0.1),
-              'hard, β = 1, t = 0.1': dict(tau_plus=0.05, beta=1, temperature=0.1)}
+OBJECTIVES = {
+    'standard': dict(tau_plus=0, beta=0),
+    'debiased': dict(tau_plus=0.05, beta=0),
+    'untrained': dict(steps=0),
+    'hard, β = 1': dict(tau_plus=0.05, beta=1),
+    'hard, β = 2': dict(tau_plus=0.05, beta=2),
+    'standard, t = 0.1': dict(tau_plus=0, beta=0, temperature=0.1),
+    'hard, β = 1, t = 0.1': dict(tau_plus=0.05, beta=1, temperature=0.1),
+}
 
 
 def sequences(transitions, n):
-    """n one-hot sequences, each of a random kind (n,) of those whose transitions are (kinds, SYMBOLS, SYMBOLS)."""
-    kind, x = torch.randint(len(transitions), (n,)), [torch.randint(SYMBOLS, (n,))]
+    """n one-hot sequences (n, SYMBOLS, LENGTH), each of a random kind (n,).
+
+    transitions (kinds, SYMBOLS, SYMBOLS) are those of each kind.
+    """
+    kind = torch.randint(len(transitions), (n,))
+    x = [torch.randint(SYMBOLS, (n,))]
     while len(x) < LENGTH:
-        x.append(torch.multinomial(transitions[kind, x[-1]], 1)[:, 0])
-    return nn.functional.one_hot(torch.stack(x, 1), SYMBOLS).mT.float(), kind  # (n, SYMBOLS, LENGTH)
+        x.append(torch.multinomial(transitions[kind, x[-1]], 1)[:, 0])  # (n, 1) -> (n,)
+    return one_hot(torch.stack(x, 1)), kind  # LENGTH x (n,) -> (n, LENGTH)
+
+
+def one_hot(x):
+    return F.one_hot(x, SYMBOLS).mT.float()  # (n, L) -> (n, SYMBOLS, L)
 
 
 def view(x):
-    """A random window of each sequence, with noise: (n, SYMBOLS, LENGTH) -> (n, SYMBOLS, WINDOW)."""
-    place = torch.randint(LENGTH - WINDOW + 1, (len(x), 1, 1)) + torch.arange(WINDOW)
-    noise = nn.functional.one_hot(torch.randint(SYMBOLS, (len(x), WINDOW)), SYMBOLS).mT.float()
-    return torch.where(torch.rand(len(x), 1, WINDOW) < 0.2, noise, x.gather(2, place.expand(-1, SYMBOLS, -1)))
+    """A random window of each sequence, with noise: (n, SYMBOLS, L) -> (n, SYMBOLS, WINDOW)."""
+    start = torch.randint(LENGTH - WINDOW + 1, (len(x), 1, 1))
+    place = (start + torch.arange(WINDOW)).expand(-1, SYMBOLS, -1)  # (n, SYMBOLS, WINDOW)
+    noise = one_hot(torch.randint(SYMBOLS, (len(x), WINDOW)))
+    replaced = torch.rand(len(x), 1, WINDOW) < 0.2
+    return torch.where(replaced, noise, x.gather(2, place))
 
 
-def accuracy(seed, steps=400, width=64, **objective):
-    """kNN accuracy (percent) on 1,000 sequences of f's features, trained on 4,000 others with the objective."""
+def accuracy(seed, steps=400, **objective):
+    """kNN accuracy (percent) on 1,000 sequences of an encoder trained on 4,000 others."""
     torch.manual_seed(seed)
-    group, own = (torch.randn(5, n, SYMBOLS, SYMBOLS) for n in (1, 4))
-    transitions = (group + 0.5 * own).flatten(0, 1).softmax(-1)  # (20, SYMBOLS, SYMBOLS)
-    (x, kind), (x_new, kind_new) = (sequences(transitions, n) for n in (4000, 1000))
-    f = nn.Sequential(nn.Conv1d(SYMBOLS, width, 3), nn.ReLU(), nn.Conv1d(width, width, 3), nn.ReLU())
-    g = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 32))
+    group = torch.randn(5, 1, SYMBOLS, SYMBOLS)
+    own = torch.randn(5, 4, SYMBOLS, SYMBOLS)
+    transitions = (group + 0.5 * own).flatten(0, 1).softmax(-1)  # (5, 4, S, S) -> (20, S, S)
+    train, labels = sequences(transitions, 4000)
+    test, test_labels = sequences(transitions, 1000)
+    f = nn.Sequential(nn.Conv1d(SYMBOLS, 64, 3), nn.ReLU(), nn.Conv1d(64, 64, 3), nn.ReLU())
+    g = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
     optimizer = torch.optim.Adam([*f.parameters(), *g.parameters()], 3e-3)
     for _ in range(steps):
-        batch = x[torch.randint(len(x), (128,))]
-        z1, z2 = (nn.functional.normalize(g(f(view(batch)).mean(2)), dim=1) for _ in range(2))
+        batch = train[torch.randint(len(train), (128,))]
+        z1, z2 = (g(f(view(batch)).mean(2)) for _ in range(2))  # (B, 64, L) -> (B, 64) -> (B, 32)
         optimizer.zero_grad()
         contrastive_loss(z1, z2, **objective).backward()
         optimizer.step()
     with torch.no_grad():
-        return 100 * KNeighborsClassifier(20, metric='cosine').fit(f(x).mean(2), kind).score(f(x_new).mean(2), kind_new)
+        knn = KNeighborsClassifier(20, metric='cosine').fit(f(train).mean(2), labels)
+        return 100 * knn.score(f(test).mean(2), test_labels)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--seeds', default=5, type=int, help='runs of each objective')
-    seeds, found = parser.parse_args().seeds, {}
+    parser.add_argument('--seeds', type=int, default=5, help='runs of each objective (%(default)s)')
+    seeds = parser.parse_args().seeds
+    standard = None
     for name, objective in OBJECTIVES.items():
-        found[name] = a = torch.tensor([accuracy(seed, **objective) for seed in range(seeds)])
-        gain = a - found['standard']
-        print(f'{name}: kNN {a.mean():.1f} ± {a.std():.1f} %, to standard {gain.mean():+.1f} ± {gain.std():.1f}')
+        found = torch.tensor([accuracy(seed, **objective) for seed in range(seeds)])
+        if standard is None:
+            standard = found
+        gain = found - standard
+        print(
+            f'{name}: kNN {found.mean():.1f} ± {found.std():.1f} %, '
+            f'to standard {gain.mean():+.1f} ± {gain.std():.1f}'
+        )

@@ -1,58 +1,169 @@
-"""The timings: the pieces of code that they compare compute the same, and what a GPU compiles is compiled once."""
+"""Timings: what is compared computes the same, and the step that is timed is main.py's own."""
 
-import ast
+import math
 from collections import Counter
 
 import pandas as pd
 import pytest
 import torch
-from conftest import HOME
 
 import bench
-from hardneg import flags
 import main
+import model
+from hardneg import runtime
 from hardneg.batches import seeded
-from hardneg.losses import contrastive_loss
+from hardneg.losses import contrastive_loss, textbook_loss
+from utils import load
 
-SIZES = ['--arch', 'resnet18', '--width', '0.125', '--image_size', '8', '--batch_size', '8']
-
-
-def test_rooms_import_no_script():
-    scripts = {'main', 'linear', *(path.stem for path in (HOME / 'misc').glob('*.py'))}
-    for path in HOME.glob('*.py'):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not scripts & set(names) or path.name in ('main.py', 'linear.py'), path
+SIZES = (
+    '--dataset_name shapes --arch resnet18 --width 0.25 --image_size 8 --batch_size 8 '
+    '--precision fp32'
+).split()
 
 
-@pytest.mark.parametrize('reference, setting', [
-    (bench.textbook, dict()), (bench.textbook, dict(temperature=0.1, tau_plus=0.05, beta=2.0)),
-    (bench.textbook, dict(temperature=0.2, tau_plus=0.8, beta=0.5)),  # the floor acts
-    (bench.cross_entropy, dict()), (bench.cross_entropy, dict(temperature=0.1))])
-def test_references_of_the_loss_compute_what_it_computes(reference, setting):
-    z = [torch.randn(12, 8, generator=seeded(v), dtype=torch.float64).requires_grad_() for v in range(2)]
-    standard = dict(tau_plus=0, beta=0) if reference is bench.cross_entropy else {}
-    value, expected = reference(*z, **setting), contrastive_loss(*z, **setting, **standard)
+# The loss
+
+
+@pytest.mark.parametrize(
+    'objective',
+    [
+        dict(),
+        dict(temperature=0.1, tau_plus=0.05, beta=2.0),
+        dict(temperature=0.2, tau_plus=0.8, beta=0.5),  # the floor acts
+    ],
+)
+def test_the_textbook_form_computes_what_the_loss_computes(objective):
+    assert_same_value_and_gradient(textbook_loss, contrastive_loss, objective, objective)
+
+
+@pytest.mark.parametrize('temperature', [0.5, 0.1])
+def test_cross_entropy_computes_what_the_standard_objective_computes(temperature):
+    ours = dict(temperature=temperature, tau_plus=0, beta=0)
+    own = dict(temperature=temperature)
+    assert_same_value_and_gradient(bench.cross_entropy, contrastive_loss, own, ours)
+
+
+def assert_same_value_and_gradient(reference, loss, settings_of_reference, settings):
+    z = [torch.randn(12, 8, generator=seeded(v), dtype=torch.float64) for v in range(2)]
+    for x in z:
+        x.requires_grad_()
+    value, expected = reference(*z, **settings_of_reference), loss(*z, **settings)
     torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(torch.autograd.grad(value, z), torch.autograd.grad(expected, z))
+    gradients, right = torch.autograd.grad(value, z), torch.autograd.grad(expected, z)
+    torch.testing.assert_close(gradients, right)
 
 
-def test_the_published_step_computes_what_main_py_computes():
-    settings, _ = main.arguments(['--lr', '1e-5', *SIZES])
-    flags.choose_sizes(settings, None, {})
+# The step
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        '',
+        '--micro_batch 10',
+        '--joint_views --views 3',
+        '--micro_batch 10 --joint_views',
+        '--optimizer sgd --lr 0.1 --beta 0.5 --tau_plus 0.05 --temperature 0.2 --seed 3',
+    ],
+)
+def test_the_step_is_the_first_step_of_main(tiny, tmp_path, flags):
+    """A run of one step has the same loss and the same weights, bit for bit."""
+    words = [*tiny, '--batch_size', '30', '--epochs', '1', *flags.split()]
+    words += ['--results_dir', str(tmp_path)]
+    main.main(words)
+    args, _, found = main.arguments(words)
+    data = load(args, found=found)
+    views, _ = next(main.training_views(args, data, torch.device('cpu')).epoch(1))
+    net, step = bench.training_step(args, torch.device('cpu'))
+    loss = step(views)
+    assert loss.item() == pd.read_csv(tmp_path / 'log.csv')['train_loss'][1]
+    trained = torch.load(tmp_path / 'model_1.pth')
+    state = net.state_dict()
+    assert trained.keys() == state.keys()
+    for name, x in trained.items():
+        assert torch.equal(state[name], x), name
+
+
+@pytest.mark.parametrize('flags', [[], ['--compile', 'True'], ['--compile', 'False']])
+def test_the_step_is_compiled_as_that_of_main(tiny, tmp_path, monkeypatch, flags):
+    calls = []
+
+    def compile(net, **options):
+        calls.append(options)
+
+    monkeypatch.setattr(model.Model, 'compile', compile)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)  # of views
+    monkeypatch.setattr(runtime, 'compiles_or_goes_on', lambda: None)
+    words = [*tiny, '--epochs', '1', '--results_dir', str(tmp_path), *flags]
+    main.main(words)
+    expected = list(calls)
+    calls.clear()
+    args, _, _ = main.arguments(words)
+    bench.training_step(args, torch.device('cpu'))
+    assert calls == expected
+    assert len(calls) == ('True' in flags)
+
+
+def test_the_published_step_computes_what_main_computes():
+    args, _, _ = main.arguments(['--lr', '1e-5', *SIZES])
     device = torch.device('cpu')
     torch.manual_seed(0)
-    views = bench.fixed_views(settings, device)
-    ours, published = (bench.stepper(settings, device, published=published) for published in (False, True))
-    losses = [[step(views).item() for _ in range(3)] for step in (ours, published)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][2] < losses[0][0]
-    standard = bench.stepper(settings, device, tau_plus=0, beta=0)(views).item()
-    assert abs(standard - losses[0][0]) > 0.01
+    views = bench.fixed_views(args, device)
+    _, step = bench.training_step(args, device)
+    published = bench.published_step(args, device)
+    ours = [step(views).item() for _ in range(3)]
+    theirs = [published([bench.normalize(x) for x in views]).item() for _ in range(3)]
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert ours[2] < ours[0]
+
+
+def test_the_oracle_is_timed_with_labels(monkeypatch):
+    given = []
+
+    def loss(*z, **objective):
+        given.append(objective)
+        return contrastive_loss(*z, **objective)
+
+    monkeypatch.setattr(bench, 'contrastive_loss', loss)
+    args, _, _ = main.arguments([*SIZES, '--oracle'])
+    _, step = bench.training_step(args, torch.device('cpu'))
+    step(bench.fixed_views(args, torch.device('cpu')))
+    assert given[0]['labels'].shape == (8,)
+    assert given[0]['tau_plus'] == 0
+
+
+def test_views_network_and_loss_are_one_graph_each(tiny, tmp_path, monkeypatch):
+    """In a run of two epochs with the monitor, whose batches have other sizes.
+
+    A break in a graph is an error.
+    """
+    graphs, compile = Counter(), torch.compile
+
+    def count_graphs(function, **options):
+        name = getattr(function, '__name__', 'other')
+
+        def backend(graph, inputs):
+            graphs[name] += 1
+            return graph
+
+        return compile(function, **options, fullgraph=True, backend=backend)
+
+    monkeypatch.setattr(torch, 'compile', count_graphs)
+    monkeypatch.setattr(runtime, 'compiles_or_goes_on', lambda: None)
+    monkeypatch.setattr(main, 'contrastive_loss', count_graphs(contrastive_loss, dynamic=False))
+    torch.compiler.reset()
+    flags = ['--compile', '--epochs', '2', '--knn_every', '1', '--results_dir', str(tmp_path)]
+    main.main([*tiny, *flags])
+    torch.compiler.reset()
+    assert graphs == {'random_views': 1, '_call_impl': 1, 'contrastive_loss': 1}
+
+
+# The timings
 
 
 def test_functions_take_turns_and_the_first_turn_does_not_count(monkeypatch):
-    now, calls = [0.0], []
+    now = [0.0]
+    calls = []
 
     def function(name, *durations):
         ends = iter(durations)
@@ -60,17 +171,34 @@ def test_functions_take_turns_and_the_first_turn_does_not_count(monkeypatch):
         def call():
             calls.append(name)
             now[0] += next(ends)
+
         return call
 
     monkeypatch.setattr(bench.time, 'perf_counter', lambda: now[0])
-    medians = bench.alternate(3, torch.device('cpu'), function('a', 90, 1, 7, 2), function('b', 80, 30, 10, 20))
-    assert ''.join(calls) == 'abababab' and medians == [2000, 20_000]
+    a, b = function('a', 90, 1, 7, 2), function('b', 80, 30, 10, 20)
+    medians = bench.alternate(3, torch.device('cpu'), a, b)
+    assert ''.join(calls) == 'abababab'
+    assert medians == [2000, 20_000]
 
 
 @pytest.mark.parametrize('copy, expected', [(0.01, 7.8), (0.1, 26.2)])
-def test_roof_is_that_of_the_slower_of_matmul_and_copy(copy, expected, monkeypatch):
-    monkeypatch.setattr(bench, 'alternate', lambda *_: [1.0, copy])  # ms: for 2 GFLOP, and for 1 MB read and written
-    assert bench.least_ms(2, torch.device('cpu'), side=1000, size=500_000) == pytest.approx(expected)
+def test_the_roof_is_that_of_the_slower_of_matmul_and_copy(copy, expected, monkeypatch):
+    # In 1 ms 2 GFLOP; in 0.01 or 0.1 ms 1 MB, read and written
+    monkeypatch.setattr(bench, 'alternate', lambda *_: [1.0, copy])
+    least = bench.least_ms(2, torch.device('cpu'), side=1000, size=500_000)
+    assert least == pytest.approx(expected)
+
+
+@pytest.mark.skipif(
+    not bench.Path('/proc/self/clear_refs').exists(), reason='only Linux tells the most memory'
+)
+def test_the_most_memory_is_that_since_the_reset():
+    device = torch.device('cpu')
+    torch.zeros(50_000_000)
+    before = bench.peak_memory(device, reset=True)
+    x = torch.ones(25_000_000)  # 100 MB
+    del x
+    assert 90e6 < bench.peak_memory(device) - before < 150e6
 
 
 def test_all_keeps_the_rows_of_every_bench(tiny, tmp_path, monkeypatch, capsys):
@@ -80,46 +208,47 @@ def test_all_keeps_the_rows_of_every_bench(tiny, tmp_path, monkeypatch, capsys):
     threads = []
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     monkeypatch.setattr(torch, 'set_num_threads', threads.append)
-    bench.main(['all', '--device', 'cpu', '--repeat', '1', '--csv', str(tmp_path / 'rows.csv'), *tiny])
+    file = tmp_path / 'rows.csv'
+    bench.main(['all', '--device', 'cpu', '--repeat', '1', '--csv', str(file), *tiny])
     assert threads == [1, 2]  # one for the views alone
-    rows, printed = pd.read_csv(tmp_path / 'rows.csv'), capsys.readouterr().out
+    rows, printed = pd.read_csv(file), capsys.readouterr().out
     for part, count in (('loss', 4), ('views', 3), ('step', 2), ('main.py', 1)):
         assert rows['what'].str.contains(part).sum() >= count, part
-    assert (rows['ours_ms'] > 0).all() and rows['ratio'].isna().sum() == 1  # the loss that nothing else can compute
-    assert rows['ratio'].dropna().tolist() == pytest.approx((rows['reference_ms'] / rows['ours_ms']).dropna().tolist())
+    assert (rows['ours_ms'] > 0).all()
+    assert rows['ratio'].isna().sum() == 1  # the loss that nothing else can compute
+    expected = rows['reference_ms'] / rows['ours_ms']
+    assert rows['ratio'].dropna().tolist() == pytest.approx(expected.dropna().tolist())
     for what, ratio in zip(rows['what'][1:], rows['ratio'][1:]):
-        assert f'{what}, ' in printed and f'ratio {ratio:.3g}' in printed
-    views = rows.dropna(subset='mean')  # the same recipe by other hands: alike in mean, spread and sharpness
+        assert f'{what}, ' in printed
+        assert f'ratio {ratio:.3g}' in printed
+
+
+def test_views_of_other_libraries_look_alike(monkeypatch):
+    """The same recipe by other hands agrees in mean, spread and sharpness."""
+    monkeypatch.setattr(bench, 'AUGMENT_SIZE', 32)
+    rows = pd.DataFrame(bench.bench_augment(1, torch.device('cpu')))
+    assert len(rows) >= 3
     for column, tolerance in (('mean', 0.5), ('spread', 0.3), ('neighbours', 0.05)):
-        assert views[column].max() - views[column].min() < tolerance
+        assert rows[column].max() - rows[column].min() < tolerance
 
 
-def test_profile_shows_views_loss_and_optimizer_of_each_step(capsys):
+def test_a_row_in_words_has_no_number_that_it_lacks():
+    row = dict(what='loss', size='B=4', reference_ms=math.nan, ours_ms=1234.5, ratio=0.12345)
+    assert bench.described(row) == 'loss, B=4, ours_ms 1,234, ratio 0.123'
+
+
+def test_the_profile_shows_views_step_and_optimizer(capsys):
     bench.main(['profile', '--device', 'cpu', '--repeat', '2', *SIZES])
-    table = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines() if line[:1] == ' '}
-    for name in ('views', 'train_step', '_Loss', 'Optimizer.step#Adam.step'):
-        assert table[name] == '2', name
+    calls = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith(' '):
+            name, *_, count = line.split('  ')[0], line.split()[-1]
+            calls[line.strip().split('  ')[0]] = count
+    for name in 'views', 'training step', 'Optimizer.step#Adam.step':
+        assert calls[name] == '2', name
 
 
-def test_flags_that_main_py_does_not_know_are_an_error(capsys):
+def test_flags_that_main_does_not_know_are_an_error(capsys):
     with pytest.raises(SystemExit):
         bench.main(['step', '--device', 'cpu', '--batchsize', '8'])
     assert capsys.readouterr().err == 'main.py: error: unrecognized arguments: --batchsize 8\n'
-
-
-def test_views_network_and_loss_are_one_graph_each(tiny, tmp_path, monkeypatch):
-    """In a run of two epochs with evaluations, whose batches have other sizes. A break in a graph is an error."""
-    graphs, compile = Counter(), torch.compile
-
-    def count_graphs(function, **options):
-        def backend(graph, inputs):
-            graphs[getattr(function, '__name__', 'network')] += 1
-            return graph
-        return compile(function, **options, fullgraph=True, backend=backend)
-
-    monkeypatch.setattr(torch, 'compile', count_graphs)
-    monkeypatch.setattr(main, 'contrastive_loss', count_graphs(contrastive_loss, dynamic=False))
-    torch.compiler.reset()
-    main.main([*tiny, '--compile', '--epochs', '2', '--knn_every', '1', '--results_dir', str(tmp_path)])
-    torch.compiler.reset()
-    assert graphs == {'random_views': 1, 'network': 1, 'contrastive_loss': 1}

@@ -1,92 +1,418 @@
-"""Slow drills of decoding: kills, more images than memory, two ranks on one copy, and the time of a second start."""
+"""Decoding: pixels of every kind of image file, damaged files, and the file of decoded images."""
 
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HOME, Job
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms.functional import pil_to_tensor
 
-from data import load_data
+from hardneg import decoding
+from hardneg.runtime import UserError
+from utils import load_data
 
-pytestmark = pytest.mark.slow
-LOAD = [sys.executable, '-c', f'import sys; sys.path.insert(0, {str(HOME)!r}); import data; '
-        'data.load_data("folder", sys.argv[1], int(sys.argv[2]))']
-
-
-def photographs(root, n, size=256):
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(256, size=(size, size, 3), dtype=np.uint8)).resize((size, size + 8))
-    root.mkdir()
-    for i in range(n):
-        image.rotate(i).save(root / f'{i:05}.jpg')
-    return root
+rng = np.random.default_rng(0)
+SQUARES = rng.integers(256, size=(8, 10, 3))
+RGB = np.kron(SQUARES, np.ones((4, 4, 1))).astype(np.uint8)  # (8, 10, 3) -> (32, 40, 3)
+WIDE = (RGB[..., 0].astype(np.uint16) << 8) + 7  # (32, 40), of 16 bits
+WIDE[0, 0] = 65535
 
 
-@pytest.mark.parametrize('call, nth', [('decoding.decode_or_why', n) for n in (1, 60, 200)]
-                         + [('numpy.savez', 1), ('os.fsync', 1), ('os.replace', 1)], ids=str)
-def test_killed_anywhere_in_decoding_nothing_is_taken_for_whole(tmp_path, call, nth):
-    root = photographs(tmp_path / 'x', 200, 64)
-    job = Job('main.py', ['--dataset_name', 'folder', '--root', root, '--store_size', '48', '--results_dir', tmp_path],
-              strike=(call, nth, signal.SIGKILL)).finish()
-    assert job.code == -signal.SIGKILL and not list(root.glob('.decoded/*.npy'))
-    whole = load_data('folder', root, 48, cache_dir=tmp_path / 'whole').train
-    assert torch.equal(load_data('folder', root, 48).train, whole)
-    assert not (root / '.decoded' / '48-crop.part').exists()
+@pytest.fixture(autouse=True)
+def not_the_users_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('user')))
 
 
-def test_five_times_more_images_than_memory_train_to_the_end(tmp_path):
-    """Anonymous memory, which RLIMIT_DATA counts, may grow by a fifth of the images; those are mapped."""
-    n, root = 32_000, photographs(tmp_path / 'x', 64, 64)
-    for i in range(64, n):
-        os.link(root / f'{i % 64:05}.jpg', root / f'{i:05}.jpg')
-    flags = ['--dataset_name', 'folder', '--root', root, '--store_size', '144', '--image_size', '8', '--test_size', '8',
-             '--batch_size', '64', '--arch', 'resnet18', '--width', '0.125', '--epochs', '1', '--results_dir']
-    code = ('import resource, sys; import main; '
-            'used = int(next(x for x in open("/proc/self/status") if x.startswith("VmData")).split()[1]) * 1024; '
-            'limit = used + int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)); '
-            'main.main(sys.argv[1:])')
-    size = n * 3 * 144**2  # 2 GB
-    run = subprocess.run([sys.executable, '-c', code, str(size // 5), *map(str, flags), str(tmp_path / 'r')],
-                         cwd=HOME, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1',
-                                                                        'MALLOC_ARENA_MAX': '2'})
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert 'Finished' in run.stdout and (root / '.decoded' / '144-crop.npy').stat().st_size > size
+@pytest.fixture
+def root(tmp_path):
+    """A folder of one black image, a.png, which comes before the others."""
+    Image.new('RGB', (40, 40)).save(tmp_path / 'a.png')
+    return tmp_path
 
 
-def test_two_ranks_decode_once_and_hold_one_copy(tmp_path):
-    root = photographs(tmp_path / 'x', 1000, 96)
-    flags = ['--dataset_name', 'folder', '--root', root, '--store_size', '128', '--image_size', '8', '--test_size', '8',
-             '--batch_size', '64', '--arch', 'resnet18', '--width', '0.125', '--epochs', '200', '--results_dir',
-             tmp_path / 'r']
-    job = Job('main.py', flags, torchrun=['--nproc_per_node', '2'])
-    log = tmp_path / 'r' / 'log.csv'
-    while not (log.exists() and log.read_text().count('\n') > 3) and job.process.poll() is None:  # two epochs
-        time.sleep(0.1)
-    children = subprocess.run(['pgrep', '-P', str(job.process.pid)], capture_output=True, text=True).stdout.split()
-    total = 0
-    for pid in children:
-        smaps = open(f'/proc/{pid}/smaps').read()
-        mapping = re.search(r'128-crop\.npy\n(?:.*\n)*?Pss: +(\d+) kB', smaps)
-        assert mapping, 'the rank does not map the file'
-        total += int(mapping[1]) * 1024
-    job.process.send_signal(signal.SIGTERM)
-    job.finish()
-    size = (root / '.decoded' / '128-crop.npy').stat().st_size
-    assert len(children) == 2 and 0.9 * size < total < 1.2 * size
+def load(root, size=24, **how):
+    return load_data('folder', root, store_size=size, **how)
 
 
-def test_a_parent_that_is_killed_leaves_no_process_behind(tmp_path):
-    root = photographs(tmp_path / 'x', 600)
-    with subprocess.Popen([*LOAD, root, '128'], stdout=subprocess.DEVNULL) as process:
-        while not (root / '.decoded' / '128-crop.part').exists() and process.poll() is None:
-            time.sleep(0.001)
-        children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout
-        process.kill()
-    assert children == ''
+def second(root, size=24, **how):
+    """The image (3, size, size) of the file beside a.png."""
+    images = load(root, size, **how).train
+    assert len(images) == 2
+    return images[1].int()
+
+
+def central_square(image, size):
+    """The largest central square of a PIL image, resized: (3, size, size)."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    box = left, top, left + side, top + side
+    return pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box)).int()
+
+
+# Pixels
+
+SAVED = [  # name of the file, mode of the image, options of save()
+    ('b1.png', '1', {}),
+    ('bL.png', 'L', {}),
+    ('bLA.png', 'LA', {}),
+    ('bP.png', 'P', {}),
+    ('bRGB.png', 'RGB', {}),
+    ('bRGBA.png', 'RGBA', {}),
+    ('bL.jpg', 'L', {}),
+    ('bRGB.jpeg', 'RGB', {}),
+    ('bCMYK.jpe', 'CMYK', {}),
+    ('b progressive.jfif', 'RGB', dict(format='JPEG', progressive=True)),
+    ('bRGB.tif', 'RGB', {}),
+    ('bCMYK.tiff', 'CMYK', {}),
+    ('b lzw.tif', 'RGB', dict(compression='tiff_lzw')),
+    ('bRGB.bmp', 'RGB', {}),
+    ('bP.gif', 'P', {}),
+    ('b animated.gif', 'P', dict(save_all=True, append_images=[Image.new('P', (40, 32))])),
+    ('bRGB.ppm', 'RGB', {}),
+    ('bL.pgm', 'L', {}),
+    ('b1.pbm', '1', {}),
+    ('bRGB.tga', 'RGB', {}),
+    ('bRGB.pcx', 'RGB', {}),
+    ('bRGB.dds', 'RGB', {}),
+    ('bRGB.sgi', 'RGB', {}),
+    ('b1.xbm', '1', {}),
+    ('b1.msp', '1', {}),
+    ('bRGB.jp2', 'RGB', {}),
+    ('bRGB.webp', 'RGB', {}),
+    ('bRGBA.webp', 'RGBA', dict(lossless=True)),
+    ('b UPPER.PNG', 'RGB', dict(format='PNG')),
+    ('b a png.jpg', 'RGB', dict(format='PNG')),
+    ('ペンギン.png', 'RGB', {}),
+    (os.fsdecode(b'latin-\xe9.png'), 'RGB', {}),
+]
+
+
+@pytest.mark.parametrize('name, mode, options', SAVED)
+def test_pixels_are_those_of_torchvisions_loader(root, name, mode, options):
+    Image.fromarray(RGB).convert(mode).save(root / name, **options)
+    theirs = central_square(pil_loader(root / name), 24)
+    assert (second(root) - theirs).abs().max() <= 1
+
+
+UPRIGHT = {  # by EXIF's orientation
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda x: np.rot90(x),
+}
+
+
+@pytest.mark.parametrize('name', ['b.png', 'b.tif', 'b.webp'])
+@pytest.mark.parametrize('orientation', UPRIGHT)
+def test_exif_orientation_is_applied(root, orientation, name):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {}
+    if name == 'b.webp':
+        options = dict(lossless=True)
+    Image.fromarray(RGB).save(root / name, exif=exif, **options)
+    upright = np.ascontiguousarray(UPRIGHT[orientation](RGB))
+    assert torch.equal(second(root, 32), central_square(Image.fromarray(upright), 32))
+
+
+def test_damaged_exif_is_no_damaged_image(root):
+    Image.fromarray(RGB).save(root / 'b.png', exif=b'Exif\0\0MM\0\x2anonsense')
+    assert torch.equal(second(root, 32), central_square(Image.fromarray(RGB), 32))
+
+
+def test_transparency_is_laid_on_white(root):
+    alpha = np.full(RGB.shape[:2], 51, np.uint8)  # a fifth
+    Image.fromarray(np.dstack([RGB, alpha])).save(root / 'b.png')
+    on_white = 255 - 0.2 * (255 - RGB.astype(float))
+    theirs = central_square(Image.fromarray(on_white.round().astype(np.uint8)), 32)
+    assert (second(root, 32) - theirs).abs().max() <= 1
+
+
+def test_a_transparent_colour_of_a_palette_is_laid_on_white(root):
+    image = Image.new('P', (40, 40), 1)
+    image.putpalette([9, 9, 9, 50, 60, 70])
+    image.save(root / 'b.png', transparency=1)
+    assert second(root).unique().tolist() == [255]
+
+
+@pytest.mark.parametrize('name', ['b.png', 'b.tif', 'b.jp2', 'b.pgm', 'big endian.tif'])
+def test_sixteen_bits_are_scaled_to_eight(root, name, capsys):
+    if name == 'b.pgm':
+        (root / name).write_bytes(b'P5 40 32 65535\n' + WIDE.astype('>u2').tobytes())
+    elif name == 'big endian.tif':
+        Image.frombytes('I;16B', (40, 32), WIDE.astype('>u2').tobytes()).save(root / name)
+    else:
+        Image.fromarray(WIDE).save(root / name)
+    eight_bits = Image.fromarray((WIDE >> 8).astype(np.uint8)).convert('RGB')
+    assert torch.equal(second(root), central_square(eight_bits, 24))
+    assert 'come out dark' not in capsys.readouterr().out
+
+
+def test_less_than_fourteen_bits_in_sixteen_are_reported_when_they_are_decoded(root, capsys):
+    for name, brightest in (('scan', 2**14 - 1), ('photo', 2**14)):
+        Image.fromarray(np.minimum(WIDE, brightest)).save(root / f'{name}.png')
+    told = (
+        '1 images of 16 bits come out dark, as they use less than 14 of them: scale them first, '
+        'such as scan.png'
+    )
+    load(root)
+    assert told in capsys.readouterr().out
+    load(root)
+    assert told not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('fit', decoding.FITS)
+@pytest.mark.parametrize('width, height', [(1, 1), (1, 90), (300, 1), (30, 10), (8, 24), (97, 98)])
+def test_fit_takes_the_centre_or_all_or_all_on_white(root, fit, width, height):
+    """An image of three bands along its longer side: red, green and blue."""
+    size, long, short = 24, max(width, height), min(width, height)
+    bands = np.zeros((long, short, 3), np.uint8)
+    for channel, rows in enumerate(np.array_split(np.arange(long), 3)):
+        bands[rows, :, channel] = 255
+    if width > height:
+        bands = bands.transpose(1, 0, 2)
+    Image.fromarray(bands).save(root / 'b.png')
+    found = second(root, size, fit=fit)
+    if width > height:
+        found = found.transpose(1, 2)
+    middle = found[:, :, size // 2].T.tolist()  # (size, 3), along the longer side
+    if long == 1:
+        assert middle[size // 2] == [255, 0, 0]
+    elif fit == 'crop':
+        assert middle[size // 2] == [0, 255, 0]
+        if long > 2 * short:
+            assert middle[1] == middle[-2] == [0, 255, 0]
+    else:
+        assert middle[1] == [255, 0, 0]
+        assert middle[size // 2] == [0, 255, 0]
+        assert middle[-2] == [0, 0, 255]
+    columns = (found.amin(0) < 255).any(0).nonzero().float()  # those that are not white
+    wide = size
+    if fit == 'pad':
+        wide = max(1, round(short / long * size))
+    assert len(columns) == wide
+    assert abs(columns.mean() - (size - 1) / 2) <= 0.5
+
+
+@pytest.mark.parametrize(
+    'sizes, kept',
+    [
+        ([(32, 32)] * 3, 32),
+        ([(256, 256)] * 2, 256),
+        ([(257, 257)] * 2, 96),
+        ([(32, 32), (33, 33)], 96),
+        ([(40, 32)] * 2, 96),
+    ],
+)
+def test_images_keep_their_size_if_they_are_squares_of_one_size(tmp_path, sizes, kept, capsys):
+    for i, size in enumerate(sizes):
+        Image.new('RGB', size).save(tmp_path / f'{i}.png')
+    assert load_data('folder', tmp_path).train.shape == (len(sizes), 3, kept, kept)
+    assert f'{len(sizes)} images, kept at {kept} px in ' in capsys.readouterr().out
+
+
+# Damaged files
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the files that are decoded from here on."""
+    names = []
+    decode = decoding.decode
+
+    def spy(path, *args):
+        names.append(path.name)
+        return decode(path, *args)
+
+    monkeypatch.setattr(decoding, 'decode', spy)
+    return names
+
+
+def make_damaged(place):
+    """Damaged files of every kind; returns their names."""
+    contents = {
+        'empty.png': b'',
+        'text.jpg': b'hello',
+        'magic.png': b'\x89PNG\r\n\x1a\n',
+        '32 bits.pfm': b'Pf\n2 2\n-1.0\n' + bytes(16),
+    }
+    Image.fromarray(RGB).save(place / 'cut.png')
+    whole = (place / 'cut.png').read_bytes()
+    contents['cut.png'] = whole[: len(whole) // 2]
+    contents['flipped.png'] = whole[:60] + bytes([whole[60] ^ 255]) + whole[61:]
+    for name, content in contents.items():
+        (place / name).write_bytes(content)
+    (place / 'broken link.png').symlink_to('nowhere.png')
+    (place / 'to itself.png').symlink_to('to itself.png')
+    Image.fromarray(np.zeros((4, 4), np.int32)).save(place / '32 bits.tif')
+    Image.new('1', (3000, 3000)).save(place / 'bomb.png')  # 9 MP
+    return [*contents, 'broken link.png', 'to itself.png', '32 bits.tif', 'bomb.png']
+
+
+def test_damaged_images_are_listed_in_one_go_and_skipped_on_request(root, capsys, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 4_000_000)  # Pillow refuses twice as many
+    Image.new('1', (3000, 2000)).save(root / 'large.png')
+    names = make_damaged(root)
+    for _ in range(2):  # decoded, and from the file
+        with pytest.raises(UserError, match=r'10 damaged images.*--skip_damaged') as error:
+            load(root)
+        _, *lines = str(error.value).splitlines()
+        listed = [line.split(': ')[0].strip() for line in lines]
+        assert sorted(listed) == sorted(str(root / name) for name in names)
+    data = load(root, skip_damaged=True)
+    assert len(data.train) == 2
+    assert sorted(data.damaged) == sorted(names)
+    assert '10 images damaged and left out, such as ' in capsys.readouterr().out
+
+
+def test_an_image_that_becomes_readable_is_taken_though_its_time_stays(root, monkeypatch, decoded):
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.name == 'secret.png':
+            raise PermissionError('Permission denied')
+        return read(path)
+
+    shutil.copy(root / 'a.png', root / 'secret.png')
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'read_bytes', refuse)
+        for _ in range(2):
+            with pytest.raises(UserError, match=r'secret.png: Permission denied'):
+                load(root)
+    assert decoded.count('a.png') == 1  # the others are not decoded again
+    assert len(load(root).train) == 2
+
+
+def test_ghostscript_is_started_for_no_file(root, monkeypatch):
+    """Under the name of another image, too: it would run the file as a program."""
+
+    def refuse(*args):
+        raise AssertionError('Ghostscript was started')
+
+    Image.fromarray(RGB).save(root / 'b.eps')
+    shutil.copy(root / 'b.eps', root / 'b.png')
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', refuse)
+    with pytest.raises(UserError, match=r'1 damaged images(.*\n.*)b.png: empty, or not an image'):
+        load(root)
+
+
+# The file
+
+
+def file_of(root):
+    return root / '.decoded' / '24-crop.npy'
+
+
+def test_images_are_decoded_once_and_only_new_ones_afterwards(root, decoded):
+    Image.new('RGB', (8, 8), (90, 90, 90)).save(root / 'c.png')
+    first = load(root).train
+    assert sorted(decoded) == ['a.png', 'c.png']
+    assert torch.equal(load(root).train, first)
+    assert len(decoded) == 2
+    Image.new('RGB', (40, 40), (50, 50, 50)).save(root / 'b.png')
+    images = load(root).train
+    assert decoded[2:] == ['b.png']
+    assert torch.equal(images[[0, 2]], first)
+    assert images[1].unique().tolist() == [50]
+    os.utime(root / 'a.png', ns=(0, 0))
+    load(root)
+    assert decoded[3:] == ['a.png']
+    (root / 'b.png').unlink()
+    assert torch.equal(load(root).train, first)
+    assert len(decoded) == 4
+    assert {path.name for path in (root / '.decoded').iterdir()} <= {'24-crop.npy', '.lock'}
+
+
+def test_a_damaged_file_is_noticed_and_made_again(root, decoded):
+    first = load(root).train.clone()
+    good = file_of(root).read_bytes()
+    rows = range(128, 128 + 3 * 24**2)
+    damages = {'cut': good[:-1], 'empty': b'', 'text': b'hello', 'no table': good[: rows.stop]}
+    for i in range(0, len(good), 37):
+        damages[i] = good[:i] + bytes([good[i] ^ 16]) + good[i + 1 :]
+    for where, content in damages.items():
+        decoded.clear()
+        file_of(root).write_bytes(content)
+        assert torch.equal(load(root).train, first), where
+        if where in rows or isinstance(where, str):  # a zip archive has idle bytes
+            assert decoded == ['a.png'], where
+
+
+def test_of_a_large_file_random_rows_are_checked(root, decoded, monkeypatch):
+    for i in range(9):
+        shutil.copy(root / 'a.png', root / f'{i}.png')
+    load(root)
+    monkeypatch.setattr(decoding, 'CHECKED_WHOLE', 0)
+    monkeypatch.setattr(decoding, 'SAMPLE', 3)
+    decoded.clear()
+    load(root)
+    assert decoded == []
+    content = bytearray(file_of(root).read_bytes())
+    for i in range(8):  # of 10: one of any three rows
+        content[128 + i * 3 * 24**2] = 1
+    file_of(root).write_bytes(content)
+    assert load(root).train.unique().tolist() == [0]
+    assert len(decoded) == 10
+
+
+def test_where_the_file_lies(root, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp('other')
+    load(root, cache_dir=other)
+    assert len(list(other.glob(f'{root.name}-*/24-crop.npy'))) == 1
+    assert not (root / '.decoded').exists()
+    access = os.access
+    monkeypatch.setattr(os, 'access', lambda path, mode: path != root and access(path, mode))
+    load(root)
+    assert not (root / '.decoded').exists()
+    user = Path(os.environ['XDG_CACHE_HOME'])
+    assert len(list(user.glob(f'contrastive/{root.name}-*/24-crop.npy'))) == 1
+    (other / 'file').write_text('')
+    with pytest.raises(UserError, match=r'cannot write .*24-crop.npy .*another --cache_dir'):
+        load(root, cache_dir=other / 'file')
+
+
+def test_without_a_home_directory_a_folder_that_cannot_be_written_needs_cache_dir(
+    root, monkeypatch
+):
+    def refuse(path):
+        raise RuntimeError('Could not determine home directory.')
+
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    monkeypatch.setattr(Path, 'expanduser', refuse)
+    with pytest.raises(UserError, match=r'cannot be written, and there is no home .*--cache_dir'):
+        load(root)
+
+
+def test_disk_space_is_checked_first_and_a_full_disk_leaves_nothing(root, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+        with pytest.raises(UserError, match=r'takes 0.0 GB at 24 px, and 0.0 GB are free in .*'):
+            load(root)
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match=r'cannot write .*No space left on device.*--cache_dir'):
+        load(root)
+    assert {path.name for path in (root / '.decoded').iterdir()} <= {'.lock'}
+
+
+def test_images_are_mapped_read_only_and_shared(root):
+    images = load(root).train
+    address = images.data_ptr()
+    for line in open('/proc/self/maps'):
+        start, end = (int(x, 16) for x in line.split()[0].split('-'))
+        if start <= address < end:
+            assert 'r--s' in line
+            assert line.rstrip().endswith('24-crop.npy')
+            return
+    raise AssertionError('the images are in no mapping')

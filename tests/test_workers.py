@@ -1,82 +1,94 @@
-"""The processes behind --augment pil: deaf to the signals that stop a run, and gone when it is."""
+"""The processes behind --augment pil: views do not depend on them, nor do signals end them."""
 
-import multiprocessing
 import os
+import pickle
 import signal
-import subprocess
-import time
-from contextlib import suppress
-from multiprocessing.resource_sharer import DupFd
+from argparse import Namespace
 
-import psutil
 import pytest
 import torch
-from conftest import Job
 
-from hardneg.batches import Batches, ReferenceViews
-from hardneg.runtime import STOP_SIGNALS
+from hardneg import runtime
+from hardneg.batches import Batches
+from hardneg.runtime import STOP_SIGNALS, UserError
+from utils import ReferenceViews
+
+IMAGES = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
 
 
 @pytest.fixture
 def views():
-    """Sixteen batches by one worker."""
-    return ReferenceViews(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), Batches(64, 4), 8, workers=1)
+    """Sixteen batches by two workers."""
+    return ReferenceViews(IMAGES, Batches(64, 4), 8, workers=2)
+
+
+def test_workers_change_no_view():
+    alone = ReferenceViews(IMAGES, Batches(64, 16), 8, workers=0)
+    two = ReferenceViews(IMAGES, Batches(64, 16), 8, workers=2)
+    for epoch in (1, 2):
+        batches = zip(alone.epoch(epoch), two.epoch(epoch), strict=True)
+        for ((x1, x2), index), ((y1, y2), other_index) in batches:
+            assert torch.equal(x1, y1)
+            assert torch.equal(x2, y2)
+            assert torch.equal(index, other_index)
+
+
+def test_views_can_be_sent_to_workers_that_are_not_forked():
+    dataset = ReferenceViews(IMAGES, Batches(64, 16), 8).loader.dataset
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(sent[1, 2, 3][0], dataset[1, 2, 3][0])
+
+
+def test_shared_memory_that_is_too_small_for_the_workers_is_named(monkeypatch):
+    needed = 2 * 2 * 16 * 2 * 3 * 8 * 8  # 2 workers, 2 batches ahead, of 16 images with 2 views
+
+    def with_free(free):
+        monkeypatch.setattr('shutil.disk_usage', lambda path: Namespace(free=free))
+        ReferenceViews(IMAGES, Batches(64, 16), 8, workers=2)
+
+    with_free(needed)
+    with pytest.raises(UserError, match=r'/dev/shm has no room .* --workers 0'):
+        with_free(needed - 1)
+
+
+def started(views):
+    """The batches of an epoch but the first, and the workers that make them."""
+    batches = views.epoch(1)
+    next(batches)
+    return batches, views.loader._iterator._workers
 
 
 def test_workers_go_on_when_a_stop_signal_reaches_the_whole_group(views):
-    batches = views.epoch(1)
-    next(batches)
-    worker, = views.loader._iterator._workers
-    for signum in STOP_SIGNALS:
-        os.kill(worker.pid, signum)
-    assert len(list(batches)) == 15 and worker.is_alive()
+    batches, workers = started(views)
+    for worker in workers:
+        for signum in STOP_SIGNALS:
+            os.kill(worker.pid, signum)
+    assert len(list(batches)) == 15
+    assert all(worker.is_alive() for worker in workers)
 
 
-@pytest.mark.parametrize('error', [ConnectionResetError, ConnectionRefusedError, BrokenPipeError, EOFError])
-def test_a_worker_killed_as_it_hands_over_a_batch_is_named(views, error, monkeypatch):
-    batches, whole = views.epoch(1), DupFd.detach
-    next(batches)
-
-    def broken(self):
-        os.close(whole(self))
-        raise error
-
-    monkeypatch.setattr(DupFd, 'detach', broken)
-    with pytest.raises(RuntimeError, match='DataLoader worker'):  # of which run() makes the line
-        list(batches)
+def test_a_killed_worker_ends_the_script_in_one_line(views):
+    batches, workers = started(views)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    message = r'^error: a worker of --augment pil was killed.* use fewer --workers.*'
+    with pytest.raises(SystemExit, match=message):
+        runtime.run(lambda: list(batches))
+    assert_ended(workers)
 
 
-def test_a_worker_ends_at_once_if_its_run_was_killed_as_it_began(views):
-    start = views.loader.worker_init_fn
+def test_workers_end_with_the_script_and_no_word_about_them(views, capsys):
+    _, workers = started(views)
 
-    def code(target, *arguments):
-        child = multiprocessing.get_context('fork').Process(target=target, args=arguments)
-        child.start()
-        child.join()
-        return child.exitcode
+    def main():
+        raise UserError('of something else')
 
-    assert code(start, 0) == 0
-    assert code(lambda: os._exit(code(start, 0))) == 1  # a child of another process
-
-
-def is_worker(child):
-    with suppress(psutil.Error):  # another child, which has just ended
-        return 'main.py' in ' '.join(child.cmdline())
+    with pytest.raises(SystemExit):
+        runtime.run(main)
+    assert capsys.readouterr().err == 'error: of something else\n'
+    assert_ended(workers)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('victim', ['parent', 'worker'])
-def test_no_process_is_left_when_one_is_killed(tiny, tmp_path, victim):
-    job = Job('main.py', [*tiny, '--epochs', '500', '--augment', 'pil', '--workers', '2', '--results_dir', tmp_path],
-              stdin=subprocess.DEVNULL)  # started anew, not forked
-    parent = psutil.Process(job.process.pid)
-    workers = []
-    while not (tmp_path / 'log.csv').exists() or len(workers) < 2:
-        assert job.process.poll() is None
-        time.sleep(0.05)
-        workers = list(filter(is_worker, parent.children()))
-    (parent if victim == 'parent' else workers[0]).send_signal(signal.SIGKILL)
-    job.finish()
-    assert job.code == (-signal.SIGKILL if victim == 'parent' else 1)
-    assert victim == 'parent' or 'a worker of --augment pil was killed' in job.err.splitlines()[-1], job.err
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+def assert_ended(workers):
+    for worker in workers:
+        worker.join(20)
+        assert not worker.is_alive()

@@ -1,0 +1,267 @@
+"""Ranks, devices and signals; what a machine cannot do is said before any data is read."""
+
+import os
+import signal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import linear
+import main
+from hardneg import runtime
+from hardneg.runtime import UsageError, UserError
+
+# What a machine cannot do
+
+
+class Reading(Exception):
+    """A script has come to where it reads data or a checkpoint."""
+
+
+@pytest.fixture(params=[main, linear], ids=['main', 'linear'])
+def start(request, monkeypatch):
+    """start(*flags): one of the scripts, up to where it would read anything."""
+
+    def read(*args, **kwargs):
+        raise Reading
+
+    def start(*flags):
+        with pytest.raises(Reading):
+            request.param.main(list(flags))
+
+    monkeypatch.setattr(request.param, 'load', read)
+    monkeypatch.setattr(request.param, 'load_model', read)
+    return start
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """One GPU without bf16."""
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
+    emulated = 'torch.cuda.is_bf16_supported'
+    monkeypatch.setattr(emulated, lambda including_emulation: including_emulation)
+
+
+def test_more_ranks_than_gpus(start, gpu, monkeypatch):
+    monkeypatch.setattr(runtime, 'ranks', lambda: runtime.Ranks(0, 2, 0, 2))
+    start()  # a scheduler may show one GPU to each rank; torchrun shows all to all
+    monkeypatch.setattr('torch.distributed.is_torchelastic_launched', lambda: True)
+    with pytest.raises(UserError, match='1 GPUs here: start at most as many ranks'):
+        start()
+
+
+@pytest.mark.parametrize(
+    'flags, said',
+    [
+        ([], 'This GPU has no bf16: --precision fp16 is faster than fp32 and takes half of the'),
+        (['--precision', 'bf16'], '--precision bf16: this GPU emulates it, which is slower than'),
+        (['--precision', 'fp16'], ''),
+    ],
+)
+def test_a_gpu_without_bf16(start, gpu, capsys, flags, said):
+    start(*flags)
+    out = capsys.readouterr().out
+    assert out.startswith(said)
+    assert len(out.splitlines()) == bool(said)
+
+
+def test_a_gpu_that_torch_cannot_use(start, monkeypatch, capsys):
+    driver = '/proc/driver/nvidia/version'
+    monkeypatch.setattr('os.path.exists', lambda path: path == driver)
+    start()  # CUDA_VISIBLE_DEVICES is empty: the user wants no GPU
+    assert 'GPU' not in capsys.readouterr().out
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    start()
+    assert 'There is a GPU, but torch' in capsys.readouterr().out
+    monkeypatch.setattr('os.path.exists', lambda path: False)
+    start()
+    assert 'GPU' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('free, fits', [(126, True), (124, False)])
+def test_data_fit_if_they_and_what_is_reserved_take_four_fifths_of_the_free_memory(
+    monkeypatch, free, fits
+):
+    device = torch.device('cuda', 1)
+    asked = []
+
+    def mem_get_info(device):
+        asked.append(device)
+        return free, 10 * free
+
+    monkeypatch.setattr('torch.cuda.mem_get_info', mem_get_info)
+    tensors = [torch.zeros(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.float32)]
+    assert runtime.fits(device, *tensors, reserved=50) == fits
+    assert asked == [device]
+    assert runtime.fits(torch.device('cpu'), *tensors, reserved=1e30)
+
+
+# Ranks
+
+LAUNCHER = dict(RANK='1', WORLD_SIZE='4', MASTER_ADDR='localhost', MASTER_PORT='29500')
+LOCAL = ['LOCAL_RANK', 'LOCAL_WORLD_SIZE']
+ODD = [None, '', '0', '1', '3', '4', '８', '-1', '1.5', '²', 'x', ' ']
+
+
+def as_number(text):
+    if text is not None and text.isdecimal():
+        return int(text)
+    return None
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from([*LAUNCHER, *LOCAL]), st.sampled_from(ODD)))
+def test_what_a_launcher_left_behind_in_part_starts_nothing(changes):
+    variables = {**LAUNCHER, **changes}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*LAUNCHER, *LOCAL):
+            patch.delenv(name, raising=False)
+        for name, value in variables.items():
+            if value is not None:
+                patch.setenv(name, value)
+        found = runtime.ranks()
+    rank = as_number(variables['RANK'])
+    world = as_number(variables['WORLD_SIZE'])
+    port = as_number(variables['MASTER_PORT'])
+    if rank is None or world is None or rank >= world or not port or not variables['MASTER_ADDR']:
+        assert found == (0, 1, 0, 1)
+    else:
+        local = as_number(variables.get('LOCAL_RANK')) or 0
+        local_world = as_number(variables.get('LOCAL_WORLD_SIZE')) or 1
+        assert found == (rank, world, local, max(local_world, local + 1))
+
+
+def set_variables(monkeypatch, **variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_ranks_are_the_launchers_until_there_is_a_group(monkeypatch):
+    set_variables(monkeypatch, **LAUNCHER)
+    assert runtime.ranks() == (1, 4, 0, 1)
+    set_variables(monkeypatch, LOCAL_RANK='1', LOCAL_WORLD_SIZE='2')
+    monkeypatch.setattr(runtime, 'cpu_count', lambda: 7)
+    assert runtime.ranks() == (1, 4, 1, 2)
+    assert runtime.cores() == 3
+    monkeypatch.setattr('torch.distributed.is_initialized', lambda: True)
+    monkeypatch.setattr('torch.distributed.get_rank', lambda: 2)
+    monkeypatch.setattr('torch.distributed.get_world_size', lambda: 3)
+    assert runtime.ranks() == (2, 3, 1, 2)
+    monkeypatch.delenv('MASTER_ADDR')
+    assert runtime.ranks()[:2] == (2, 3)
+
+
+@pytest.mark.parametrize(
+    'gpus, local_rank, device, backend',
+    [
+        (0, 1, 'cpu', 'gloo'),
+        (1, 1, 'cuda:0', 'nccl'),
+        (4, 1, 'cuda:1', 'nccl'),
+        (4, 3, 'cuda:3', 'nccl'),
+    ],
+)
+def test_a_rank_joins_its_group_with_its_device(monkeypatch, gpus, local_rank, device, backend):
+    set_variables(monkeypatch, **LAUNCHER, LOCAL_RANK=str(local_rank))
+    monkeypatch.setattr('torch.cuda.is_available', lambda: gpus > 0)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
+    done = []
+    monkeypatch.setattr('torch.cuda.set_device', done.append)
+
+    def join(backend, timeout, device_id):
+        done.append((backend, timeout, device_id))
+
+    monkeypatch.setattr('torch.distributed.init_process_group', join)
+    expected = torch.device(device)
+    assert runtime.start() == expected
+    if gpus:
+        assert done == [expected, (backend, runtime.TIMEOUT, expected)]
+    else:
+        assert done == [(backend, runtime.TIMEOUT, None)]
+
+
+# Signals
+
+
+@pytest.fixture
+def handlers():
+    """As a shell leaves them to a process under nohup, whatever the tests run under."""
+    nohup = dict.fromkeys(runtime.STOP_SIGNALS, signal.SIG_DFL)
+    nohup[signal.SIGINT] = signal.default_int_handler
+    nohup[signal.SIGHUP] = signal.SIG_IGN
+    before = {signum: signal.signal(signum, handler) for signum, handler in nohup.items()}
+    yield nohup
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def test_a_signal_is_kept_until_the_loop_asks_and_a_second_ctrl_c_ends_at_once(handlers):
+    with runtime.Signals() as signals:
+        assert signals.check() is False
+        assert signals.check(due=True) is True
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for signum, handler in (
+            (signal.SIGTERM, signals.catch),
+            (signal.SIGTERM, signals.catch),
+            (signal.SIGINT, signal.SIG_DFL),
+        ):
+            os.kill(os.getpid(), signum)
+            with pytest.raises(runtime.Stopped) as stopped:
+                signals.check()
+            assert stopped.value.signum == signum
+            assert signal.getsignal(signum) == handler
+    for signum, handler in handlers.items():
+        assert signal.getsignal(signum) == handler
+
+
+# How a script ends
+
+
+@pytest.mark.parametrize(
+    'error, code, line',
+    [
+        (UserError('give another --root'), 1, 'error: give another --root'),
+        (UsageError('--k 5 is too large'), 2, 'main.py: error: --k 5 is too large'),
+        (
+            PermissionError(13, 'Permission denied', 'secret/train'),
+            1,
+            "error: [Errno 13] Permission denied: 'secret/train'",
+        ),
+        (
+            RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'),
+            1,
+            'error: a worker of --augment pil was killed',
+        ),
+        (
+            torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'),
+            1,
+            "error: the GPU's memory is full (CUDA out of memory): lower",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_of_the_user_ends_in_one_line(monkeypatch, capsys, error, code, line):
+    def main():
+        raise error
+
+    monkeypatch.setattr('sys.argv', ['/somewhere/main.py', '--k', '5'])
+    with pytest.raises(SystemExit) as stop:
+        runtime.run(main)
+    err = capsys.readouterr().err
+    if isinstance(stop.value.code, str):  # Python prints it, and ends with 1
+        err = f'{stop.value.code}\n'
+        assert code == 1
+    else:
+        assert stop.value.code == code
+    assert err.startswith(line)
+    assert err.count('\n') == 1
+
+
+def test_a_programmers_mistake_keeps_its_traceback():
+    def main():
+        raise RuntimeError('shapes do not match')
+
+    with pytest.raises(RuntimeError, match='shapes'):
+        runtime.run(main)
