@@ -32,7 +32,7 @@ from hardneg import flags, runs, runtime
 from hardneg.augment import normalize
 from hardneg.batches import Batches, DeviceViews, seeded
 from hardneg.evaluate import Evaluator, hits
-from hardneg.files import crc, lock, read_json, write_json, write_table, write_tensors
+from hardneg.files import crc, lock, write_json, write_table, write_tensors
 from hardneg.runtime import UsageError, UserError, ranks, say
 from model import load_model
 from utils import Data, load
@@ -174,17 +174,18 @@ def labelled_data(args, path):
     Flags of data that were not given get the run's values. With --label_fraction the training
     images are that part.
     """
-    config = {}
-    if path.with_name('config.json').exists():
-        config = read_json(path.with_name('config.json'))
-    settings = config.get('settings', {})
+    file = path.with_name('config.json')
+    config, settings = {}, {}
+    if file.exists():
+        config = runs.read_config(file)
+        settings = config['settings']
     if args.dataset_name is None and not settings:
         say(f'No config.json beside {path}: taking stl10, as published')
     flags.fill_data_flags(args, settings)
     data = load(args, unlabeled=False)
     own = args.dataset_name == 'stl10'
     if config:
-        own = config.get('data_digest') == data.digest
+        own = config['data_digest'] == data.digest
     if args.label_fraction < 1:
         chosen = stratified(data.train_labels, args.label_fraction, args.seed)
         data.train = data.train.index_select(0, chosen)

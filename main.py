@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hardneg import flags, runs, runtime
 from hardneg.batches import Batches, DeviceViews
 from hardneg.evaluate import Evaluator, knn, label_free
-from hardneg.files import crc, read_json, write_table
+from hardneg.files import crc, write_table
 from hardneg.folder import find_folder
 from hardneg.losses import contrastive_loss
 from hardneg.micro_batch import MicroBatches, kept_bytes, set_momentum
@@ -238,7 +238,7 @@ def arguments(argv=None):
     if args.dataset_name == 'folder':
         config = Path(args.results_dir, 'config.json')
         if config.exists():
-            before = read_json(config).get('settings', {})
+            before = runs.read_config(config)['settings']
         found = find_folder(args.root, needs_no_labels(args), args.holdout)
     flags.choose_sizes(args, found, before)
     return args, init, found

@@ -300,7 +300,10 @@ def reference_transform(
 
 
 class RandomViews(Dataset):
-    """Item (epoch, place in its shuffle, i_1 ... i_V): views (3, size, size) of i_1 ... i_V, and i_1."""
+    """Item (epoch, place in the shuffle, i_1 ... i_V): a view of each image, and i_1.
+
+    Views are (3, size, size) uint8.
+    """
 
     def __init__(self, images, size, seed, recipe):
         self.images = images

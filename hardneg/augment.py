@@ -241,7 +241,7 @@ def luma(x):
 
 
 def shift_hue(x, hue):
-    """Turn the hue of x (n, 3, h, w) by (n,) turns as PIL does, in HSV of 8 bits; 0 does nothing."""
+    """Turn the hue of x (n, 3, h, w) by (n,) turns, as PIL does in HSV of 8 bits."""
     level, chroma, value = rgb_to_hsv(x)
     shift = (255 * hue).trunc().view(-1, 1, 1)  # in PIL's levels of hue, which wrap at 256
     turned = hsv_to_rgb((level + shift).remainder_(256), chroma, value)

@@ -48,7 +48,8 @@ def write_table(path, rows, columns):
 
 
 def write_json(path, content):
-    write(path, json.dumps(content, indent=2).encode())
+    text = json.dumps(content, indent=2) + '\n'
+    write(path, text.encode())
 
 
 def write_tensors(path, content):

@@ -292,9 +292,8 @@ class Listing:
                 seen.add(_identity(path))
         found = []
         for place, directories, names in os.walk(top, onerror=self._unreadable, followlinks=True):
-            directories[:] = self._new_directories(
-                place, directories, seen
-            )  # walk goes on in these
+            # os.walk() goes on in those that stay in the list.
+            directories[:] = self._new_directories(place, directories, seen)
             for name in sorted(names):
                 path = f'{place}/{name}'
                 if hidden(name):

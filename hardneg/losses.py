@@ -329,7 +329,6 @@ class _Gradient(torch.autograd.Function):
 
         Returns the gradients at rows, columns (None without them) and extra (None if not needed).
         """
-        dS, dW, offset = slopes
         mirrored = columns is None
         d_rows = torch.zeros_like(rows)
         d_columns = None
@@ -341,21 +340,23 @@ class _Gradient(torch.autograd.Function):
 
         with torch.autocast(rows.device.type, enabled=False):
             for i, j, s, _ in _view_tiles(rows, columns, classes, plan):
-                u, w = _exponentials(s, offset[i, None], plan)
-                ds = _slope(u, w, dS[i, None], dW[i, None])
+                of_rows = slopes[:, i, None]  # (3, m) -> (3, m, 1)
                 if not mirrored:
+                    ds = _slope(s, of_rows, plan)
                     d_rows[i].addmm_(ds, columns[j])
                     d_columns[j].addmm_(ds.T, rows[i])
                     continue
-                if not plan.bounded:
-                    u, w = _exponentials(s, offset[j], plan)
-                ds += _slope(u, w, dS[j], dW[j])
+                of_columns = slopes[:, None, j]  # (3, n) -> (3, 1, n)
+                if plan.bounded:
+                    # Both have offset 0, and so the same exponentials.
+                    ds = _slope(s, of_rows + of_columns, plan)
+                else:
+                    ds = _slope(s, of_rows, plan) + _slope(s, of_columns, plan)
                 d_rows[i].addmm_(ds, rows[j])
                 if i != j:  # a tile on the diagonal is its own twin
                     d_rows[j].addmm_(ds.T, rows[i])
             for i, j, s, _ in _extra_tiles(rows, extra, plan):
-                u, w = _exponentials(s, offset[i, None], plan)
-                ds = _slope(u, w, dS[i, None], dW[i, None])
+                ds = _slope(s, slopes[:, i, None], plan)
                 d_rows[i].addmm_(ds, extra[j])
                 if d_extra is not None:
                     d_extra[j].addmm_(ds.T, rows[i])
@@ -392,17 +393,17 @@ def _view_tiles(rows, columns, classes, plan):
     mirrored = columns is None
     if mirrored:
         columns = rows
-    scaled_rows = rows * LOG2_E
     row_slices = _slices(len(rows), plan.own_samples, plan.side)
     column_slices = _slices(len(columns), plan.samples, plan.side)
     for i in row_slices:
+        scaled = rows[i] * LOG2_E
         for j in column_slices:
             same_view = i.start // plan.own_samples == j.start // plan.samples
             if same_view and not plan.intra_view:
                 continue
             if mirrored and j.start < i.start:
                 continue
-            s = scaled_rows[i] @ columns[j].T
+            s = scaled @ columns[j].T
             k = plan.first + i.start % plan.own_samples  # the tile's first samples
             m = j.start % plan.samples
             if classes is None:
@@ -415,12 +416,14 @@ def _view_tiles(rows, columns, classes, plan):
 
 def _extra_tiles(rows, extra, plan):
     """Yield the same for the rows that meet extra negatives. No tile has a twin."""
-    scaled_rows = rows * LOG2_E
+    anchors = len(rows)
     if not plan.intra_view:
-        scaled_rows = scaled_rows[: plan.own_samples]
-    for i in _slices(len(scaled_rows), plan.own_samples, plan.side):
+        anchors = plan.own_samples
+    for i in _slices(anchors, plan.own_samples, plan.side):
+        scaled = rows[i] * LOG2_E
         for j in _slices(len(extra), len(extra), plan.side):
-            yield i, j, scaled_rows[i] @ extra[j].T, False
+            s = scaled @ extra[j].T
+            yield i, j, s, False
 
 
 def _slices(length, part, side):
@@ -464,8 +467,10 @@ def _add_sums(S, W, u, w, dim):
         W.add_(w.sum(dim))
 
 
-def _slope(u, w, dS, dW):
-    """dL/ds = w (u dS + dW) of a tile, given (1 + beta) dL/dS and beta dL/dW of its anchors."""
+def _slope(s, slopes, plan):
+    """dL/ds = w (u dS + dW) of a tile, u = exp(s) and w = exp(beta s), given _Gradient's slopes."""
+    dS, dW, offset = slopes
+    u, w = _exponentials(s, offset, plan)
     ds = u * dS
     if w is not None:
         ds += dW

@@ -59,6 +59,18 @@ PROBES = {  # by the names of their files
 # Settings that may change while a run goes on
 FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')
 OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
+# What a config.json and the .json of a probe hold
+CONFIG = dict(
+    settings=dict,
+    classes=list,
+    images=dict,
+    data_digest=str,
+    command=str,
+    ranks=int,
+    device=str,
+    versions=dict,
+)
+ABOUT = dict(settings=dict, command=str, data_digest=str, encoder=(int, type(None)))
 # What last.pth holds
 STATE = (
     'settings',
@@ -132,7 +144,7 @@ def open_run(results, settings, defaults, data, device):
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
     differ = ''
     if config_file.exists():
-        differ = difference(results, read_json(config_file), config, defaults)
+        differ = difference(results, read_config(config_file), config, defaults)
     if trained and missing:
         raise UserError(
             differ
@@ -204,7 +216,9 @@ def restore(results, saved, progress, net, optimizer, scaler):
         optimizer.load_state_dict(saved['optimizer'])
         scaler.load_state_dict(saved['scaler'])
         progress.losses[: saved['step']] = saved['losses']
-    except (RuntimeError, ValueError, KeyError) as error:
+        if not all(x.isfinite().all() for x in saved['model'].values()):
+            raise ValueError('its weights are not finite')
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = ' '.join(str(error).split())
         raise UserError(
             f'{results / "last.pth"} does not fit this run ({reason:.200}): restore it from a '
@@ -334,6 +348,25 @@ def device_name(device):
 # Runs that are read
 
 
+def read_config(path, kinds=CONFIG):
+    """The config.json of a run, as a dict.
+
+    Args:
+        kinds: the type of what must be in it, by name.
+
+    Raises:
+        UserError: something is missing or of another type.
+    """
+    config = read_json(path)
+    for name, kind in kinds.items():
+        if name not in config or not isinstance(config[name], kind):
+            raise UserError(f'{path} is damaged or not of a run: {name} is missing or wrong')
+    for name, value in config['settings'].items():
+        if isinstance(value, (dict, list)):
+            raise UserError(f'{path} is damaged or not of a run: {name} is no setting')
+    return config
+
+
 def read_run(directory):
     """The config.json of a run as a dict, to which are added
 
@@ -346,7 +379,7 @@ def read_run(directory):
     for name in ('config.json', 'log.csv'):
         if not (directory / name).is_file():
             raise UserError(f'{directory} is not the directory of a run: {name} is missing')
-    run = read_json(directory / 'config.json')
+    run = read_config(directory / 'config.json')
     try:
         settings = run['settings']
         run['log'] = read_table(directory / 'log.csv', LOG)
@@ -358,7 +391,7 @@ def read_run(directory):
             ranks=run['ranks'],
             images=f'{run["images"]["train"]} + {run["images"]["test"]}',
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f'{directory / "config.json"} is damaged or not of a run ({error})'
         ) from None
@@ -420,15 +453,15 @@ def read_probe(directory, epochs, name, data_digest=None):
     about_file = table.with_suffix('.json')
     if not table.exists() or not about_file.exists():
         return None, None
-    about, rows = read_json(about_file), read_table(table, PROBE)
+    about, rows = read_config(about_file, ABOUT), read_table(table, PROBE)
     if checkpoint.exists() and about['encoder'] != crc(checkpoint):
         return None, None
     if data_digest and about['data_digest'] != data_digest:
         return None, None
-    settings = about['settings']
-    if rows['epoch'].max() != settings['epochs']:
+    settings = dict(about['settings'], command=about['command'], data_digest=about['data_digest'])
+    if rows['epoch'].max() != settings.get('epochs'):
         return None, None
-    return dict(settings, command=about['command'], data_digest=about['data_digest']), rows.iloc[-1]
+    return settings, rows.iloc[-1]
 
 
 def accuracies(checkpoint):

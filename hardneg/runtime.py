@@ -94,7 +94,7 @@ def _variable(name):
 
 def start():
     """Join the launcher's process group, if there is one, and return this rank's device."""
-    _, world, local_rank, _ = ranks()
+    rank, world, local_rank, _ = ranks()
     device = torch.device('cpu')
     backend = 'gloo'
     device_id = None
@@ -105,7 +105,17 @@ def start():
         backend = 'nccl'
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device_id)
+        # torchrun's store outlives a restart, and with it the addresses of ranks that died.
+        store, _, _ = next(dist.rendezvous('env://', timeout=TIMEOUT))
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=world,
+            timeout=TIMEOUT,
+            device_id=device_id,
+        )
     return device
 
 
@@ -254,8 +264,8 @@ class _FirstFailure(logging.Filter):
             _, error, _ = record.exc_info or (None, record.getMessage(), None)
             reason = ' '.join(str(error).partition('\n\n')[0].split())
             say(
-                f'Not compiled, which is slower: {reason:.200}. On Debian, apt install build-essential '
-                'python3-dev brings what is often missing'
+                f'Not compiled, which is slower: {reason:.200}. On Debian, apt install '
+                'build-essential python3-dev brings what is often missing'
             )
         return False
 

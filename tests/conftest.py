@@ -30,7 +30,7 @@ os.environ['PYTHONPATH'] = os.pathsep.join(str(HOME / part) for part in ('', 'mi
 # The tensors of the tests are too small to share, and their bits must not depend on the machine.
 torch.set_num_threads(1)
 # Imported once in a process that forks the scripts
-multiprocessing.set_forkserver_preload(['main', 'linear', 'sweep', 'test_distributed'])
+multiprocessing.set_forkserver_preload(['main', 'linear', 'sweep', 'ranks'])
 
 
 @pytest.fixture(scope='session')

@@ -242,8 +242,8 @@ def test_the_profile_shows_views_step_and_optimizer(capsys):
     calls = {}
     for line in capsys.readouterr().out.splitlines():
         if line.startswith(' '):
-            name, *_, count = line.split('  ')[0], line.split()[-1]
-            calls[line.strip().split('  ')[0]] = count
+            name = line.strip().partition('  ')[0]
+            calls[name] = line.split()[-1]
     for name in 'views', 'training step', 'Optimizer.step#Adam.step':
         assert calls[name] == '2', name
 

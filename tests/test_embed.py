@@ -1,4 +1,4 @@
-"""misc/embed.py: the features are the encoder's, under the names of their files, and duplicates are the pairs above."""
+"""misc/embed.py: features are the encoder's, by names of files; duplicates are the pairs above."""
 
 import json
 
@@ -6,67 +6,129 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import embed
 import model
 from hardneg.augment import normalize
-from hardneg.files import write_tensors
+from hardneg.files import crc, write_json, write_tensors
 from hardneg.runtime import UserError
 
 
 @pytest.fixture
 def encoder(tmp_path):
     torch.manual_seed(0)
-    net = model.Model(8, 'resnet18', 8, width=0.125).eval()
+    net = model.Model(8, 'resnet18', 8, width=0.25)
     write_tensors(tmp_path / 'model_1.pth', net.state_dict())
     return tmp_path / 'model_1.pth'
 
 
+def run(encoder, root, out, *flags):
+    embed.main(['--model_path', str(encoder), '--root', str(root), '--out', str(out), *flags])
+
+
+@torch.no_grad()
+def features_of(encoder, images):
+    """Of images (n, 3, H, W) uint8, by the network itself."""
+    return model.load_model(encoder).eval()(normalize(images))[0]
+
+
 @pytest.mark.parametrize('form', ['npz', 'csv'])
-def test_features_are_those_of_load_model_under_their_names(encoder, tree, tmp_path, form, monkeypatch):
-    monkeypatch.setattr(embed.embed.__wrapped__, '__defaults__', (7,))  # blocks, the last of which is smaller
+def test_features_are_those_of_load_model_under_their_names(
+    encoder, tree, tmp_path, form, monkeypatch
+):
+    monkeypatch.setattr(embed, 'BLOCK', 7)  # the last block is smaller
     out = tmp_path / f'features.{form}'
-    embed.main(['--model_path', str(encoder), '--root', str(tree), '--out', str(out)])
+    run(encoder, tree, out)
     if form == 'npz':
         found = np.load(out)
-        names, features, about = found['names'].tolist(), found['features'], json.loads(str(found['about']))
+        names, features = found['names'].tolist(), found['features']
+        about = json.loads(str(found['about']))
     else:
-        table, about = pd.read_csv(out), json.loads(out.with_suffix('.json').read_text())
+        table = pd.read_csv(out)
         names, features = table['name'].tolist(), table.drop(columns='name').to_numpy()
-    assert names == sorted(f'{part}/{name}/{i}.png' for part, n in (('train', 10), ('test', 3))
-                           for name in 'abc' for i in range(n)) and about['size'] == 16
-    images = np.stack([np.asarray(Image.open(tree / name)) for name in names]).transpose(0, 3, 1, 2)
-    expected = model.load_model(encoder).eval()(normalize(torch.from_numpy(images)))[0]
-    assert np.abs(features - expected.detach().numpy()).max() < 1e-6
+        about = json.loads(out.with_suffix('.json').read_text())
+    assert names == sorted(path.relative_to(tree).as_posix() for path in tree.rglob('*.png'))
+    assert about['size'] == 16
+    assert about['encoder'] == crc(encoder)
+    images = np.stack([np.asarray(Image.open(tree / name)) for name in names])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)  # (n, H, W, 3) -> (n, 3, H, W)
+    expected = features_of(encoder, images).numpy()
+    assert np.abs(features - expected).max() < 1e-6
     assert not list(tmp_path.glob('*.part'))
+
+
+def test_sizes_are_the_runs_unless_a_flag_says_otherwise(encoder, tree, tmp_path):
+    settings = dict(store_size=24, fit='pad', test_size=12)
+    write_json(encoder.with_name('config.json'), dict(settings=settings))
+    found = []
+    for flags in [], ['--fit', 'squeeze', '--test_size', '0']:
+        run(encoder, tree, tmp_path / 'features.npz', *flags)
+        about = json.loads(str(np.load(tmp_path / 'features.npz')['about']))
+        own = about['settings']
+        found.append((about['size'], own['fit'], own['test_size']))
+    assert found == [(24, 'pad', 12), (24, 'squeeze', 0)]
 
 
 def test_damaged_images_are_left_out_and_named(encoder, tmp_path, capsys):
     for i in range(3):
         Image.new('RGB', (16, 16), (80 * i, 0, 0)).save(tmp_path / f'{i}.png')
     (tmp_path / '1.png').write_bytes(b'no image')
-    embed.main(['--model_path', str(encoder), '--root', str(tmp_path), '--out', str(tmp_path / 'f.npz')])
-    assert np.load(tmp_path / 'f.npz')['names'].tolist() == ['0.png', '2.png']
-    assert f'1 images damaged and left out, such as {tmp_path}/1.png: empty, or not an image' in capsys.readouterr().out
+    run(encoder, tmp_path, tmp_path / 'f.npz')
+    found = np.load(tmp_path / 'f.npz')
+    assert found['names'].tolist() == ['0.png', '2.png']
+    assert found['features'].shape == (2, 128)
+    said = capsys.readouterr().out
+    assert f'1 images damaged and left out, such as {tmp_path}/1.png: empty, or not an' in said
+
+
+def test_pairs_of_files_are_listed_with_their_cosines(encoder, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in 'a', 'b':
+        pixels = rng.integers(256, size=(16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f'{name}.png')
+        Image.fromarray(pixels).save(tmp_path / f'{name}_copy.png')
+    run(encoder, tmp_path, tmp_path / 'f.csv', '--duplicates', '0.99999')
+    rows = pd.read_csv(tmp_path / 'f_duplicates.csv')
+    pairs = rows[['first', 'second']].values.tolist()
+    assert sorted(pairs) == [['a.png', 'a_copy.png'], ['b.png', 'b_copy.png']]
+    assert rows['cosine'].tolist() == [1, 1]
+    assert '2 pairs with a cosine of 0.99999 or more' in capsys.readouterr().out
 
 
 def test_duplicates_are_all_pairs_above_the_cosine(monkeypatch):
-    x = torch.nn.functional.normalize(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    i, j, cosine = embed.duplicates(x.numpy(), 0.8, tile=16)
+    x = F.normalize(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    i, j, cosine = embed.duplicates(x, 0.8, tile=16)
     whole = (x @ x.T).triu(1)
-    assert {*zip(i.tolist(), j.tolist())} == {*map(tuple, (whole >= 0.8).nonzero().tolist())} and len(i) > 20
-    assert (np.diff(cosine) <= 0).all() and np.allclose(cosine, whole[i, j], atol=1e-6)
+    expected = (whole >= 0.8).nonzero().tolist()
+    assert sorted(zip(i.tolist(), j.tolist())) == sorted(map(tuple, expected))
+    assert len(i) > 20
+    assert (cosine.diff() <= 0).all()
+    torch.testing.assert_close(cosine, whole[i, j])
     monkeypatch.setattr(embed, 'PAIRS', 10)
     with pytest.raises(UserError, match='raise --duplicates'):
-        embed.duplicates(x.numpy(), 0.8)
+        embed.duplicates(x, 0.8)
 
 
-@pytest.mark.parametrize('flags, message', [(['--root', 'nowhere'], 'nowhere is not a directory'),
-                                            (['--root', '{empty}'], 'no image in it')])
-def test_nothing_to_embed_is_one_line(encoder, tmp_path, flags, message):
+@pytest.mark.parametrize(
+    'root, message', [('nowhere', 'nowhere is not a directory'), ('empty', 'no image in it')]
+)
+def test_nothing_to_embed_is_one_line(encoder, tmp_path, root, message):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match=message):
-        embed.main(['--model_path', str(encoder), '--out', str(tmp_path / 'f.npz'),
-                    *(flag.format(empty=tmp_path / 'empty') for flag in flags)])
+        run(encoder, tmp_path / root, tmp_path / 'f.npz')
     assert not (tmp_path / 'f.npz').exists()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(encoder, tree, monkeypatch):
+    monkeypatch.setattr(embed, 'embed', None)
+    with pytest.raises(UserError, match='cannot write in /proc/nowhere'):
+        run(encoder, tree, '/proc/nowhere/f.npz')
+
+
+def test_the_name_of_the_file_says_its_form(capsys):
+    with pytest.raises(SystemExit) as stop:
+        embed.main(['--out', 'features.txt'])
+    assert stop.value.code == 2
+    assert 'its name must end in .npz or .csv' in capsys.readouterr().err

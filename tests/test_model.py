@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from model import ARCHS, Model, load_model, read_checkpoint
+from hardneg.files import read_checkpoint
+from model import ARCHS, WIDTHS, Model, load_model
 
 
 @pytest.fixture(scope='module')
 def small():
     torch.manual_seed(0)
-    return Model(16, 'resnet18')
+    return Model(16, 'resnet18').eval()
 
 
 def saved(tmp_path, state, name='model.pth'):
@@ -22,73 +23,143 @@ def saved(tmp_path, state, name='model.pth'):
     return tmp_path / name
 
 
-def test_size_and_names_are_the_published_ones():
-    state = Model().state_dict()
-    assert sum(p.numel() for p in Model().parameters()) == 24_615_616
+# The network
+
+
+def test_sizes_and_names_are_the_published_ones():
+    net = Model()
+    assert sum(p.numel() for p in net.parameters()) == 24_615_616
+    state = net.state_dict()
     assert state['f.0.weight'].shape == (64, 3, 3, 3)
-    assert state['g.0.weight'].shape == (512, 2048) and 'g.0.bias' not in state
-    assert state['g.3.weight'].shape == (128, 512) and state['g.3.bias'].shape == (128,)
-    modules = {'.'.join(name.split('.')[:2]) for name in state}
-    assert modules == {'f.0', 'f.1', 'f.3', 'f.4', 'f.5', 'f.6', 'g.0', 'g.1', 'g.3'}
+    assert state['g.0.weight'].shape == (512, 2048)
+    assert 'g.0.bias' not in state
+    assert state['g.3.weight'].shape == (128, 512)
+    assert state['g.3.bias'].shape == (128,)
+    layers = {'.'.join(name.split('.')[:2]) for name in state}
+    assert sorted(layers) == ['f.0', 'f.1', 'f.3', 'f.4', 'f.5', 'f.6', 'g.0', 'g.1', 'g.3']
 
 
-def test_stride_is_8_and_rows_have_unit_length(small):
+def test_the_stride_is_8_and_rows_have_unit_length(small):
     x = torch.randn(4, 3, 32, 32)
     assert small.f[:-1](x).shape == (4, 512, 4, 4)
     feature, z = small(x)
-    assert feature.shape == (4, 512) and z.shape == (4, 16)
-    torch.testing.assert_close(torch.cat([feature.norm(dim=1), z.norm(dim=1)]), torch.ones(8))
+    assert feature.shape == (4, 512)
+    assert z.shape == (4, 16)
+    for rows in feature, z:
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
+
+
+def test_features_and_embeddings_are_float32_under_autocast(small):
     with torch.autocast('cpu', torch.bfloat16):
-        assert {x.dtype for x in small(x)} == {torch.float32}
+        feature, z = small(torch.randn(4, 3, 32, 32))
+    assert feature.dtype == z.dtype == torch.float32
 
 
+def test_gradients_of_the_smallest_width_in_channels_last_are_those_of_float64():
+    """torch 2.14's convolutions of stride 2 write beyond their memory at half of that width."""
+    torch.manual_seed(0)
+    block = Model(8, 'resnet18', width=min(WIDTHS)).f[4][0]  # 16 to 32 channels
+    block = block.to(memory_format=torch.channels_last)
+    exact = copy.deepcopy(block).double()
+    x = torch.randn(2, 16, 58, 58).to(memory_format=torch.channels_last)
+    found = []
+    for net, image in ((block, x), (exact, x.double())):
+        image.requires_grad_()
+        y = net(image)
+        y.mul(torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append([y, image.grad, *(p.grad for p in net.parameters())])
+    for mine, right in zip(*found):
+        most = right.abs().max().item()
+        torch.testing.assert_close(mine.double(), right, rtol=1e-3, atol=1e-3 * most)
+
+
+# Checkpoints that load
+
+
+@torch.no_grad()
 @pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
 def test_checkpoints_of_wrappers_and_profilers_load(tmp_path, small, prefix):
     state = {prefix + name: value for name, value in small.state_dict().items()}
-    state |= {f'{prefix}f.0.total_ops': torch.zeros(1), f'{prefix}total_params': torch.zeros(1)}
+    state[f'{prefix}f.0.total_ops'] = torch.zeros(1)
+    state[f'{prefix}total_params'] = torch.zeros(1)
     loaded = load_model(saved(tmp_path, state)).eval()
     x = torch.randn(2, 3, 32, 32)
-    small.eval()
-    torch.testing.assert_close(loaded(x), small(x), rtol=0, atol=0)
+    for found, expected in zip(loaded(x), small(x)):
+        assert torch.equal(found, expected)
 
 
-def test_resnet50_saved_under_dataparallel_gives_the_same_features(tmp_path):
+@torch.no_grad()
+def test_a_resnet50_saved_under_dataparallel_gives_the_same_features(tmp_path):
     torch.manual_seed(1)
     net = Model().eval()
     loaded = load_model(saved(tmp_path, nn.DataParallel(net).state_dict())).eval()
     x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(x), net(x), rtol=0, atol=1e-6)
+    torch.testing.assert_close(loaded(x), net(x), rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize('arch', ARCHS)
-@pytest.mark.parametrize('stem, width, hidden_dim', [('cifar', 0.125, 0), ('imagenet', 0.25, 48)])
-def test_architecture_and_widths_are_read_off_the_tensors(tmp_path, arch, stem, width, hidden_dim):
+@pytest.mark.parametrize(
+    'stem, width, hidden_dim, pixels', [('cifar', 0.25, 0, 8), ('imagenet', 0.5, 48, 2)]
+)
+def test_architecture_and_sizes_are_read_off_the_tensors(
+    tmp_path, arch, stem, width, hidden_dim, pixels
+):
     torch.manual_seed(0)
     net = Model(24, arch, hidden_dim, stem, width).eval()
-    loaded, x = load_model(saved(tmp_path, net.state_dict())).eval(), torch.randn(2, 3, 64, 64)
-    assert loaded.features == width * (512 if arch in ('resnet18', 'resnet34') else 2048)
+    loaded = load_model(saved(tmp_path, net.state_dict())).eval()
+    features = 512 if arch in ('resnet18', 'resnet34') else 2048
+    assert loaded.features == width * features
     assert loaded.g[0].out_features == (hidden_dim or 512 * width)
-    assert net.f[:-1](x).shape[2:] == ((8, 8) if stem == 'cifar' else (2, 2))
+    assert loaded.backbone == dict(arch=arch, stem=stem, width=width)
+    x = torch.randn(2, 3, 64, 64)
+    assert net.f[:-1](x).shape[2:] == (pixels, pixels)
     for found, expected in zip(loaded(x), net(x)):
         assert torch.equal(found, expected)
 
 
+@torch.no_grad()
 def test_an_encoder_without_head_loads_where_features_are_enough(tmp_path, small):
     """As leftthomas's linear.py saves it: f and a classifier fc."""
-    state = {name: value for name, value in small.state_dict().items() if name.startswith('f.')}
-    path = saved(tmp_path, state | {'fc.weight': torch.zeros(10, 512), 'fc.bias': torch.zeros(10)})
-    loaded, x = load_model(path, head=False).eval(), torch.randn(2, 3, 16, 16)
-    assert torch.equal(loaded.f(x), small.eval().f(x)) and loaded.g is None
-    with pytest.raises(ValueError, match='g.0.weight is missing'):
+    state = {name: x for name, x in small.state_dict().items() if name.startswith('f.')}
+    state |= {'fc.weight': torch.zeros(10, 512), 'fc.bias': torch.zeros(10)}
+    path = saved(tmp_path, state)
+    loaded = load_model(path, head=False).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded.f(x), small.f(x))
+    assert loaded.g is None
+    with pytest.raises(ValueError, match=r'g\.0\.weight is missing'):
         load_model(path)
 
 
-@pytest.mark.parametrize('tensor', [
-    torch.zeros(64).to_sparse(), torch.quantize_per_tensor(torch.zeros(64), 1, 0, torch.qint8),
-    torch.zeros(64, device='meta'), torch.zeros(()).expand(64), torch.nested.nested_tensor([torch.zeros(64)]),
-    torch.zeros(64, dtype=torch.int32), torch.full((64,), float('nan')), torch.zeros(())],
-    ids=['sparse', 'quantised', 'meta', 'expanded', 'nested', 'integers', 'nan', 'scalar'])
+def test_the_state_of_a_run_loads(tmp_path, small):
+    whole = {'model': small.state_dict(), 'optimizer': {}, 'epoch': 3}
+    assert load_model(saved(tmp_path, whole)).g[3].out_features == 16
+
+
+def test_torchs_old_format_loads(tmp_path, small):
+    path = tmp_path / 'old.pth'
+    torch.save(small.state_dict(), path, _use_new_zipfile_serialization=False)
+    assert load_model(path).g[3].out_features == 16
+
+
+# Checkpoints that do not
+
+
+@pytest.mark.parametrize(
+    'tensor',
+    [
+        torch.zeros(64).to_sparse(),
+        torch.quantize_per_tensor(torch.zeros(64), 1, 0, torch.qint8),
+        torch.zeros(64, device='meta'),
+        torch.zeros(()).expand(64),
+        torch.nested.nested_tensor([torch.zeros(64)]),
+        torch.zeros(64, dtype=torch.int32),
+        torch.full((64,), float('nan')),
+        torch.zeros(()),
+    ],
+    ids='sparse quantised meta expanded nested integers nan scalar'.split(),
+)
 @pytest.mark.parametrize('name', ['f.1.weight', 'f.0.weight'])
 def test_tensors_that_are_not_plain_finite_weights_are_named(tmp_path, small, tensor, name):
     path = saved(tmp_path, {**small.state_dict(), name: tensor})
@@ -97,21 +168,23 @@ def test_tensors_that_are_not_plain_finite_weights_are_named(tmp_path, small, te
     assert '\n' not in str(error.value)
 
 
-def test_state_of_a_run_and_the_old_format_load(tmp_path, small):
-    whole = {'model': small.state_dict(), 'optimizer': {}, 'epoch': 3}
-    assert load_model(saved(tmp_path, whole)).g[3].out_features == 16
-    torch.save(small.state_dict(), tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
-    assert load_model(tmp_path / 'old.pth').g[3].out_features == 16
-
-
-@pytest.mark.parametrize('change, message', [
-    (lambda s: s.pop('f.4.1.conv2.weight'), 'not a resnet18: Missing key.*f.4.1.conv2.weight'),
-    (lambda s: s.pop('f.0.weight'), 'f.0.weight is missing'),
-    (lambda s: s.update({'f.1.weight': torch.zeros(63)}), 'not a resnet18: size mismatch for f.1.weight'),
-    (lambda s: s.update(extra=torch.zeros(1)), 'not a resnet18: Unexpected key.*extra'),
-    (lambda s: s.update({'f.6.2.conv1.weight': torch.zeros(1)}), r'have \(2, 2, 2, 3\) blocks, which is none of'),
-    (lambda s: s.clear(), 'f.0.weight is missing'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (lambda s: s.pop('f.4.1.conv2.weight'), r'a resnet18: Missing key.*f\.4\.1\.conv2\.weight'),
+        (lambda s: s.pop('f.0.weight'), r'f\.0\.weight is missing'),
+        (
+            lambda s: s.update({'f.1.weight': torch.zeros(63)}),
+            r'not a resnet18: size mismatch for f\.1\.weight',
+        ),
+        (lambda s: s.update(extra=torch.zeros(1)), 'not a resnet18: Unexpected key.*extra'),
+        (
+            lambda s: s.update({'f.6.2.conv1.weight': torch.zeros(1)}),
+            r'have \(2, 2, 2, 3\) blocks, which is none of',
+        ),
+        (lambda s: s.clear(), r'f\.0\.weight is missing'),
+    ],
+)
 def test_what_does_not_fit_is_named(tmp_path, small, change, message):
     state = dict(small.state_dict())
     change(state)
@@ -119,19 +192,23 @@ def test_what_does_not_fit_is_named(tmp_path, small, change, message):
         load_model(saved(tmp_path, state))
 
 
-def test_damaged_and_foreign_files_are_named(tmp_path, small):
+def test_damaged_files_are_named(tmp_path, small):
     whole = saved(tmp_path, small.state_dict()).read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1  # torch.load itself would not notice
-    for name, content in (('truncated', whole[:-1000]), ('flipped', flipped), ('empty', b''), ('text', b'not a model')):
+    contents = dict(truncated=whole[:-1000], flipped=flipped, empty=b'', text=b'not a model')
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f'{name}: (damaged|not a checkpoint)'):
             load_model(tmp_path / name)
     with pytest.raises(ValueError, match='nowhere: no such file'):
         load_model(tmp_path / 'nowhere')
-    for other in ({'epoch': 3}, [1, 2], {0: torch.zeros(1)}):
-        with pytest.raises(ValueError, match='no model weights'):
-            load_model(saved(tmp_path, other))
+
+
+@pytest.mark.parametrize('other', [{'epoch': 3}, [1, 2], {0: torch.zeros(1)}], ids=str)
+def test_files_of_something_else_are_named(tmp_path, other):
+    with pytest.raises(ValueError, match='no model weights'):
+        load_model(saved(tmp_path, other))
 
 
 class Payload:
@@ -142,43 +219,17 @@ class Payload:
         return open, (str(self.path), 'w')
 
 
-@pytest.mark.parametrize('new_format', [True, False])
-def test_pickled_objects_are_refused_and_not_run(tmp_path, new_format):
-    torch.save({'f.0.weight': Payload(tmp_path / 'ran')}, tmp_path / 'evil.pth',
-               _use_new_zipfile_serialization=new_format)
-    (tmp_path / 'plain.pth').write_bytes(pickle.dumps(Payload(tmp_path / 'ran')))
-    for name in ('evil.pth', 'plain.pth'):
-        with pytest.raises(ValueError, match=name):
-            read_checkpoint(tmp_path / name)
-    assert not (tmp_path / 'ran').exists()
-    torch.load(io.BytesIO((tmp_path / 'evil.pth').read_bytes()), weights_only=False)  # the payload does work
-    assert (tmp_path / 'ran').exists()
-
-
-def test_batches_are_counted_as_torch_counts_them():
-    """Once a forward in training, by one kernel; the statistics and the output are torch's own."""
-    torch.manual_seed(0)
-    net, plain = Model(16, 'resnet18', width=0.125), Model(16, 'resnet18', width=0.125)
-    plain.load_state_dict(net.state_dict())
-    for module in plain.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            module.__class__ = type(module).__base__
-    for train in (True, True, False):
-        x = torch.randn(4, 3, 8, 8)
-        assert all(map(torch.equal, net.train(train)(x), plain.train(train)(x)))
-    state = net.state_dict()
-    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
-    assert {value.item() for name, value in state.items() if 'num_batches' in name} == {2}
-
-
-def test_gradients_of_few_channels_in_channels_last_are_those_of_float64():
-    """Of the smallest width: torch 2.14's own convolutions of stride 2 write beyond their memory there."""
-    block = Model(8, 'resnet18', width=0.125).f[4][0].to(memory_format=torch.channels_last)  # 8 to 16 channels
-    exact, x = copy.deepcopy(block).double(), torch.randn(2, 8, 58, 58).to(memory_format=torch.channels_last)
-    found = []
-    for net, image in ((block, x), (exact, x.double())):
-        y = net(image.requires_grad_())
-        y.mul(torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        found.append([y, image.grad, *(p.grad for p in net.parameters())])
-    for mine, right in zip(*found):
-        torch.testing.assert_close(mine.double(), right, rtol=1e-3, atol=1e-3 * right.abs().max().item())
+@pytest.mark.parametrize('form', ['zip', 'old', 'plain pickle'])
+def test_pickled_objects_are_refused_and_not_run(tmp_path, form):
+    file, ran = tmp_path / 'evil.pth', tmp_path / 'ran'
+    if form == 'plain pickle':
+        file.write_bytes(pickle.dumps(Payload(ran)))
+    else:
+        content = {'f.0.weight': Payload(ran)}
+        torch.save(content, file, _use_new_zipfile_serialization=form == 'zip')
+    with pytest.raises(ValueError, match=r'evil\.pth'):
+        read_checkpoint(file)
+    assert not ran.exists()
+    if form != 'plain pickle':  # the payload does work
+        torch.load(io.BytesIO(file.read_bytes()), weights_only=False)
+        assert ran.exists()

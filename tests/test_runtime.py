@@ -154,6 +154,7 @@ def test_ranks_are_the_launchers_until_there_is_a_group(monkeypatch):
     assert runtime.ranks()[:2] == (2, 3)
 
 
+@pytest.mark.parametrize('restart', [None, '2'])
 @pytest.mark.parametrize(
     'gpus, local_rank, device, backend',
     [
@@ -163,23 +164,33 @@ def test_ranks_are_the_launchers_until_there_is_a_group(monkeypatch):
         (4, 3, 'cuda:3', 'nccl'),
     ],
 )
-def test_a_rank_joins_its_group_with_its_device(monkeypatch, gpus, local_rank, device, backend):
+def test_a_rank_joins_its_group_with_its_device(
+    monkeypatch, gpus, local_rank, device, backend, restart
+):
+    """After a restart by torchrun, whose store goes on, under keys of its own."""
     set_variables(monkeypatch, **LAUNCHER, LOCAL_RANK=str(local_rank))
+    if restart:
+        set_variables(monkeypatch, TORCHELASTIC_RESTART_COUNT=restart)
     monkeypatch.setattr('torch.cuda.is_available', lambda: gpus > 0)
     monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
     done = []
     monkeypatch.setattr('torch.cuda.set_device', done.append)
 
-    def join(backend, timeout, device_id):
-        done.append((backend, timeout, device_id))
+    def join(backend, store, rank, world_size, timeout, device_id):
+        store.set('key', 'value')
+        done.append((backend, rank, world_size, timeout, device_id))
 
+    whole = torch.distributed.HashStore()
+    rendezvous = 'torch.distributed.rendezvous'
+    monkeypatch.setattr(rendezvous, lambda url, timeout: iter([(whole, 1, 4)]))
     monkeypatch.setattr('torch.distributed.init_process_group', join)
     expected = torch.device(device)
     assert runtime.start() == expected
     if gpus:
-        assert done == [expected, (backend, runtime.TIMEOUT, expected)]
+        assert done == [expected, (backend, 1, 4, runtime.TIMEOUT, expected)]
     else:
-        assert done == [(backend, runtime.TIMEOUT, None)]
+        assert done == [(backend, 1, 4, runtime.TIMEOUT, None)]
+    assert whole.get(f'{restart or 0}/key') == b'value'
 
 
 # Signals
