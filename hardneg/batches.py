@@ -135,11 +135,12 @@ class DeviceViews:
         shape = index.numel(), *self.images.shape[1:]
         pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         torch.index_select(self.images, 0, index.flatten(), out=pinned)
+        pinned = pinned.unflatten(0, index.shape)  # (W b, ...) -> (W, b, ...)
         pinned_index = index[0].pin_memory()
         with torch.cuda.stream(self.stream):
             images = pinned.to(self.device, non_blocking=True)
             own = pinned_index.to(self.device, non_blocking=True)
-        return images.unflatten(0, index.shape), own  # (W b, ...) -> (W, b, ...)
+        return images, own
 
     def arrived(self, batch):
         """A batch that fetch() started, for which the current stream waits."""

@@ -270,8 +270,8 @@ class _LogR(torch.autograd.Function):
 
         S = sum_j exp((1 + beta) s_j) and W = sum_j exp(beta s_j).
 
-    Only the sums are kept for backward, which computes the tiles again. The difference is taken
-    here and not in ordinary code, whose gradients at the two logs nearly cancel in float32.
+    Only the sums are kept for backward, which computes the tiles again. The result is one number
+    and not the two logs, which may be thousands each and are coarse in float32 then.
     """
 
     @staticmethod

@@ -367,6 +367,9 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     finally:
-        # Workers ignore the signal by which Python would end them.
+        # Workers ignore the signal by which Python would end them. torch's handler would raise an
+        # error for each that is killed.
+        if hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()

@@ -3,7 +3,7 @@
     python misc/sweep.py --results_dir results/cifar10 --dataset_name cifar10 --epochs 100
     python misc/sweep.py --results_dir results/cifar10 --table_only    # from the logs alone
 
-All flags that are not named below are main.py's, as in the first line. The runs are directories of
+Flags that are not the sweep's own go to main.py, as in the first line. The runs are directories of
 --results_dir, and the same command continues a sweep that was stopped. It ends with table.csv,
 which holds every row's settings and command, and table.md. Any finished run found below
 --results_dir is counted, so add your own. On two CPU cores the 15 runs of results/README.md and

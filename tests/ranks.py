@@ -301,6 +301,6 @@ def memory_of_the_loss(rank, world, B):
     for _ in range(2):
         views.append(F.normalize(torch.randn(B // world, 128), dim=1).requires_grad_())
     contrastive_loss(*(x[:64] for x in views)).backward()  # libraries are loaded
-    before = bench.peak_memory('cpu', reset=True)
+    before = bench.peak_memory(CPU, reset=True)
     contrastive_loss(*views).backward()
-    return (bench.peak_memory('cpu') - before) / 1e6
+    return (bench.peak_memory(CPU) - before) / 1e6

@@ -28,7 +28,7 @@ from hardneg.augment import (
     transform,
     uniforms,
 )
-from hardneg.batches import Batches, DeviceViews, random_views, seeded
+from hardneg.batches import Batches, DeviceViews, random_views, same_class, seeded
 from utils import ReferenceViews, reference_transform
 
 COLOURS = ('brightness', 'contrast', 'saturation', 'hue')
@@ -158,6 +158,19 @@ def test_each_change_of_colour_is_pils(case, operation):
     values = alone[name].tolist()
     theirs = [ADJUST[operation](pil(x), value) for x, value in zip(images, values)]
     assert_same_pixels(ours, theirs, share)
+
+
+def test_hue_saturation_and_value_are_pils():
+    grid = torch.arange(0, 256, 5)
+    rgb = (
+        torch.cartesian_prod(grid, grid, grid).view(-1, 52, 3).byte()
+    )  # (52^3, 3) -> (52^2, 52, 3)
+    theirs = np.array(Image.fromarray(rgb.numpy()).convert('HSV'))
+    theirs = torch.from_numpy(theirs).float().permute(2, 0, 1)  # -> (3, 52^2, 52)
+    hue, chroma, value = augment.rgb_to_hsv(rgb.float().permute(2, 0, 1)[None])
+    assert (hue[0] == theirs[0]).float().mean() > 0.99  # PIL rounds in float32, too
+    assert torch.equal(value[0], theirs[2])
+    torch.testing.assert_close(chroma[0], theirs[1] * theirs[2] / 255)
 
 
 def test_gray_is_pils(case):
@@ -504,6 +517,14 @@ def test_positives_by_label_are_of_random_images_of_the_class(path, no_colours):
     same_class = labels[:, None] == labels
     expected = 2 * epochs / 12
     assert (counts[same_class] - expected).abs().max() < 6 * math.sqrt(expected)
+
+
+def test_same_class_draws_any_image_of_the_class_whatever_its_size():
+    labels = torch.tensor([2, 0, 2, 1, 2, 1])
+    drawn = torch.stack([same_class(labels, seeded(i)) for i in range(200)])  # (200, 6)
+    for i, label in enumerate(labels):
+        of_the_class = (labels == label).nonzero()[:, 0]
+        assert torch.equal(drawn[:, i].unique(), of_the_class)
 
 
 @PATHS

@@ -123,8 +123,9 @@ def test_exif_orientation_is_applied(root, orientation, name):
     assert torch.equal(second(root, 32), central_square(Image.fromarray(upright), 32))
 
 
-def test_damaged_exif_is_no_damaged_image(root):
-    Image.fromarray(RGB).save(root / 'b.png', exif=b'Exif\0\0MM\0\x2anonsense')
+@pytest.mark.parametrize('exif', [b'Exif\0\0MM\0\x2anonsense', b'Exif\0\0nonsense'])
+def test_damaged_exif_is_no_damaged_image(root, exif):
+    Image.fromarray(RGB).save(root / 'b.png', exif=exif)
     assert torch.equal(second(root, 32), central_square(Image.fromarray(RGB), 32))
 
 
@@ -331,7 +332,26 @@ def test_images_are_decoded_once_and_only_new_ones_afterwards(root, decoded):
     assert {path.name for path in (root / '.decoded').iterdir()} <= {'24-crop.npy', '.lock'}
 
 
-def test_a_damaged_file_is_noticed_and_made_again(root, decoded):
+def test_rows_stay_with_their_files_where_others_are_damaged(root, decoded):
+    Image.new('RGB', (8, 8), (90, 90, 90)).save(root / 'c.png')
+    (root / 'b.png').write_bytes(b'')
+    load(root, skip_damaged=True)
+    (root / 'a.png').unlink()
+    Image.new('RGB', (8, 8), (70, 70, 70)).save(root / 'd.png')
+    decoded.clear()
+    images = load(root, skip_damaged=True).train
+    assert images[:, 0, 0, 0].tolist() == [90, 70]
+    assert 'c.png' not in decoded
+
+
+def test_images_that_keep_their_size_are_decoded_again_when_the_size_changes(root):
+    assert load(root, size=0).train.shape == (1, 3, 40, 40)
+    Image.new('RGB', (30, 30)).save(root / 'b.png')
+    assert load(root, size=0).train.shape == (2, 3, 96, 96)
+
+
+def test_a_damaged_file_is_noticed_and_made_again(root, decoded, monkeypatch):
+    monkeypatch.setattr(decoding, 'SAMPLE', 0)  # this file is checked whole
     first = load(root).train.clone()
     good = file_of(root).read_bytes()
     rows = range(128, 128 + 3 * 24**2)

@@ -225,6 +225,22 @@ def test_float64_is_the_oracle_at_every_temperature(temperature, beta, tau_plus)
     assert abs(contrastive_loss(*views, **setting) - oracle(*views, **setting)) <= 1e-10
 
 
+@pytest.mark.parametrize('temperature', [0.1, 0.05, 0.03, 0.025, 0.022, 0.02, 0.017, 0.01])
+def test_sums_stay_in_range_where_all_negatives_are_nearest_or_farthest(temperature):
+    """Cosines of 1 or of -1 alone: exp((1 + beta) s) is the largest that there is, or the least."""
+    loss = partial(contrastive_loss, temperature=temperature, tau_plus=0)
+    row = F.normalize(torch.arange(1.0, 9.0), dim=0)
+    equal = row.repeat(4, 1)  # (8,) -> (4, 8)
+    opposite = torch.stack([row, -row])
+    for z, cosine in ((equal, 1), (opposite, -1)):
+        N = 2 * len(z) - 2
+        expected = math.log1p(N * math.exp((cosine - 1) / temperature))
+        for beta in (0, 1, 2):
+            value, gradient = value_and_gradient(loss, [z, z], beta=beta)
+            assert value.item() == pytest.approx(expected, rel=1e-4, abs=1e-40)
+            assert gradient.isfinite().all()
+
+
 # Limits and invariants
 
 

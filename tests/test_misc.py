@@ -123,6 +123,9 @@ def test_gains_may_be_over_standard_at_a_temperature_of_its_own(logs):
     table = table_of(logs, '--against', '0.1').set_index(['estimator', 'temperature'])
     assert table['knn_gain'].dropna().to_dict() == {('hard', 0.1): 4, ('hard', 0.5): 2}
     assert '| against standard, t = 0.1 |' in (logs / 'table.md').read_text()
+    change(logs / 'standard_1' / 'config.json', dict(temperature=0.5, knn_temperature=0.5))
+    table = table_of(logs, '--against', '0.1').set_index(['estimator', 'temperature'])
+    assert table['knn_gain'].dropna().to_dict() == {('hard', 0.1): 4}
 
 
 def test_a_table_keeps_other_settings_apart_and_leaves_unfinished_runs_out(logs, capsys):
@@ -279,7 +282,7 @@ def test_rows_of_both_pages_are_those_of_the_logs_kept():
         (['--warmup', '400'], '--warmup 400 must be less than --epochs 400'),
         (['--probe', '"'], 'No closing quotation'),
         (['--probe', '--model_path x'], 'sets --model_path itself'),
-        (['--probe', '--root=x'], 'sets --root itself'),
+        (['--probe=--root=x'], 'sets --root itself'),
         (['--probe', '--cached --bn train'], '--bn train needs random views'),
         (['--table_only'], '--table_only trains nothing'),
     ],
@@ -530,7 +533,7 @@ def some_names(seed, count, most=12):
 NAMES = ['_', '$', '$$', '__x', '$10-$20', 'Ba$$in', 'a\\', *some_names(0, 80)]
 
 
-@pytest.mark.filterwarnings('error', 'ignore:Glyph')
+@pytest.mark.filterwarnings('error::UserWarning', 'ignore:Glyph')
 def test_names_of_any_letters_stay_as_they_are_in_pictures():
     figure = plt.figure(layout='none')
     axes = figure.gca()
@@ -557,7 +560,8 @@ def test_names_of_any_letters_fill_one_cell_of_a_table():
 
 
 def test_names_of_any_letters_are_read_back_from_a_csv_file(tmp_path):
-    write_table(tmp_path / 'a.csv', dict(name=NAMES), ['name'])
+    # With another column, as a line of white space alone would not be read
+    write_table(tmp_path / 'a.csv', enumerate(NAMES), ['number', 'name'])
     found = pd.read_csv(
         tmp_path / 'a.csv', keep_default_na=False, encoding_errors='surrogateescape'
     )
@@ -655,6 +659,18 @@ def test_the_package_imports_no_script_and_the_root_none_of_misc():
 
 
 # The example of sequences
+
+
+def test_a_view_of_a_sequence_is_a_window_with_a_fifth_of_its_symbols_replaced():
+    torch.manual_seed(0)
+    symbols = torch.arange(sequences.LENGTH) // 64  # 64 times 0, 64 times 1
+    found = sequences.view(sequences.one_hot(symbols.repeat(2000, 1))).argmax(1)  # (2000, WINDOW)
+    assert found.shape == (2000, sequences.WINDOW)
+    kept = (found < 2).double().mean().item()
+    assert kept == pytest.approx(0.8 + 0.2 * 2 / 8, abs=0.01)
+    # Windows begin anywhere: the middle one is as often before the change as after it.
+    first = found[:, sequences.WINDOW // 2]
+    assert (first == 0).sum().item() == pytest.approx((first == 1).sum().item(), rel=0.15)
 
 
 def test_hard_negatives_help_on_sequences():
