@@ -385,6 +385,12 @@ class ReferenceViews:
 
     def epoch(self, epoch, start=0):
         self.keys.epoch, self.keys.step = epoch, start
-        for *views, index in self.loader:
-            views = [x.to(self.device, non_blocking=True) for x in views]
-            yield views, index.to(self.device, non_blocking=True)
+        try:
+            for *views, index in self.loader:
+                views = [x.to(self.device, non_blocking=True) for x in views]
+                yield views, index.to(self.device, non_blocking=True)
+        except (ConnectionError, EOFError):
+            # A batch that a worker has made is fetched from it later, when it may have died.
+            raise RuntimeError(
+                'DataLoader worker was killed before it handed over a batch'
+            ) from None
