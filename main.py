@@ -225,8 +225,11 @@ def make_parser():
 def defaults():
     """The settings of a run without flags, as far as they depend on nothing else."""
     settings = vars(make_parser().parse_args([]))
-    known = {name: value for name, value in settings.items() if value is not None}
-    return {**flags.DATA, **flags.VIEWS, **known}
+    known = dict(init=None, micro_batch=None, **flags.DATA, **flags.VIEWS)
+    for name, value in settings.items():
+        if value is not None:
+            known[name] = value
+    return known
 
 
 def arguments(argv=None):

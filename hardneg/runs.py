@@ -367,11 +367,14 @@ def read_config(path, kinds=CONFIG):
     return config
 
 
-def read_run(directory):
+def read_run(directory, defaults=None):
     """The config.json of a run as a dict, to which are added
 
     log: a DataFrame; objective and data: as people name them; identity: the settings that decide
     results. Runs whose identities differ in the seed alone form a row of a table.
+
+    Args:
+        defaults: dict of the values of settings that an earlier config.json may lack.
 
     Raises:
         UserError: it names what is missing or not of a run.
@@ -381,7 +384,7 @@ def read_run(directory):
             raise UserError(f'{directory} is not the directory of a run: {name} is missing')
     run = read_config(directory / 'config.json')
     try:
-        settings = run['settings']
+        settings = run['settings'] = {**(defaults or {}), **run['settings']}
         run['log'] = read_table(directory / 'log.csv', LOG)
         run['objective'] = objective_name(settings)
         run['data'] = data_name(settings)

@@ -245,8 +245,8 @@ def fits(device, *tensors, reserved=0):
 
 def free_memory():
     """Bytes of the machine's memory that are free, or None where the system does not tell."""
-    with contextlib.suppress(OSError):
-        for line in open('/proc/meminfo'):
+    with contextlib.suppress(OSError), open('/proc/meminfo') as lines:
+        for line in lines:
             name, value, *_ = line.split()
             if name == 'MemAvailable:':
                 return 1024 * int(value)

@@ -20,10 +20,10 @@ from hardneg.batches import seeded
 from hardneg.decoding import decode_or_why
 from hardneg.evaluate import Evaluator
 from hardneg.losses import contrastive_loss
-from hardneg.runs import OBJECTIVE, data_name, name_data
+from hardneg.runs import OBJECTIVE, data_name, name_data, read_run
 from hardneg.runtime import UserError
+from main import defaults
 from model import load_model, unit
-from sweep import read_run
 from utils import load
 
 # Okabe and Ito's colours
@@ -102,7 +102,7 @@ def colours(titles):
 def open_checkpoint(path, args, unlabeled=False):
     """The encoder in a checkpoint, the run that wrote it, and data: the run's, or as flags name."""
     net = load_model(path).eval()
-    run = read_run(path.parent)
+    run = read_run(path.parent, defaults())
     named = copy.copy(args)
     flags.fill_data_flags(named, run['settings'])
     for name in flags.DATA:

@@ -26,9 +26,9 @@ from pictures import COLOURS, GREY, MARKERS, colours, names, plt
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hardneg import flags, runtime
 from hardneg.files import write
-from hardneg.runs import PROBES, name_data, read_probe
+from hardneg.runs import PROBES, name_data, read_probe, read_run
 from hardneg.runtime import UserError
-from sweep import read_run
+from main import defaults
 
 # Columns of log.csv, and what stands on their axes
 CURVES = (
@@ -122,7 +122,7 @@ def main(argv=None):
 
 def curves(args):
     """Training loss and kNN accuracy, or label-free measures, against the epoch."""
-    found = [read_run(path) for path in args.paths]
+    found = [read_run(path, defaults()) for path in args.paths]
     groups = of_equal_settings(found)
     titles = names([runs[0] for runs in groups], but=['seed'])
     panels = CURVES[:1] + CURVES[2:]
@@ -166,7 +166,7 @@ def of_equal_settings(found):
 
 def temperature(args):
     """Accuracy against the temperature of the loss: dots of runs, lines through their means."""
-    found = [read_run(path) for path in args.paths]
+    found = [read_run(path, defaults()) for path in args.paths]
     name_data(found)
     titles = names(found, but=['seed', 'temperature', 'knn_temperature'])
     rows = []

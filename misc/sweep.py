@@ -246,15 +246,6 @@ class Sweep:
 # The table
 
 
-def read_run(directory):
-    """What runs.read_run() gives. Settings that came after the run have their defaults."""
-    run = runs.read_run(directory)
-    defaults = dict(init=None, micro_batch=None, **runs.deciding(training.defaults()))
-    for name, value in defaults.items():
-        run['identity'].setdefault(name, value)
-    return run
-
-
 def finished_runs(results):
     """The directories below results of finished runs, and the runs."""
     found = []
@@ -262,7 +253,7 @@ def finished_runs(results):
         if not (directory / 'log.csv').exists():
             print(f'{directory}: no log.csv, left out', file=sys.stderr)
             continue
-        run = read_run(directory)
+        run = runs.read_run(directory, training.defaults())
         if run['log']['epoch'].max() != run['settings']['epochs']:
             print(f'{directory}: not finished, left out', file=sys.stderr)
             continue

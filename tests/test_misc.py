@@ -595,7 +595,7 @@ def test_commands_of_a_page_name_scripts_and_flags_that_exist(page):
             if not script:
                 continue
             known = (HOME / script[1]).read_text() + shared
-            if script[1] in ('misc/sweep.py', 'misc/bench.py'):
+            if script[1] in ('misc/sweep.py', 'misc/bench.py', 'misc/finetune.py'):
                 known += (HOME / 'main.py').read_text() + (HOME / 'linear.py').read_text()
             for flag in re.findall(r'--\w+', script[2]):
                 assert f"'{flag}'" in known, command
