@@ -4,9 +4,12 @@
     torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0  # the same batch on eight GPUs
     python main.py --dataset_name shapes --arch resnet18 --width 0.25 --results_dir results/shapes
 
-The last one is fit for a CPU. A run writes to --results_dir alone, and the same command continues a
-run that was stopped. It needs a CPU, or a GPU with CUDA or ROCm; Apple's GPUs are not used. On two
-CPU cores a ResNet-18 takes about 180 views of 16 px a second; ResNet-50 at 32 px needs a GPU.
+The last command is fit for a CPU. A run writes to --results_dir alone, and the same command
+continues a run that was stopped. It needs a CPU, or a GPU with CUDA or ROCm; Apple's GPUs are not
+used. On two CPU cores a ResNet-18 takes about 180 views of 16 px a second; ResNet-50 at 32 px needs
+a GPU.
+
+The flags come first. The epochs and the training step stand in main().
 """
 
 import math
@@ -90,6 +93,7 @@ def make_parser():
         help="weights that f starts from: a checkpoint, or torchvision's ImageNet file",
     )
 
+    # --tau_plus, --beta and --anneal get their values from flags.resolve_objective().
     objective = parser.add_argument_group('objective')
     objective.add_argument(
         '--estimator',
@@ -223,7 +227,11 @@ def make_parser():
 
 
 def defaults():
-    """The settings of a run without flags, as far as they depend on nothing else."""
+    """The settings of a run without flags, as far as they depend on nothing else.
+
+    They stand for what an earlier config.json lacks. A new flag is among them if it has a default
+    that is not None; one that may be None to the end is named here.
+    """
     settings = vars(make_parser().parse_args([]))
     known = dict(init=None, micro_batch=None, **flags.DATA, **flags.VIEWS)
     for name, value in settings.items():
@@ -333,7 +341,7 @@ def main(argv=None):
     if saved:
         runs.restore(results, saved, progress, net, optimizer, scaler)
     if progress.epoch == args.epochs:
-        # The log may have been lost.
+        # A kill between the two writes leaves last.pth without the last row of the log.
         runtime.on_rank0(lambda: write_table(results / 'log.csv', progress.log, runs.LOG))
         say(f'{results} holds this run, finished: {describe(progress.log[-1])}')
         return
@@ -345,9 +353,9 @@ def main(argv=None):
         runtime.compiles_or_goes_on()
         net.compile(dynamic=False)
     ddp = runtime.distributed(net, device)
-    batches = training_views(args, data, device)
-    labels = data.train_labels.to(device)
-    in_parts = MicroBatches(ddp, args.micro_batch, args.joint_views, autocast)
+    loader = training_views(args, data, device)
+    labels = data.train_labels.to(device)  # for --oracle
+    micro_batches = MicroBatches(ddp, args.micro_batch, args.joint_views, autocast)
     identity = dict(settings=vars(args), data_digest=data.digest)
     saver = runs.Saver(results, identity, net, optimizer, scaler)
     look_every = 20 if device.type == 'cuda' else 1  # a look waits for the device
@@ -371,14 +379,15 @@ def main(argv=None):
                 objective = dict(temperature=args.temperature, tau_plus=args.tau_plus, beta=beta)
                 began = time.monotonic() - progress.seconds
 
-                for views, index in batches.epoch(epoch, progress.step):
+                # A run that is continued goes on after the steps of the epoch that it has taken.
+                for views, index in loader.epoch(epoch, progress.step):
                     for group in optimizer.param_groups:
                         group['lr'] = learning_rate(args, epoch - 1 + progress.step / steps)
                     optimizer.zero_grad()
                     if args.oracle:
                         objective['labels'] = labels[index]
                     if args.micro_batch:
-                        loss = in_parts.backward(
+                        loss = micro_batches.backward(
                             views, partial(contrastive_loss, **objective), scaler
                         )
                     else:
@@ -386,7 +395,8 @@ def main(argv=None):
                             if args.joint_views:
                                 z = ddp(torch.cat(views))[1].chunk(args.views)
                             else:
-                                z = [ddp(x)[1] for x in views]  # V x (b, D)
+                                z = [ddp(x)[1] for x in views]  # V x (b, D); [0] is f's feature
+                        # not under autocast: the loss is computed in float32
                         loss = contrastive_loss(*z, **objective)
                         scaler.scale(loss).backward()
                     scaler.step(optimizer)
@@ -403,6 +413,7 @@ def main(argv=None):
                         if signals.check(due=saver.due()):
                             saver.save(progress, buffers=runtime.averaged_buffers(net))
 
+                # Each rank has BatchNorm's statistics of its own images.
                 net.load_state_dict(runtime.averaged_buffers(net), strict=False)
                 row = {
                     'epoch': epoch,
@@ -458,32 +469,34 @@ def build_network(args, init=None):
 
 
 def build_optimizer(args, net):
+    parameters, decay = net.parameters(), args.weight_decay
     if args.optimizer == 'adam':
-        return torch.optim.Adam(
-            net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True
-        )
-    # Fused, it leaves the momentum uninitialised if fp16 overflows in the first step.
-    fused = args.precision != 'fp16'
-    return torch.optim.SGD(
-        net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=fused
-    )
+        return torch.optim.Adam(parameters, args.lr, weight_decay=decay, fused=True)
+    if args.optimizer == 'sgd':
+        # torch's fused SGD leaves the momentum uninitialised if fp16 overflows in the first step.
+        fused = args.precision != 'fp16'
+        return torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=decay, fused=fused)
+    raise ValueError(f'no optimizer {args.optimizer}')
 
 
 def training_views(args, data, device):
-    """The batches of random views. Images that fit are moved to the device, and off the host."""
+    """What yields the random views of each epoch, batch by batch.
+
+    Images that fit on a GPU are moved to it, and off the host.
+    """
     labels = None
     if args.positives == 'label':
         labels = data.train_labels
     batches = Batches(len(data.train), args.batch_size, args.views, args.seed, labels)
     recipe = flags.recipe(vars(args))
-    fits = device.type == 'cuda' and runtime.fits(
+    on_device = device.type == 'cuda' and runtime.fits(
         device, data.train, data.test, reserved=step_bytes(args)
     )
-    if fits:
+    if on_device:
         data.test = data.test.to(device)
     if args.augment == 'pil':
         return ReferenceViews(data.train, batches, args.image_size, device, recipe, args.workers)
-    if fits:
+    if on_device:
         data.train = data.train.to(device)
     return DeviceViews(data.train, batches, args.image_size, device, recipe, args.compile)
 
@@ -578,16 +591,16 @@ def monitor(args, data, evaluator):
     return {'test_acc@1': first, 'test_acc@5': five, **row}
 
 
-def learning_rate(args, epochs):
+def learning_rate(args, epochs_done):
     """The rate after so many epochs, a fraction within one.
 
     It rises linearly, then stays or falls as half a cosine.
     """
-    if epochs < args.warmup:
-        return args.lr * epochs / args.warmup
+    if epochs_done < args.warmup:
+        return args.lr * epochs_done / args.warmup
     if args.schedule == 'constant':
         return args.lr
-    done = (epochs - args.warmup) / (args.epochs - args.warmup)
+    done = (epochs_done - args.warmup) / (args.epochs - args.warmup)
     return args.lr * (0.5 + 0.5 * math.cos(math.pi * done))
 
 

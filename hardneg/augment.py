@@ -52,6 +52,7 @@ def uniforms(n, generator):
 
     They are 14 tensors (n,), (n, 4) or (n, 10), on the generator's device.
     """
+    # Another number changes the views of every seed, unless it is made from one of these.
     columns = (10, 10, 1, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1)
     u = torch.rand(sum(columns) * n, generator=generator, device=generator.device)
     numbers = []

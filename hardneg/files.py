@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -42,7 +43,17 @@ def write(path, data):
 
 
 def write_table(path, rows, columns):
-    """Write rows, dicts or sequences, as a CSV file with these columns."""
+    """Write rows, dicts or sequences, as a CSV file with these columns.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: a row has another column.
+    """
+    if columns:
+        for row in rows:
+            unknown = isinstance(row, dict) and row.keys() - set(columns)
+            if unknown:
+                raise ValueError(f'no such column: {", ".join(unknown)}')
     text = pd.DataFrame(rows, columns=columns).to_csv(index=False)
     write(path, text.encode(errors='surrogateescape'))  # names of files may be no valid text
 
@@ -102,14 +113,20 @@ def read_json(path):
     return content
 
 
-def read_table(path, columns):
+def read_table(path, columns, optional=()):
     """The numbers of a CSV file, as a DataFrame with these columns, whose epochs count up.
+
+    A column in optional that the file lacks is empty.
 
     Raises:
         UserError: the file cannot be read, or is another one.
     """
     try:
-        table = pd.read_csv(path, encoding='utf-8-sig')[list(columns)].astype(float)
+        table = pd.read_csv(path, encoding='utf-8-sig')
+        for name in optional:
+            if name not in table:
+                table[name] = math.nan
+        table = table[list(columns)].astype(float)
     except (OSError, ValueError, KeyError, pd.errors.ParserError) as error:
         reason = f'{type(error).__name__}: {error!s:.60}'
         raise UserError(f'{path} is damaged or not of a run ({reason})') from None

@@ -28,7 +28,7 @@ from hardneg.files import (
 )
 from hardneg.runtime import UserError, ranks
 
-# Columns of log.csv and of a probe's .csv
+# Columns of log.csv, of which an earlier one may lack all but the first two, and of a probe's .csv
 LOG = (
     'epoch',
     'train_loss',
@@ -385,7 +385,7 @@ def read_run(directory, defaults=None):
     run = read_config(directory / 'config.json')
     try:
         settings = run['settings'] = {**(defaults or {}), **run['settings']}
-        run['log'] = read_table(directory / 'log.csv', LOG)
+        run['log'] = read_table(directory / 'log.csv', LOG, LOG[2:])
         run['objective'] = objective_name(settings)
         run['data'] = data_name(settings)
         run['identity'] = deciding(settings) | dict(
@@ -476,7 +476,7 @@ def accuracies(checkpoint):
     file = checkpoint.with_name('log.csv')
     found = {}
     if file.exists():
-        for _, row in read_table(file, LOG).iterrows():
+        for _, row in read_table(file, LOG, LOG[2:]).iterrows():
             if not pd.isna(row['test_acc@1']):
                 found[f'model_{row["epoch"]:.0f}.pth'] = row['test_acc@1']
     return found
