@@ -85,11 +85,7 @@ def make_parser():
     probe.add_argument(
         '--weight_decay', type=flags.real(0, 100), default=1e-6, help='L2 penalty (%(default)s)'
     )
-    probe.add_argument(
-        '--precision',
-        choices=('bf16', 'fp16', 'fp32'),
-        help='numbers of the encoder (bf16 on a GPU that has it, else fp32)',
-    )
+    flags.add_precision(probe, 'the encoder')
     probe.add_argument(
         '--seed',
         type=flags.seed,
@@ -121,8 +117,7 @@ def arguments(argv=None):
             f'--batch_size {args.batch_size} leaves a rank less than it needs: 1 image, 2 with '
             '--bn train'
         )
-    if args.precision is None:
-        args.precision = runtime.default_precision()
+    flags.fill(args, dict(precision=runtime.default_precision()))
     return args
 
 
@@ -160,11 +155,13 @@ def main(argv=None):
     text = f'{told(path, first)} (@5 {five:.2f} %)'
     untrained = path.with_name('model_0.pth')
     if untrained.exists() and untrained != path:
-        first = runtime.on_rank0(lambda: probed_before(probe, untrained))
-        if first is None:
-            first, _ = probe_encoder(probe, untrained, load_model(untrained, head=False))
-        before = 'before training' if settings.get('init') else 'untrained'
-        text += f'; {before}: {told(untrained, first)}'
+        accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
+        if accuracy is None:
+            accuracy, _ = probe_encoder(probe, untrained, load_model(untrained, head=False))
+        before = 'untrained'
+        if settings.get('init'):
+            before = 'before training'
+        text += f'; {before}: {told(untrained, accuracy)}'
     say(f'{text}; files in {path.parent}')
 
 
@@ -195,7 +192,7 @@ def labelled_data(args, path):
 
 def stratified(labels, fraction, seed):
     """Sorted indices (m,) of a random part of each class of labels (n,): at least one image."""
-    # The part of a smaller fraction is no part of that of a larger one.
+    # Parts of different fractions are not nested.
     order = torch.randperm(len(labels), generator=seeded(seed, fraction))
     chosen = []
     for label in labels.unique():
@@ -250,70 +247,100 @@ def probe_encoder(probe, path, net):
     Returns the test accuracies @1 and @5 in percent.
     """
     args, data, device = probe.args, probe.data, probe.device
-    out = path.with_name(f'{path.stem}_{probe.name}')
     about = dict(
         settings={**vars(args), 'model_path': str(path)},
         **runs.provenance(device),
         data_digest=data.digest,
         encoder=crc(path),
     )
+    out = path.with_name(f'{path.stem}_{probe.name}')
     torch.manual_seed(args.seed)
     net.to(device, memory_format=torch.channels_last).requires_grad_(False)
     layer = torch.nn.Linear(net.features, len(data.classes), device=device)
-    optimizer = torch.optim.Adam(layer.parameters(), args.lr, weight_decay=args.weight_decay)
-    autocast = runtime.autocast(device, args.precision)
-    evaluator = Evaluator(net, device, autocast)
-    labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
-    batches = Batches(len(labels), args.batch_size, views=1, seed=args.seed, drop_last=False)
-
-    def features(images):
-        return evaluator.features(images, torch.arange(len(images)), args.test_size)
-
-    test_features = features(data.test)
-    if args.cached:
-        train_features = features(data.train)
-    else:
-        images = data.train
-        if runtime.fits(device, images):
-            images = images.to(device)
-        views = DeviceViews(images, batches, args.image_size, device, probe.recipe)
+    evaluator = Evaluator(net, device, runtime.autocast(device, args.precision))
     if args.probe == 'logistic':
-        fit_logistic(layer, train_features, labels)
+        row = train_logistic(probe, evaluator, layer)
+        write_rows(out, [row])
+    else:
+        row = train_linear(probe, evaluator, layer, out)
+    if ranks().rank == 0:
+        replace_files(out, dict(layer.cpu().state_dict(), classes=data.classes), about)
+    return row[-2:]
 
+
+def train_linear(probe, evaluator, layer, out):
+    """Train the layer by Adam, write a row for each epoch, and return the last one."""
+    args, data, net = probe.args, probe.data, evaluator.net
+    optimizer = torch.optim.Adam(layer.parameters(), args.lr, weight_decay=args.weight_decay)
+    pairs = training_pairs(probe, evaluator)
+    test_features = all_features(probe, evaluator, data.test)
+    test_labels = data.test_labels.to(probe.device)
     rows = []
     epochs = range(1, args.epochs + 1)
     for epoch in tqdm(epochs, out.name, disable=runtime.no_bar(), leave=False):
-        if args.probe == 'logistic':
-            train = one_epoch(layer, [(train_features, labels)], len(labels))
-        else:
-            if args.cached:
-                pairs = cached_pairs(train_features, labels, batches.epoch(epoch))
-            else:
-                drift = args.bn == 'train'
-                pairs = features_of_views(net, views.epoch(epoch), labels, autocast, drift)
-            train = one_epoch(layer, pairs, len(labels), optimizer)
+        train = one_epoch(layer, pairs(epoch), len(data.train), optimizer)
         if not math.isfinite(train[0]):
             raise UserError(f'the loss is {train[0]} in epoch {epoch}: --lr {args.lr} is too high')
+        tested = True
+        if args.bn == 'train':
+            # The features of the test images drift, and take as long as an epoch.
+            tested = epoch % 10 == 0 or epoch == args.epochs
+            if tested:
+                net.load_state_dict(runtime.averaged_buffers(net), strict=False)
+                test_features = all_features(probe, evaluator, data.test)
         test = math.nan, math.nan, math.nan
-        # Frozen entirely, the encoder gives the same features every time.
-        if args.bn == 'train' and (epoch % 10 == 0 or epoch == args.epochs):
-            net.load_state_dict(runtime.averaged_buffers(net), strict=False)
-            test_features = features(data.test)
-            test = one_epoch(layer, [(test_features, test_labels)], len(test_labels))
-        if args.bn == 'eval':
+        if tested:
             test = one_epoch(layer, [(test_features, test_labels)], len(test_labels))
         rows.append((epoch, *train, *test))
-        if ranks().rank == 0:
-            write_table(f'{out}.partial.csv', rows, runs.PROBE)
+        write_rows(out, rows)
+    return rows[-1]
+
+
+def train_logistic(probe, evaluator, layer):
+    """Give the layer the weights of a logistic regression, and return the row of its accuracies."""
+    data = probe.data
+    row = [1]
+    features = all_features(probe, evaluator, data.train)
+    labels = data.train_labels.to(probe.device)
+    fit_logistic(layer, features, labels)
+    row += one_epoch(layer, [(features, labels)], len(labels))
+    features = all_features(probe, evaluator, data.test)
+    labels = data.test_labels.to(probe.device)
+    row += one_epoch(layer, [(features, labels)], len(labels))
+    return row
+
+
+def all_features(probe, evaluator, images):
+    """f's features (n, F) of all images at the size for tests."""
+    return evaluator.features(images, torch.arange(len(images)), probe.args.test_size)
+
+
+def training_pairs(probe, evaluator):
+    """A function of the epoch that yields the features (B, F) and labels (B,) of its batches."""
+    args, data, device = probe.args, probe.data, probe.device
+    labels = data.train_labels.to(device)
+    batches = Batches(len(labels), args.batch_size, views=1, seed=args.seed, drop_last=False)
+    if args.cached:
+        features = all_features(probe, evaluator, data.train)
+        return lambda epoch: cached_pairs(features, labels, batches.epoch(epoch))
+    images = data.train
+    if runtime.fits(device, images):
+        images = images.to(device)
+    views = DeviceViews(images, batches, args.image_size, device, probe.recipe)
+    drift = args.bn == 'train'
+    return lambda epoch: features_of_views(
+        evaluator.net, views.epoch(epoch), labels, evaluator.autocast, drift
+    )
+
+
+def write_rows(out, rows):
     if ranks().rank == 0:
-        replace_files(out, dict(layer.cpu().state_dict(), classes=data.classes), about)
-    _, first, five = test
-    return first, five
+        write_table(f'{out}.partial.csv', rows, runs.PROBE)
 
 
 def replace_files(out, weights, about):
     """Put the files of a probe that has ended in the place of an earlier one's."""
-    # Without it, the settings of one probe would lie beside the rows of another for a moment.
+    # Otherwise the settings of one probe would lie beside the rows of another for a moment.
     Path(f'{out}.json').unlink(missing_ok=True)
     write_tensors(f'{out}.pth', weights)
     Path(f'{out}.partial.csv').replace(f'{out}.csv')

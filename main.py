@@ -183,17 +183,13 @@ def make_parser():
         default=0,
         help='seed of weights, shuffles and views (%(default)s)',
     )
-    training.add_argument(
-        '--precision',
-        choices=('bf16', 'fp16', 'fp32'),
-        help='numbers of the network; the loss is float32 (bf16 on a GPU that has it, else fp32)',
-    )
+    flags.add_precision(training, 'the network; the loss is float32')
     training.add_argument(
         '--compile',
         nargs='?',
         const=True,
         type=flags.boolean,
-        help='True or False: compile views and network (True on CUDA)',
+        help='True or False: compile views and, without --sync_bn, the network (True on CUDA)',
     )
 
     results = parser.add_argument_group('monitor and results')
@@ -241,11 +237,17 @@ def defaults():
 
 
 def arguments(argv=None):
-    """The final settings; the Model of --init and the Folder of a folder data set, each or None."""
+    """The final settings; the Model of --init and the Folder of a folder data set, each or None.
+
+    Raises:
+        UsageError: flags do not fit each other, or --init.
+        UserError: the machine or a file does not serve.
+    """
     args = parse(argv)
     runtime.check_machine(args.precision)
     init = starting_weights(args)
-    before, found = {}, None
+    before = {}
+    found = None
     if args.dataset_name == 'folder':
         config = Path(args.results_dir, 'config.json')
         if config.exists():
@@ -264,16 +266,15 @@ def parse(argv=None):
     args = make_parser().parse_args(argv)
     flags.resolve_objective(args)
     flags.fill(args, flags.VIEWS)
-    flags.fill(args, dict(root='data', dataset_name='stl10', fit='crop', holdout=0.0))
-    flags.fill(args, dict(skip_damaged=False))
-    if args.hidden_dim is None:
-        args.hidden_dim = int(512 * args.width)
-    if args.knn_temperature is None:
-        args.knn_temperature = args.temperature
-    if args.precision is None:
-        args.precision = runtime.default_precision()
-    if args.compile is None:
-        args.compile = torch.cuda.is_available()
+    for name in ('root', 'dataset_name', 'fit', 'holdout', 'skip_damaged'):
+        flags.fill(args, {name: flags.DATA[name]})
+    depending = dict(
+        hidden_dim=int(512 * args.width),
+        knn_temperature=args.temperature,
+        precision=runtime.default_precision(),
+        compile=torch.cuda.is_available(),
+    )
+    flags.fill(args, depending)
     check_flags(args)
     return args
 
@@ -351,6 +352,7 @@ def main(argv=None):
     check_memory(args, device)
     if args.compile:
         runtime.compiles_or_goes_on()
+    if args.compile and not args.sync_bn:  # which torch compiles in too many pieces
         net.compile(dynamic=False)
     ddp = runtime.distributed(net, device)
     loader = training_views(args, data, device)
@@ -429,7 +431,10 @@ def main(argv=None):
                 progress.seconds = 0.0
                 progress.log.append(row)
                 saver.epoch_ended(progress, keep=epoch % args.save_every == 0 or last)
-                say(f'epoch {epoch}/{args.epochs}: {describe(row)}')
+                scale = ''
+                if scaler.is_enabled():  # halved at each step that fp16's overflow skips
+                    scale = f', fp16 scale {scaler.get_scale():g}'
+                say(f'epoch {epoch}/{args.epochs}: {describe(row)}{scale}')
     except runtime.Stopped as stopped:
         saver.save(progress, buffers=runtime.averaged_buffers(net))
         saver.wait()
@@ -439,7 +444,7 @@ def main(argv=None):
         )
         raise SystemExit(128 + stopped.signum) from None
     except torch.OutOfMemoryError as error:
-        raise UserError(out_of_memory(args, error)) from None
+        raise SystemExit(f'error: {out_of_memory(args, error)}') from None
     finally:
         bar.close()
         saver.wait()
@@ -469,7 +474,8 @@ def build_network(args, init=None):
 
 
 def build_optimizer(args, net):
-    parameters, decay = net.parameters(), args.weight_decay
+    parameters = net.parameters()
+    decay = args.weight_decay
     if args.optimizer == 'adam':
         return torch.optim.Adam(parameters, args.lr, weight_decay=decay, fused=True)
     if args.optimizer == 'sgd':
@@ -489,14 +495,14 @@ def training_views(args, data, device):
         labels = data.train_labels
     batches = Batches(len(data.train), args.batch_size, args.views, args.seed, labels)
     recipe = flags.recipe(vars(args))
-    on_device = device.type == 'cuda' and runtime.fits(
-        device, data.train, data.test, reserved=step_bytes(args)
-    )
-    if on_device:
+    step = 0
+    if device.type == 'cuda':
+        step = step_bytes(args)
+    if runtime.fits(device, data.test, reserved=step):
         data.test = data.test.to(device)
     if args.augment == 'pil':
         return ReferenceViews(data.train, batches, args.image_size, device, recipe, args.workers)
-    if on_device:
+    if runtime.fits(device, data.train, reserved=step):
         data.train = data.train.to(device)
     return DeviceViews(data.train, batches, args.image_size, device, recipe, args.compile)
 

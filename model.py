@@ -78,9 +78,8 @@ class Model(nn.Module):
             relu = resnet.relu
         else:
             conv = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
-            relu = nn.Sequential(
-                resnet.relu, resnet.maxpool
-            )  # one module: f.3 to f.6 keep their names
+            # one module, so that f.3 to f.6 keep their names
+            relu = nn.Sequential(resnet.relu, resnet.maxpool)
         self.f = nn.Sequential(
             conv,
             nn.BatchNorm2d(channels),
@@ -235,10 +234,8 @@ def renormalize(net, old, new):
     scale, and the running mean of f.1 the shift. In eval mode f's features stay the same, but for
     the borders: an image is padded with zeros, which are the mean and so another colour.
     """
-    mean, std = (
-        torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in old
-    )  # (3,) -> (3, 1, 1)
-    new_mean, new_std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in new)
+    mean, std = torch.tensor(old, dtype=torch.float64).view(2, 3, 1, 1)  # from (2, 3)
+    new_mean, new_std = torch.tensor(new, dtype=torch.float64).view(2, 3, 1, 1)
     weight = net.f[0].weight  # (C, 3, k, k)
     shift = weight * (new_mean - mean) / std
     net.f[1].running_mean -= shift.sum((1, 2, 3))

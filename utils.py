@@ -23,7 +23,7 @@ from hardneg import shapes
 from hardneg.augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kernel_size
 from hardneg.batches import seeded
 from hardneg.decoding import decoded
-from hardneg.folder import find_folder, in_any_form
+from hardneg.folder import TEST, TRAIN, find_folder, in_any_form
 from hardneg.runtime import STOP_SIGNALS, UserError, say
 
 # The data sets
@@ -64,7 +64,18 @@ def load(args, unlabeled=True, found=None):
     )
 
 
-def load_data(name, root='data', *, unlabeled=True, found=None, holdout=0.0, **folder):
+def load_data(
+    name,
+    root='data',
+    *,
+    unlabeled=True,
+    found=None,
+    store_size=0,
+    fit='crop',
+    holdout=0.0,
+    cache_dir=None,
+    skip_damaged=False,
+):
     """Load a data set from root, downloading it where torchvision can.
 
     Args:
@@ -72,7 +83,7 @@ def load_data(name, root='data', *, unlabeled=True, found=None, holdout=0.0, **f
         unlabeled: whether the training images include those without labels (stl10, folder).
         found: what find_folder() returned for root and holdout, if it was called before.
         holdout: part of a folder's images, class by class, that are tested with.
-        folder: store_size, fit, cache_dir and skip_damaged, which folder_data() takes.
+        store_size, fit, cache_dir, skip_damaged: of a folder, as folder_data() takes them.
 
     Raises:
         UserError: data are missing, damaged or unusable. It says which, where, and what to do.
@@ -86,7 +97,14 @@ def load_data(name, root='data', *, unlabeled=True, found=None, holdout=0.0, **f
         return cifar_data(name.upper(), in_any_form(root))
     if found is None:
         found = find_folder(root, unlabeled, holdout)
-    return folder_data(found, unlabeled, **folder)
+    return folder_data(
+        found,
+        unlabeled,
+        store_size=store_size,
+        fit=fit,
+        cache_dir=cache_dir,
+        skip_damaged=skip_damaged,
+    )
 
 
 def shapes_data(train=3000, test=1000):
@@ -132,10 +150,8 @@ def cifar_data(name, root):
     test = _torchvision(name, root, train=False)
     images, labels = [], []
     for split in (train, test):
-        array = np.ascontiguousarray(
-            split.data.transpose(0, 3, 1, 2)
-        )  # (N, H, W, 3) -> (N, 3, H, W)
-        images.append(torch.from_numpy(array))
+        array = split.data.transpose(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
+        images.append(torch.from_numpy(np.ascontiguousarray(array)))
         labels.append(torch.tensor(split.targets))
     digest = digest_of(test.train_list, test.test_list, test.classes)
     return Data(images[0], labels[0], images[1], labels[1], test.classes, digest)
@@ -201,15 +217,16 @@ def folder_data(found, unlabeled, *, store_size=0, fit='crop', cache_dir=None, s
     if not intact.any():
         raise UserError(f'{root}: every image is damaged')
     parts, labels = found.parts[intact], found.labels[intact]
-    for part, kind in ((0, 'training'), (2, 'test')):
+    for part, kind in ((TRAIN, 'training'), (TEST, 'test')):
         there = set(labels[parts == part].tolist())
         for label, name in enumerate(classes):
             if label not in there:
                 raise UserError(f'{root}: every {kind} image of {name} is damaged')
     images = mapped(content.images)
-    last_part = 1 if unlabeled else 0  # of training images
-    n = int((parts <= last_part).sum())
-    first = int((parts < 2).sum())
+    first = int((parts != TEST).sum())  # of the test images, which come last
+    n = first  # training images
+    if not unlabeled:
+        n = int((parts == TRAIN).sum())
     names = [name for (name, *_), good in zip(found.files, intact) if good]
     digest = digest_of(parts, labels, content.digests[intact], classes)
     return Data(
@@ -391,6 +408,7 @@ class ReferenceViews:
                 yield views, index.to(self.device, non_blocking=True)
         except (ConnectionError, EOFError):
             # A batch that a worker has made is fetched from it later, when it may have died.
+            # runtime.run() knows torch's own error for a worker by these words.
             raise RuntimeError(
                 'DataLoader worker was killed before it handed over a batch'
             ) from None

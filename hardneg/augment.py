@@ -179,7 +179,7 @@ def _check(images):
 def resized_crop(x, p, size):
     """Crop, antialiased resize and flips: (n, 3, H, W) -> (n, 3, size, size).
 
-    Of each image it is W_y · x · W_xᵀ.
+    An image x becomes W_y · x · W_xᵀ.
     """
     W_y = resize_weights(p['top'], p['h'], p['vertical_flip'], x.shape[2], size)  # (n, size, H)
     W_x = resize_weights(p['left'], p['w'], p['flip'], x.shape[3], size)  # (n, size, W)

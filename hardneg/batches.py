@@ -7,8 +7,10 @@ import torch
 from hardneg.augment import parameters, transform, uniforms
 from hardneg.runtime import ranks
 
-# Images whose views are made at a time: on a CPU, what fits a core's cache
-AT_ONCE = {'cpu': 48, 'cuda': 256}
+# What is made into views at a time: on a CPU images that fit a core's cache; on a GPU pixels of
+# images, as they take some 60 bytes each
+CPU_IMAGES = 48
+GPU_PIXELS = 2**24
 
 
 def seeded(*key, device='cpu'):
@@ -82,8 +84,8 @@ class DeviceViews:
     indices (b,) of their images, on the device, for this rank's part of the batch.
 
     Args:
-        images: (N, 3, H, W) uint8, on the device or in host memory. From host memory each batch is
-            copied through pinned memory on a stream of its own, while the batch before it trains.
+        images: (N, 3, H, W) uint8, on the device or in host memory. Each batch is then copied from
+            pinned memory on a stream of its own, while the batch before it trains.
         batches: Batches.
         size: side of a view in pixels.
         device: torch.device on which the views are made.
@@ -154,7 +156,10 @@ class DeviceViews:
     def view(self, images, whole, generator):
         """A random view of each image. Every rank draws the numbers of the whole batch."""
         u = [self.batches.part(x) for x in uniforms(whole, generator)]
-        n = AT_ONCE[self.device.type]
+        n = CPU_IMAGES
+        if self.device.type != 'cpu':
+            H, W = images.shape[2:]
+            n = max(1, GPU_PIXELS // (H * W))
         views = []
         for i in range(0, max(1, len(images)), n):
             some = [x[i : i + n] for x in u]

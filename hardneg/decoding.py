@@ -136,7 +136,7 @@ def _digest(content):
 def _current(path, root, keys, fit):
     """What the file holds, or None if it is missing, damaged or of other files.
 
-    Nor is it current if a damaged image can be read by now, as after an error of the network.
+    It is also None if a damaged image can be read by now, as after an error of the network.
     """
     content = _read(path)
     if content is None or not np.array_equal(content.keys, keys):

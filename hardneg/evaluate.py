@@ -98,7 +98,7 @@ def label_free(evaluator, images, view_size, size, recipe, n=1024):
 
     alignment: mean squared distance of the embeddings z of two random views of an image, in [0, 4].
     uniformity: log of the mean of exp(-2 d^2) over the distances d of the z of different images, in
-    [-8, 0]. Of both, less is better (Wang and Isola 2020, arXiv 2005.10242). They take half of the
+    [-8, 0]. Both are better if lower (Wang and Isola 2020, arXiv 2005.10242). They take half of the
     images. rankme: the exponential of the entropy of the singular values of f's features, from 1 to
     the smaller of their dimension and n; more is better (Garrido et al. 2023, arXiv 2210.02885).
     """

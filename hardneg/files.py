@@ -43,13 +43,13 @@ def write(path, data):
 
 
 def write_table(path, rows, columns):
-    """Write rows, dicts or sequences, as a CSV file with these columns.
+    """Write rows, a DataFrame or a list of dicts or sequences, as a CSV file with these columns.
 
     Raises:
         UserError: the file cannot be written.
-        ValueError: a row has another column.
+        ValueError: a dict has another column.
     """
-    if columns:
+    if columns and isinstance(rows, list):
         for row in rows:
             unknown = isinstance(row, dict) and row.keys() - set(columns)
             if unknown:
@@ -64,11 +64,10 @@ def write_json(path, content):
 
 
 def write_tensors(path, content):
-    """torch.save() to path; returns the CRC-32 of the file."""
+    """torch.save() to path."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, buffer.getbuffer())
-    return zlib.crc32(buffer.getbuffer())
 
 
 def crc(path):

@@ -5,8 +5,8 @@ import os
 import sys
 
 from hardneg.decoding import FITS
-from hardneg.folder import own_size, short_side
-from hardneg.runtime import UsageError, ranks, say
+from hardneg.folder import TEST, own_size, short_side
+from hardneg.runtime import UsageError, UserError, ranks, say
 
 DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
 # Values of the data's and the views' flags that are given neither by the user nor by a run
@@ -34,7 +34,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        words = list(sys.argv[1:] if args is None else args)
+        words = sys.argv[1:]
+        if args is not None:
+            words = list(args)
         kept = []
         for i, word in enumerate(words):
             lone = word == '=' and i > 0 and words[i - 1].startswith('--')
@@ -129,7 +131,7 @@ def path(value):
 
 
 def add_data_flags(parser, title):
-    """The group of flags of the data set. Each is None if it is not given."""
+    """Add the flags of the data set. Each is None if it is not given."""
     group = parser.add_argument_group(title)
     group.add_argument(
         '--root',
@@ -178,7 +180,7 @@ def add_data_flags(parser, title):
 
 
 def add_view_flags(parser, title):
-    """The group of flags of the random views. Each is None if it is not given."""
+    """Add the flags of the random views, and return their group. Each is None if not given."""
     group = parser.add_argument_group(title)
     group.add_argument(
         '--blur',
@@ -204,11 +206,29 @@ def add_view_flags(parser, title):
     return group
 
 
+def add_precision(group, what):
+    """The flag --precision of what computes, None if it is not given."""
+    group.add_argument(
+        '--precision',
+        choices=('bf16', 'fp16', 'fp32'),
+        help=f'numbers of {what} (bf16 on a GPU that has it, else fp32)',
+    )
+
+
 def fill(args, defaults, settings=None):
-    """Give the flags named in defaults, where not given, their values in settings or defaults."""
+    """Give the flags named in defaults, where not given, their values in settings or defaults.
+
+    Raises:
+        UserError: a setting is of another kind than its default, as after a slip in editing.
+    """
     for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, (settings or {}).get(name, default))
+        if getattr(args, name) is not None:
+            continue
+        value = (settings or {}).get(name, default)
+        number = isinstance(default, (int, float)) and isinstance(value, (int, float))
+        if default is not None and not number and not isinstance(value, type(default)):
+            raise UserError(f'config.json: {name} is {value!r}, not a value like {default!r}')
+        setattr(args, name, value)
 
 
 def fill_data_flags(args, settings):
@@ -249,7 +269,7 @@ def choose_sizes(args, found, before):
     if side:
         n = len(found.files)
         kept = args.store_size or own_size(found.root, found.files[:1000])  # decoding reads all
-        views = args.views * int((found.parts < 2).sum())
+        views = args.views * int((found.parts != TEST).sum())
         say(
             f'{found.root}: {n:,} images, the median of whose short sides is {side} px, are kept '
             f'at {kept} px, which takes {n * 3 * kept**2 / 1e9:.2f} GB.\n'

@@ -42,8 +42,8 @@ SUFFIXES = {suffix for suffix, name in _by_suffix.items() if name in FORMATS}
 class Folder:
     """A folder data set.
 
-    files are as Listing.images() returns them. Of each file, parts (N,) holds TRAIN, UNLABELED or
-    TEST, and labels (N,) its class, or -1. classes are the names of the classes.
+    files are as Listing.images() returns them. parts (N,) holds TRAIN, UNLABELED or TEST for each
+    file, and labels (N,) its class, or -1. classes are the names of the classes.
     """
 
     root: Path
@@ -128,8 +128,8 @@ def _check_enough(group, images, listing, holdout):
 def held_out(files, holdout):
     """The part of each file of a class, TRAIN or TEST: TEST for the lowest hashes of their names.
 
-    Both have one file at least. Apart from that a name decides for itself: a file keeps its part
-    as others come and go, or as it moves to another machine.
+    Both have one file at least. Otherwise the part depends on the name alone: a file keeps it when
+    others come and go, and on another machine.
     """
     hashes = []
     for name, *_ in files:

@@ -41,7 +41,7 @@ class MicroBatches:
         loss = loss_of(*z)
         scaler.scale(loss).backward()
         gradients = self._parts([x.grad for x in z])
-        with self.autocast:  # a new one: casts kept from the first pass would have no graph
+        with self.autocast:  # entered anew: the casts of the first pass have no graph
             for i, (part, gradient) in enumerate(zip(parts, gradients), start=1):
                 with self._reduced(last=i == len(parts)):
                     self.net(part)[1].backward(gradient)

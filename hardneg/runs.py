@@ -11,7 +11,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 import PIL
 import torch
 import torchvision
@@ -137,19 +136,17 @@ def open_run(results, settings, defaults, data, device):
         **provenance(device),
     )
 
-    trained = []  # model_0.pth alone is of a run that was killed before its first state
-    for path in sorted(results.glob('*')):
-        if re.fullmatch(r'model_[1-9]\d*\.pth|last\.pth|log\.csv', path.name):
-            trained.append(path.name)
+    trained = _trained(results)
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
     differ = ''
     if config_file.exists():
         differ = difference(results, read_config(config_file), config, defaults)
     if trained and missing:
+        if differ:
+            raise UserError(differ)
         raise UserError(
-            differ
-            or f'{results} holds {", ".join(trained)} but no {" and no ".join(missing)}, so the '
-            'run there cannot be continued: choose another --results_dir'
+            f'{results} holds {", ".join(trained)} but no {" and no ".join(missing)}, so the run '
+            'there cannot be continued: choose another --results_dir'
         )
     saved = None
     if state_file.exists():
@@ -168,6 +165,18 @@ def open_run(results, settings, defaults, data, device):
     else:
         write_json(config_file, config)
     return saved
+
+
+def _trained(results):
+    """The names of the files in the directory that a training run has left.
+
+    model_0.pth is none: a run that was killed before its first state leaves it.
+    """
+    names = []
+    for path in sorted(results.glob('*')):
+        if re.fullmatch(r'model_[1-9]\d*\.pth|last\.pth|log\.csv', path.name):
+            names.append(path.name)
+    return names
 
 
 def _read_state(file, trained):
@@ -368,13 +377,17 @@ def read_config(path, kinds=CONFIG):
 
 
 def read_run(directory, defaults=None):
-    """The config.json of a run as a dict, to which are added
-
-    log: a DataFrame; objective and data: as people name them; identity: the settings that decide
-    results. Runs whose identities differ in the seed alone form a row of a table.
+    """The config.json and log.csv of a run.
 
     Args:
+        directory: Path.
         defaults: dict of the values of settings that an earlier config.json may lack.
+
+    Returns the dict in config.json, and in it
+        log: the log as a DataFrame,
+        objective, data: their names as people write them,
+        identity: the settings that decide results. Runs whose identities differ in the seed alone
+            form a row of a table.
 
     Raises:
         UserError: it names what is missing or not of a run.
@@ -448,20 +461,21 @@ def objective_name(settings):
 def read_probe(directory, epochs, name, data_digest=None):
     """Settings and last row of a finished probe of the encoder after so many epochs.
 
-    They are None and None if there is none, or if it is a probe of another encoder of that name or
-    on data of another digest. The probe of an encoder that was deleted counts.
+    Returns (None, None) if there is none, or if it is a probe of another encoder of that name or on
+    data of another digest. The probe of an encoder that was deleted counts.
     """
     checkpoint = directory / f'model_{epochs}.pth'
     table = directory / f'model_{epochs}_{name}.csv'
     about_file = table.with_suffix('.json')
     if not table.exists() or not about_file.exists():
         return None, None
-    about, rows = read_config(about_file, ABOUT), read_table(table, PROBE)
+    about = read_config(about_file, ABOUT)
+    rows = read_table(table, PROBE)
     if checkpoint.exists() and about['encoder'] != crc(checkpoint):
         return None, None
     if data_digest and about['data_digest'] != data_digest:
         return None, None
-    settings = dict(about['settings'], command=about['command'], data_digest=about['data_digest'])
+    settings = dict(about['settings'], command=about['command'])
     if rows['epoch'].max() != settings.get('epochs'):
         return None, None
     return settings, rows.iloc[-1]
@@ -476,9 +490,9 @@ def accuracies(checkpoint):
     file = checkpoint.with_name('log.csv')
     found = {}
     if file.exists():
-        for _, row in read_table(file, LOG, LOG[2:]).iterrows():
-            if not pd.isna(row['test_acc@1']):
-                found[f'model_{row["epoch"]:.0f}.pth'] = row['test_acc@1']
+        measured = read_table(file, LOG, LOG[2:]).dropna(subset='test_acc@1')
+        for epoch, accuracy in zip(measured['epoch'], measured['test_acc@1']):
+            found[f'model_{epoch:.0f}.pth'] = accuracy
     return found
 
 

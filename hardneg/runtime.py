@@ -4,6 +4,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from datetime import timedelta
@@ -263,10 +264,10 @@ class _FirstFailure(logging.Filter):
             self.told = True
             _, error, _ = record.exc_info or (None, record.getMessage(), None)
             reason = ' '.join(str(error).partition('\n\n')[0].split())
-            say(
-                f'Not compiled, which is slower: {reason:.200}. On Debian, apt install '
-                'build-essential python3-dev brings what is often missing'
-            )
+            advice = ''
+            if re.search(r'compiler|gcc|g\+\+|Python\.h', reason):
+                advice = '. On Debian, apt install build-essential python3-dev brings it'
+            say(f'Not compiled, which is slower: {reason:.200}{advice}')
         return False
 
 
@@ -278,10 +279,8 @@ def compiles_or_goes_on():
 
 # Signals
 
-# Ctrl-C, a scheduler, a closed terminal; Windows lacks the last
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)
-]
+# Ctrl-C, a scheduler, a closed terminal
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def stop_signals():
@@ -337,7 +336,7 @@ def run(main):
     try:
         main()
         if dist.is_initialized():
-            # Only here: after an error the other ranks would not join in.
+            # Not after an error, when the other ranks would not join in.
             dist.destroy_process_group()
     except UsageError as error:
         if ranks().rank == 0:
@@ -369,7 +368,6 @@ def run(main):
     finally:
         # Workers ignore the signal by which Python would end them. torch's handler would raise an
         # error for each that is killed.
-        if hasattr(signal, 'SIGCHLD'):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()

@@ -363,19 +363,19 @@ def training_step(args, device):
     autocast = runtime.autocast(device, args.precision)
     objective = dict(temperature=args.temperature, tau_plus=args.tau_plus, beta=args.beta)
     if args.oracle:
-        objective['labels'] = torch.randint(
-            10, (args.batch_size,), device=device
-        )  # any ten classes
+        classes = 10
+        objective['labels'] = torch.randint(classes, (args.batch_size,), device=device)
     loss_of = partial(contrastive_loss, **objective)
     if args.compile:
         runtime.compiles_or_goes_on()
+    if args.compile and not args.sync_bn:
         net.compile(dynamic=False)
-    in_parts = MicroBatches(net, args.micro_batch, args.joint_views, autocast)
+    micro_batches = MicroBatches(net, args.micro_batch, args.joint_views, autocast)
 
     def step(views):
         optimizer.zero_grad()
         if args.micro_batch:
-            loss = in_parts.backward(views, loss_of, scaler)
+            loss = micro_batches.backward(views, loss_of, scaler)
         else:
             with autocast:
                 if args.joint_views:
@@ -444,8 +444,8 @@ def step_row(what, settings, device, reference, ours):
         ours_ms=ours,
         views_s=1e3 * n / ours,
     )
-    network = settings.arch, settings.width, settings.stem
-    counted = network == ('resnet50', 1, 'cifar') and settings.image_size == 32
+    published = settings.arch, settings.width, settings.stem, settings.image_size
+    counted = published == ('resnet50', 1, 'cifar', 32)
     if counted and device.type == 'cuda' and settings.precision == 'bf16':
         row['roof'] = least_ms(n, device) / ours
     return row

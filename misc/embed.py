@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hardneg import flags, runs, runtime
 from hardneg.decoding import FITS, decode_or_why
 from hardneg.evaluate import Evaluator
-from hardneg.files import crc, lock, read_json, write, write_json, write_table
+from hardneg.files import crc, lock, write, write_json, write_table
 from hardneg.folder import Listing, in_any_form, own_size
 from hardneg.runtime import UserError, ranks, say
 from model import load_model, unit
@@ -61,11 +61,7 @@ def arguments(argv=None):
         type=flags.real(0, 1),
         help='list the pairs of images with at least this cosine (no list)',
     )
-    parser.add_argument(
-        '--precision',
-        choices=('bf16', 'fp16', 'fp32'),
-        help='numbers of the encoder (bf16 on a GPU that has it, else fp32)',
-    )
+    flags.add_precision(parser, 'the encoder')
     sizes = parser.add_argument_group(
         'sizes (default: as in the config.json beside the checkpoint)'
     )
@@ -84,8 +80,7 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if Path(args.out).suffix not in ('.npz', '.csv'):
         parser.error(f'--out {args.out}: its name must end in .npz or .csv')
-    if args.precision is None:
-        args.precision = runtime.default_precision()
+    flags.fill(args, dict(precision=runtime.default_precision()))
     return args
 
 
@@ -96,12 +91,12 @@ def main(argv=None):
     net = load_model(path, head=False)
     settings = {}
     if path.with_name('config.json').exists():
-        settings = read_json(path.with_name('config.json')).get('settings', {})
+        settings = runs.read_config(path.with_name('config.json'))['settings']
     sizes = {name: flags.DATA[name] for name in ('store_size', 'fit', 'test_size')}
     flags.fill(args, sizes, settings)
     root = in_any_form(Path(args.root)).absolute()
     files = image_files(root)
-    names = [name for name, *_ in files]
+    found = [name for name, *_ in files]
     size = args.store_size or own_size(root, files)
     device = runtime.start()
     # It also tells, before hours of work, that the directory cannot be written.
@@ -112,16 +107,16 @@ def main(argv=None):
     def decode(name):
         return decode_or_why(root / name, size, args.fit)
 
-    features = embed(names, decode, evaluator, args.test_size)
+    features = embed(found, decode, evaluator, args.test_size)
     if ranks().rank != 0:
         return
     damaged = ~features.any(1)
     if damaged.any():
-        first = names[damaged.argmax()]
+        first = found[damaged.argmax()]
         why = f'such as {root / first}: {decode(first)}'
         say(f'{damaged.sum()} images damaged and left out, {why}')
         features = features[~damaged]
-    names = np.array(names)[~damaged]
+    names = np.array(found)[~damaged]
     about = dict(
         settings=vars(args),
         root=str(root),
@@ -156,17 +151,21 @@ def image_files(root):
 
 @torch.no_grad()
 def embed(names, decode, evaluator, test_size):
-    """Features (n, F) of n images, on rank 0: rows of unit length, 0 if an image is damaged.
+    """Features (n, F) of n images: rows of unit length, 0 if an image is damaged.
 
     Args:
         names: n names.
         decode: function of a name that returns what decoding.decode_or_why() does.
         evaluator: evaluate.Evaluator.
         test_size: side in pixels at which the encoder sees the images; 0: the decoded one.
+
+    Returns None on other ranks than 0.
     """
     rank, world, _, _ = ranks()
     together = world * BLOCK  # images that all ranks encode at a time
-    features = []
+    features = None
+    if rank == 0:
+        features = np.empty((len(names), evaluator.net.features), np.float32)
     with ThreadPoolExecutor(runtime.cores()) as pool:
 
         def read(start):
@@ -181,14 +180,13 @@ def embed(names, decode, evaluator, test_size):
             own = torch.zeros(len(results), evaluator.net.features, device=evaluator.device)
             intact = [i for i, result in enumerate(results) if not isinstance(result, str)]
             if intact:
-                pixels = np.stack([results[i][0] for i in intact])  # (b, 3, size, size)
+                pixels = np.stack([results[i].pixels for i in intact])  # (b, 3, size, size)
                 images = torch.from_numpy(pixels).to(evaluator.device)
                 own[intact] = unit(evaluator.encode(images, test_size))
             whole = runtime.gather(own)
             if rank == 0:
-                features.append(whole.cpu())
-    if rank == 0:
-        return torch.cat(features).numpy()
+                features[start : start + len(whole)] = whole.cpu().numpy()
+    return features
 
 
 def save(out, names, features, about):
@@ -209,8 +207,12 @@ def save(out, names, features, about):
 def save_duplicates(out, names, features, least):
     first, second, cosine = duplicates(torch.from_numpy(features), least)
     file = out.with_name(f'{out.stem}_duplicates.csv')
-    pairs = zip(names[first.numpy()], names[second.numpy()], cosine.numpy().round(4))
-    write_table(file, pairs, ['first', 'second', 'cosine'])
+    pairs = dict(
+        first=names[first.numpy()],
+        second=names[second.numpy()],
+        cosine=cosine.numpy().round(4),
+    )
+    write_table(file, pd.DataFrame(pairs), list(pairs))
     say(f'{len(cosine)} pairs with a cosine of {least} or more in {file}')
 
 

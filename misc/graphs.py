@@ -408,7 +408,7 @@ def check(raw, name, parts):
     """Raise UserError if the files do not fit together, or cannot be cross-validated."""
     A, owner, y = parts['A'], parts['graph_indicator'], parts['graph_labels']
     n = len(owner)
-    # Nothing of a line is looked at before the lines are known to fit.
+    # Each check relies on those before it.
     fits = A.shape[1] == 2 and A.min() > 0 and A.max() <= n
     fits = fits and owner.unique_consecutive().equal(torch.arange(1, len(y) + 1))
     fits = fits and owner[A - 1].diff(dim=1).eq(0).all()  # (edges, 2, 1)
@@ -493,7 +493,10 @@ def table(rows):
         gains = []
         for base in (data, objective, '0', tau_plus), (data, 'untrained', '', ''):
             gain = accuracies - wide.get(base, accuracies)
-            gains.append(f'{gain.mean():+.1f} ± {gain.std():.1f}' if gain.any() else '')
+            text = ''
+            if gain.any():
+                text = f'{gain.mean():+.1f} ± {gain.std():.1f}'
+            gains.append(text)
         spread = f'{accuracies.mean():.1f} ± {accuracies.std():.1f}'
         lines.append((data, objective, beta, tau_plus, accuracies.count(), spread, *gains))
     return markdown(lines)

@@ -90,7 +90,10 @@ def colours(titles):
     """A colour for each title. An objective that occurs once has its own in all pictures."""
     chosen = []
     for title in titles:
-        chosen.append(OWN.get(title) if titles.count(title) == 1 else None)
+        own = None
+        if titles.count(title) == 1:
+            own = OWN.get(title)
+        chosen.append(own)
     spare = [colour for colour in COLOURS if colour not in chosen]
     if chosen.count(None) > len(spare):
         raise UserError(
@@ -249,7 +252,7 @@ def decode_query(path, data, run):
     found = decode_or_why(path, data.train.shape[2], run['settings']['fit'])
     if isinstance(found, str):
         raise UserError(f'--query {path}: {found}')
-    return found[0]
+    return found.pixels
 
 
 def neighbour_grid(rows, columns, encoders):

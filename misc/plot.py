@@ -231,7 +231,10 @@ def graphs(args):
         texts = ['untrained'] + [f'{beta:g}' for beta in betas]
         axes.set_xticks(range(-1, len(betas)), texts)
         axes.set_xlabel('β')
-        axes.set_title(data if sets.count(data) == 1 else f'{data} {digest}')
+        name = data
+        if sets.count(data) > 1:
+            name = f'{data} {digest}'
+        axes.set_title(name)
         axes.xaxis.grid(False)
     panels[0, 0].set_ylabel('accuracy of an RBF SVM (%)')
     figure.legend(handles.values(), handles, loc='outside lower center', ncols=3)

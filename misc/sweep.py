@@ -45,10 +45,8 @@ COMMANDS = ['command'] + [f'{probe}_command' for probe in runs.PROBES]
 # The seeds of a row may differ in these, and the row then tells all
 TOLD = [f'{probe}_how' for probe in runs.PROBES] + ['device', 'versions']
 # What is told below table.md if all rows share it
-SHARED = (
-    *('data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'epochs', 'precision'),
-    *TOLD,
-)
+SHARED = ['data', 'images', 'arch', 'image_size', 'batch_size', 'temperature', 'epochs']
+SHARED += ['precision', *TOLD]
 
 
 def make_parser():
@@ -93,7 +91,7 @@ def make_parser():
     parser.add_argument(
         '--against',
         type=flags.positive(100),
-        help="temperature of the standard runs over which gains are told (each run's own)",
+        help="temperature of the standard runs that gains compare with (each run's own)",
     )
     parser.add_argument(
         '--table_only',
@@ -290,7 +288,7 @@ def how(settings):
     values = runs.deciding(defaults | settings)
     texts = []
     for name in sorted(values):
-        if name not in ('model_path', 'data_digest'):
+        if name != 'model_path':
             texts.append(f'{name} {values[name]}')
     return ', '.join(texts)
 
@@ -298,9 +296,9 @@ def how(settings):
 def make_table(results, against=None):
     """A DataFrame with a row for every group of finished runs that differ in the seed alone.
 
-    Of each accuracy (percent) it has the mean over seeds, the standard deviation, and both of its
-    gain: the difference, seed by seed, to the standard objective's with the same other settings, or
-    with those at the temperature `against`.
+    It has the mean over seeds and the standard deviation of each accuracy (percent) and of its
+    gain. The gain is the difference, seed by seed, to the standard objective with the same other
+    settings or, given `against`, at that temperature.
 
     Raises:
         UserError: no finished run is there, or two of the same settings and seed.

@@ -162,9 +162,8 @@ def test_each_change_of_colour_is_pils(case, operation):
 
 def test_hue_saturation_and_value_are_pils():
     grid = torch.arange(0, 256, 5)
-    rgb = (
-        torch.cartesian_prod(grid, grid, grid).view(-1, 52, 3).byte()
-    )  # (52^3, 3) -> (52^2, 52, 3)
+    rgb = torch.cartesian_prod(grid, grid, grid).byte()
+    rgb = rgb.view(-1, 52, 3)  # (52^3, 3) -> (52^2, 52, 3)
     theirs = np.array(Image.fromarray(rgb.numpy()).convert('HSV'))
     theirs = torch.from_numpy(theirs).float().permute(2, 0, 1)  # -> (3, 52^2, 52)
     hue, chroma, value = augment.rgb_to_hsv(rgb.float().permute(2, 0, 1)[None])
@@ -550,7 +549,7 @@ def test_views_made_a_few_at_a_time_are_the_same(rank, world, monkeypatch):
     views = DeviceViews(images, on_rank(rank, world, 130, 130), 16)
 
     def made(at_once):
-        monkeypatch.setitem(batches.AT_ONCE, 'cpu', at_once)
+        monkeypatch.setattr(batches, 'CPU_IMAGES', at_once)
         return list(views.epoch(1))
 
     whole = made(1000)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import embed
 import model
+from hardneg import runs
 from hardneg.augment import normalize
 from hardneg.files import crc, write_json, write_tensors
 from hardneg.runtime import UserError
@@ -60,8 +61,9 @@ def test_features_are_those_of_load_model_under_their_names(
 
 
 def test_sizes_are_the_runs_unless_a_flag_says_otherwise(encoder, tree, tmp_path):
-    settings = dict(store_size=24, fit='pad', test_size=12)
-    write_json(encoder.with_name('config.json'), dict(settings=settings))
+    config = {name: kind() for name, kind in runs.CONFIG.items()}
+    config['settings'] = dict(store_size=24, fit='pad', test_size=12)
+    write_json(encoder.with_name('config.json'), config)
     found = []
     for flags in [], ['--fit', 'squeeze', '--test_size', '0']:
         run(encoder, tree, tmp_path / 'features.npz', *flags)

@@ -7,6 +7,7 @@ import shutil
 from argparse import Namespace
 from contextlib import nullcontext
 
+import pandas as pd
 import pytest
 import torch
 from conftest import assert_same_outcome, outcome, stop_after
@@ -91,7 +92,7 @@ def test_a_directory_in_which_no_step_was_taken_may_be_used_with_other_settings(
 
     with monkeypatch.context() as patch:
         patch.setattr(main, 'contrastive_loss', full)
-        with pytest.raises(UserError, match='memory is full'):
+        with pytest.raises(SystemExit, match='memory is full'):
             main.main(flags)
     main.main([*flags, '--micro_batch', '4'])
     assert read_json(tmp_path / 'config.json')['settings']['micro_batch'] == 4
@@ -277,3 +278,18 @@ def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkey
     assert done == steps.get(full, ['fsync', 'replace'])
     assert path.read_bytes() == (b'old' if full else new)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_column_that_an_earlier_log_lacks_is_empty(begun, tmp_path):
+    results = copy_of(begun, tmp_path / 'results')
+    log = pd.read_csv(results / 'log.csv')
+    log.drop(columns=['rankme', 'seconds']).to_csv(results / 'log.csv', index=False)
+    found = runs.read_run(results)['log']
+    assert list(found) == list(runs.LOG)
+    assert found[['rankme', 'seconds']].isna().all(axis=None)
+    assert found['train_loss'].equals(log['train_loss'])
+
+
+def test_a_row_with_a_column_that_the_table_has_not_is_a_mistake(tmp_path):
+    with pytest.raises(ValueError, match='no such column: grad_norm'):
+        files.write_table(tmp_path / 'log.csv', [{'epoch': 1, 'grad_norm': 2.0}], runs.LOG)
