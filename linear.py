@@ -117,7 +117,7 @@ def arguments(argv=None):
             f'--batch_size {args.batch_size} leaves a rank less than it needs: 1 image, 2 with '
             '--bn train'
         )
-    flags.fill(args, dict(precision=runtime.default_precision()))
+    flags.fill_precision(args)
     return args
 
 
@@ -141,8 +141,9 @@ def main(argv=None):
     data, settings, own = labelled_data(args, path)
     device = runtime.start()
     name = probe_name(args, data, own, kind(args))
-    # Probes of one kind share that of model_0.pth.
-    runtime.on_rank0(lambda: lock(path.parent, f'.{name}.lock', wait=True))
+    # Probes of one kind share that of model_0.pth. Other ranks would give up waiting.
+    alone = ranks().world == 1
+    runtime.on_rank0(lambda: lock(path.parent, f'.{name}.lock', wait=alone))
     probe = Probe(args, data, flags.recipe(settings), name, device)
 
     def told(checkpoint, accuracy):

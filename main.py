@@ -244,21 +244,24 @@ def arguments(argv=None):
         UserError: the machine or a file does not serve.
     """
     args = parse(argv)
+    # A run that is continued keeps what another machine would choose otherwise.
+    before = {}
+    config = Path(args.results_dir, 'config.json')
+    if config.exists():
+        before = runs.read_config(config)['settings']
+    flags.fill_precision(args, before)
+    flags.fill(args, dict(compile=torch.cuda.is_available()), before)
     runtime.check_machine(args.precision)
     init = starting_weights(args)
-    before = {}
     found = None
     if args.dataset_name == 'folder':
-        config = Path(args.results_dir, 'config.json')
-        if config.exists():
-            before = runs.read_config(config)['settings']
         found = find_folder(args.root, needs_no_labels(args), args.holdout)
     flags.choose_sizes(args, found, before)
     return args, init, found
 
 
 def parse(argv=None):
-    """The settings, but for sizes and stem, which may depend on the images.
+    """The settings, but for those that depend on the machine, the images or an earlier run.
 
     Raises:
         UsageError: flags do not fit each other.
@@ -271,8 +274,6 @@ def parse(argv=None):
     depending = dict(
         hidden_dim=int(512 * args.width),
         knn_temperature=args.temperature,
-        precision=runtime.default_precision(),
-        compile=torch.cuda.is_available(),
     )
     flags.fill(args, depending)
     check_flags(args)
@@ -352,6 +353,7 @@ def main(argv=None):
     check_memory(args, device)
     if args.compile:
         runtime.compiles_or_goes_on()
+        say('Compiling views and network takes one to three minutes, before the first step')
     if args.compile and not args.sync_bn:  # which torch compiles in too many pieces
         net.compile(dynamic=False)
     ddp = runtime.distributed(net, device)
@@ -509,7 +511,9 @@ def training_views(args, data, device):
 
 def step_bytes(args):
     """What a step keeps for its backward pass, in bytes."""
-    dtype = torch.float32 if args.precision == 'fp32' else torch.float16
+    dtype = torch.float32
+    if args.precision in ('bf16', 'fp16'):
+        dtype = torch.float16
     images = args.batch_size // ranks().world
     together = args.views
     if args.micro_batch:
@@ -589,12 +593,24 @@ def monitor(args, data, evaluator):
     if not data.classes:
         return row
     labelled = (data.train_labels >= 0).nonzero()[:, 0]  # (n, 1) -> (n,)
+    try:
+        first, five = accuracies(args, data, evaluator, labelled)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition('. ')[0]
+        raise SystemExit(
+            f"error: the GPU's memory is full as kNN compares {len(labelled):,} images ({reason}): "
+            'free some, or train without the monitor by --knn_every 0'
+        ) from None
+    return {'test_acc@1': first, 'test_acc@5': five, **row}
+
+
+def accuracies(args, data, evaluator, labelled):
+    """kNN accuracies @1 and @5, in percent, by the training images at the indices labelled (n,)."""
     memory = evaluator.features(data.train, labelled, args.test_size)
     queries = evaluator.features(data.test, torch.arange(len(data.test)), args.test_size)
     memory_labels = data.train_labels[labelled].to(memory.device)
     labels = data.test_labels.to(memory.device)
-    first, five = knn(memory, queries, memory_labels, labels, args.k, args.knn_temperature)
-    return {'test_acc@1': first, 'test_acc@5': five, **row}
+    return knn(memory, queries, memory_labels, labels, args.k, args.knn_temperature)
 
 
 def learning_rate(args, epochs_done):

@@ -266,7 +266,8 @@ def rgb_to_hsv(x):
     hue = difference / (6 * chroma).clamp_(min=1)
     hue += third + 4e-6  # a thousandth of a level
     level = hue.remainder_(1).mul_(255).floor_()
-    saturation = (255 * chroma / value.clamp(min=1)).floor_()
+    # Of whole numbers; the half keeps a quotient that is whole whole, however a GPU rounds it.
+    saturation = ((255 * chroma + 0.5) / value.clamp(min=1)).floor_()
     return level, saturation.mul_(value).div_(255), value
 
 

@@ -13,7 +13,12 @@ from hardneg.batches import seeded
 from hardneg.runtime import no_bar, ranks, sum_ranks
 
 BLOCK = 256  # images that one rank encodes before the next block
-PIXELS = 2**19  # that go through the network at once: 512 images of 32 px, 56 of 96 px
+# Pixels that go through the network at once on a CPU: 512 images of 32 px, 56 of 96 px
+PIXELS = 2**19
+# On a GPU, where few start too many kernels: at most, and the bytes of memory that one takes with
+# the published stem in float32
+GPU_PIXELS = 2**23
+PIXEL_BYTES = 3000
 
 
 @dataclass
@@ -63,12 +68,19 @@ class Evaluator:
 
     def encode(self, images, size):
         """f's features (b, F) of images (b, 3, H, W) uint8 on the device, few at a time."""
-        some = max(1, PIXELS // (size or images.shape[2]) ** 2)
+        some = max(1, self._pixels() // (size or images.shape[2]) ** 2)
         features = []
         with self.autocast:
             for part in images.split(some):
                 features.append(self.net.f(resized(part, size)).flatten(1))  # -> (b, F)
         return torch.cat(features)
+
+    def _pixels(self):
+        """How many pixels go through the network at once."""
+        if self.device.type == 'cpu':
+            return PIXELS
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(PIXELS, min(GPU_PIXELS, int(free / 2) // PIXEL_BYTES))
 
     def _blocks(self, images, index):
         """Yield this rank's blocks: the place i of each in index, and its images on the device."""
@@ -135,10 +147,11 @@ def knn(memory, queries, memory_labels, labels, k, temperature):
     """Accuracies @1 and @5, in percent, of the vote of the k nearest rows of memory.
 
     A vote weighs exp(cosine / temperature). memory (n, F) and queries (m, F) are features of any
-    length; memory_labels (n,) and labels (m,) are integers.
+    length, which become rows of unit length in place: a second copy may not fit. memory_labels (n,)
+    and labels (m,) are integers.
     """
-    memory = F.normalize(memory, dim=1)
-    queries = F.normalize(queries, dim=1)
+    F.normalize(memory, dim=1, out=memory)
+    F.normalize(queries, dim=1, out=queries)
     classes = int(memory_labels.max()) + 1
     counts = torch.zeros(2, dtype=torch.int64, device=memory.device)
     for query, label in zip(queries.split(512), labels.split(512)):

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 
+from hardneg import runtime
 from hardneg.decoding import FITS
 from hardneg.folder import TEST, own_size, short_side
 from hardneg.runtime import UsageError, UserError, ranks, say
@@ -210,9 +211,17 @@ def add_precision(group, what):
     """The flag --precision of what computes, None if it is not given."""
     group.add_argument(
         '--precision',
-        choices=('bf16', 'fp16', 'fp32'),
-        help=f'numbers of {what} (bf16 on a GPU that has it, else fp32)',
+        choices=('bf16', 'fp16', 'tf32', 'fp32'),
+        help=f'numbers of {what}; tf32: rounded in convolutions on a GPU (bf16 on GPUs that have '
+        'it and CPUs that are faster with it, else fp32)',
     )
+
+
+def fill_precision(args, settings=None):
+    """Give --precision, where not given, its value in settings or this machine's, and say so."""
+    if args.precision is None:
+        fill(args, dict(precision=runtime.default_precision()), settings)
+        say(f'--precision {args.precision}')
 
 
 def fill(args, defaults, settings=None):

@@ -67,7 +67,10 @@ class MicroBatches:
         with self.autocast:
             for part in parts:
                 z.extend(self.net(part)[1].split(self.size))
-        torch._foreach_copy_(buffers, before)
+        for kind in {x.dtype for x in buffers}:  # tensors of one kind are copied by one kernel
+            torch._foreach_copy_(
+                [x for x in buffers if x.dtype == kind], [x for x in before if x.dtype == kind]
+            )
         return [torch.cat(z[v::V]).requires_grad_() for v in range(V)]  # b/m x (m, D) -> (b, D)
 
     def _reduced(self, last):

@@ -96,6 +96,9 @@ def _variable(name):
 def start():
     """Join the launcher's process group, if there is one, and return this rank's device."""
     rank, world, local_rank, _ = ranks()
+    if 'OMP_NUM_THREADS' not in os.environ:
+        # torch counts the machine's cores, of which a container may have few.
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
     device = torch.device('cpu')
     backend = 'gloo'
     device_id = None
@@ -190,25 +193,92 @@ def cores():
 
 
 def default_precision():
-    """'bf16' on a GPU that has it natively, else 'fp32'."""
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+    """'bf16' where this machine computes faster in it, else 'fp32'."""
+    if torch.cuda.is_available():
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        faster = _cpu_is_faster_in_bf16()
+    if faster:
         return 'bf16'
     return 'fp32'
 
 
+def _cpu_is_faster_in_bf16():
+    """Whether the CPU has AMX, or is AMD's with AVX512-BF16. Others were slower or not measured.
+
+    A ResNet-18 trains 2.5 times as fast in bf16 on a Xeon with AMX, 1.7 times on an EPYC of 2024.
+    On the Xeon with AVX512-BF16 alone, bf16 was slower than fp32.
+    """
+    if hasattr(torch.cpu, 'get_capabilities'):
+        found = torch.cpu.get_capabilities()
+        amd = 'AMD' in found.get('cpu_name', '')
+        return bool(found.get('amx_bf16') or (amd and found.get('avx512_bf16')))
+    # Earlier versions of torch tell of AMX alone.
+    has_amx = getattr(torch.cpu, '_is_amx_tile_supported', bool)
+    return has_amx()
+
+
 def autocast(device, precision):
-    """torch.autocast for a --precision: 'bf16', 'fp16' or 'fp32', which casts nothing."""
-    dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != 'fp32')
+    """torch.autocast for a --precision. It casts nothing for 'fp32' and 'tf32'.
+
+    It also sets whether convolutions on a GPU round to TF32, which torch does by default. Products
+    of matrices never do: the loss is exact in float32.
+    """
+    torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+    torch.backends.cuda.matmul.allow_tf32 = False
+    dtype = torch.bfloat16
+    if precision == 'fp16':
+        dtype = torch.float16
+    return torch.autocast(device.type, dtype, enabled=precision in ('bf16', 'fp16'))
+
+
+def has_kernels(capability, architectures):
+    """Whether a build of torch has kernels for a GPU.
+
+    Args:
+        capability: (major, minor) of the GPU, as torch.cuda.get_device_capability() gives it.
+        architectures: what the build has, as torch.cuda.get_arch_list() gives it: 'sm_80' is a
+            kernel for GPUs of major version 8, 'compute_90' is code that newer GPUs translate.
+    """
+    major, minor = capability
+    for name in architectures:
+        kind, number = re.fullmatch(r'(\w+)_(\d+)[a-z]?', name).groups()
+        built_major, built_minor = int(number[:-1]), int(number[-1])
+        if kind == 'sm' and built_major == major and built_minor <= minor:
+            return True
+        if kind == 'compute' and (built_major, built_minor) <= (major, minor):
+            return True
+    return False
+
+
+def _check_kernels():
+    """UserError if this build of torch has no kernels for the GPU."""
+    if torch.version.hip or not torch.cuda.get_arch_list():
+        return
+    capability = torch.cuda.get_device_capability()
+    if has_kernels(capability, torch.cuda.get_arch_list()):
+        return
+    advice = 'a newer build of torch'
+    if capability < (7, 5):
+        advice = 'the build of torch for CUDA 12.6'
+    major, minor = capability
+    raise UserError(
+        f'{torch.cuda.get_device_name()} (capability {major}.{minor}) has no kernels in this torch '
+        f'{torch.__version__}: install {advice}, or use the CPU by CUDA_VISIBLE_DEVICES='
+    )
 
 
 def check_machine(precision):
     """Tell of a GPU that cannot be used, and of a precision that does not suit it.
 
     Raises:
-        UserError: there are more ranks than GPUs.
+        UserError: there are more ranks than GPUs, or torch has no kernels for the GPU.
+        UsageError: the GPU has not this precision.
     """
+    if precision == 'tf32':
+        _check_tf32()
     if torch.cuda.is_available():
+        _check_kernels()
         gpus = torch.cuda.device_count()
         one_for_each = gpus == 1 and not dist.is_torchelastic_launched()  # as Slurm may show them
         if gpus < ranks().local_world and not one_for_each:
@@ -233,6 +303,11 @@ def check_machine(precision):
             'than this torch needs, torch was built for CPUs, or the container was started '
             'without GPUs. The run goes on on the CPU'
         )
+
+
+def _check_tf32():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        raise UsageError('--precision tf32 needs a GPU of capability 8.0 or more: choose fp32')
 
 
 def fits(device, *tensors, reserved=0):

@@ -80,7 +80,7 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if Path(args.out).suffix not in ('.npz', '.csv'):
         parser.error(f'--out {args.out}: its name must end in .npz or .csv')
-    flags.fill(args, dict(precision=runtime.default_precision()))
+    flags.fill_precision(args)
     return args
 
 

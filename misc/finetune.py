@@ -108,8 +108,7 @@ def arguments(argv=None):
         parser.error('it runs as one process: start it by python')
     if args.encoder_lr is None:
         args.encoder_lr = args.lr if args.like else 1e-4
-    if args.precision is None:
-        args.precision = runtime.default_precision()
+    flags.fill_precision(args)
     return args
 
 

@@ -111,6 +111,9 @@ def main(argv=None):
     if not args.table_only:
         check_own(rest)
         probe = probe_flags(args.probe)
+        precision = precision_of(results)
+        rest = with_precision(rest, precision)
+        probe = with_precision(probe, precision)
         planned = plan(args, rest)
         check_flags(planned[: len(planned) // args.seeds], probe)  # those of one seed
         train_all(planned, probe, args.jobs)
@@ -141,6 +144,20 @@ def probe_flags(text):
         if flag in OWN_OF_PROBE:
             raise UsageError(f'--probe: the sweep sets {flag} itself')
     return words
+
+
+def precision_of(results):
+    """The precision of the sweep's first run, else this machine's: other machines may differ."""
+    for config in sorted(results.glob('*/config.json')):
+        return runs.read_config(config)['settings']['precision']
+    return runtime.default_precision()
+
+
+def with_precision(words, precision):
+    """The flags, with a --precision if they have none."""
+    if any(word.partition('=')[0] == '--precision' for word in words):
+        return words
+    return [*words, '--precision', precision]
 
 
 def plan(args, rest):

@@ -555,3 +555,16 @@ def test_views_made_a_few_at_a_time_are_the_same(rank, world, monkeypatch):
     whole = made(1000)
     assert_equal_batches(made(48), whole)
     assert_equal_batches(made(7), whole)
+
+
+def test_saturation_does_not_depend_on_the_last_bit_of_a_division(monkeypatch):
+    """As a GPU's compiler may divide: of grey levels whose quotient is whole."""
+    levels = torch.arange(256.0)
+    value, smallest = torch.meshgrid(levels, levels, indexing='ij')
+    smallest = smallest.minimum(value)
+    x = torch.stack([value, smallest, smallest])[None]  # (1, 3, 256, 256)
+    expected = augment.rgb_to_hsv(x)
+    divide = torch.Tensor.__truediv__
+    monkeypatch.setattr(torch.Tensor, '__truediv__', lambda a, b: divide(a, b) * (1 - 1e-7))
+    found = augment.rgb_to_hsv(x)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-3)

@@ -37,6 +37,7 @@ def waits_of(monkeypatch):
         monkeypatch.setattr(torch.cuda, 'stream', pretend.stream)
         monkeypatch.setattr(torch.cuda, 'current_stream', lambda device=None: pretend.current)
         monkeypatch.setattr(torch.Tensor, 'record_stream', record_stream)
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (1e9, 1e9))
         monkeypatch.setattr(runs, 'device_name', str)
         monkeypatch.setattr(runtime, 'start', lambda: CUDA)
         monkeypatch.setattr(runtime, 'fits', lambda *_, reserved=0: fits)

@@ -26,7 +26,19 @@ def encoder(tmp_path):
 
 
 def run(encoder, root, out, *flags):
-    embed.main(['--model_path', str(encoder), '--root', str(root), '--out', str(out), *flags])
+    embed.main(
+        [
+            '--model_path',
+            str(encoder),
+            '--root',
+            str(root),
+            '--out',
+            str(out),
+            '--precision',
+            'fp32',
+            *flags,
+        ]
+    )
 
 
 @torch.no_grad()

@@ -45,6 +45,17 @@ def test_knn_is_the_weighted_vote(temperature):
     assert found == pytest.approx(list(100 * hits / 30))
 
 
+def test_knn_holds_no_second_copy_of_its_memory():
+    """Its rows become of unit length in place."""
+    memory = torch.randn(20, 8)
+    queries = torch.randn(5, 8)
+    expected = F.normalize(memory, dim=1)
+    place = memory.data_ptr()
+    evaluate.knn(memory, queries, torch.arange(20) % 3, torch.arange(5) % 3, 5, 0.5)
+    assert memory.data_ptr() == place
+    torch.testing.assert_close(memory, expected)
+
+
 def test_a_class_without_a_vote_is_no_hit_at_5():
     """Ten classes of separated features; with 5 neighbours only a query's own class gets votes."""
     memory = torch.eye(10).repeat_interleave(5, 0)  # (10, 10) -> (50, 10)

@@ -661,6 +661,18 @@ def test_a_full_memory_names_the_next_smaller_part(tiny, tmp_path, monkeypatch, 
         train([*tiny, '--epochs', '1', *flags], tmp_path)
 
 
+def test_a_memory_that_kNN_fills_is_told_as_such(tiny, tmp_path, monkeypatch):
+    """A smaller --micro_batch would not help."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+
+    monkeypatch.setattr(main, 'knn', full)
+    message = r'as kNN compares 30 images \(CUDA out of memory\): .*--knn_every 0'
+    with pytest.raises(SystemExit, match=message):
+        train([*tiny, '--epochs', '1'], tmp_path)
+
+
 # STL10 and the published commands
 
 

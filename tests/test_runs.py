@@ -17,7 +17,7 @@ import linear
 import main
 import plot
 import sweep
-from hardneg import files, runs
+from hardneg import files, runs, runtime
 from hardneg.files import read_checkpoint, read_json, write_json
 from hardneg.runtime import UserError
 from utils import load_data
@@ -66,6 +66,32 @@ def test_a_setting_that_an_earlier_config_lacks_has_its_default(tiny, begun, tmp
     assert 'Continuing' in capsys.readouterr().out
     main.main([*tiny, '--epochs', '2', '--results_dir', str(tmp_path / 'whole')])
     assert_same_outcome(results, outcome(tmp_path / 'whole'))
+
+
+def test_a_run_keeps_its_precision_whatever_the_machine_would_choose(
+    tiny, begun, tmp_path, monkeypatch, capsys
+):
+    results = copy_of(begun, tmp_path / 'results')
+    place = tiny.index('--precision')
+    flags = [*tiny[:place], *tiny[place + 2 :], '--epochs', '2', '--results_dir', str(results)]
+    monkeypatch.setattr(runtime, 'default_precision', lambda: 'bf16')
+    with pytest.raises(UserError, match=r'--precision fp32 there, bf16 here\)'):
+        main.main([*flags, '--precision', 'bf16'])
+    main.main(flags)
+    said = capsys.readouterr().out
+    assert '--precision fp32\n' in said
+    assert 'Continuing' in said
+    main.main([*flags[:-1], str(tmp_path / 'new'), '--epochs', '1'])
+    assert read_json(tmp_path / 'new' / 'config.json')['settings']['precision'] == 'bf16'
+
+
+def test_a_sweep_keeps_the_precision_of_its_first_run(begun, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, 'default_precision', lambda: 'bf16')
+    assert sweep.precision_of(tmp_path) == 'bf16'
+    assert sweep.precision_of(begun.parent) == 'fp32'
+    assert sweep.with_precision(['--lr', '1'], 'bf16') == ['--lr', '1', '--precision', 'bf16']
+    given = ['--precision=fp16']
+    assert sweep.with_precision(given, 'bf16') == given
 
 
 def test_an_edited_config_that_names_another_run_is_refused(tiny, begun, tmp_path):

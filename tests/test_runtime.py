@@ -40,6 +40,7 @@ def start(request, monkeypatch):
 def gpu(monkeypatch):
     """One GPU without bf16."""
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.get_arch_list', lambda: [])
     monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
     emulated = 'torch.cuda.is_bf16_supported'
     monkeypatch.setattr(emulated, lambda including_emulation: including_emulation)
@@ -63,9 +64,10 @@ def test_more_ranks_than_gpus(start, gpu, monkeypatch):
 )
 def test_a_gpu_without_bf16(start, gpu, capsys, flags, said):
     start(*flags)
-    out = capsys.readouterr().out
-    assert out.startswith(said)
-    assert len(out.splitlines()) == bool(said)
+    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in lines if line != '--precision fp32']  # which it chose
+    assert len(lines) == bool(said)
+    assert all(line.startswith(said) for line in lines)
 
 
 def test_a_gpu_that_torch_cannot_use(start, monkeypatch, capsys):
@@ -276,3 +278,110 @@ def test_a_programmers_mistake_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match='shapes'):
         runtime.run(main)
+
+
+# What suits a machine
+
+
+@pytest.mark.parametrize(
+    'found, precision',
+    [
+        (dict(amx_bf16=True, avx512_bf16=True), 'bf16'),
+        (dict(amx_bf16=False, avx512_bf16=True, cpu_name='Intel(R) Xeon(R)'), 'fp32'),
+        (dict(amx_bf16=False, avx512_bf16=True, cpu_name='AMD EPYC'), 'bf16'),
+        (dict(amx_bf16=False, avx512_bf16=False, cpu_name='AMD EPYC'), 'fp32'),
+        (dict(avx2=True), 'fp32'),
+        (dict(), 'fp32'),
+    ],
+)
+def test_a_cpu_computes_in_bf16_if_it_is_faster_so(monkeypatch, found, precision):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: found, raising=False)
+    assert runtime.default_precision() == precision
+
+
+@pytest.mark.parametrize('amx', [True, False])
+def test_an_early_torch_tells_of_amx_by_its_tiles(monkeypatch, amx):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+    assert runtime.default_precision() == ('bf16' if amx else 'fp32')
+
+
+# As torch's builds for CUDA 13.0 have it
+BUILD = ['sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120', 'compute_120']
+
+
+@pytest.mark.parametrize(
+    'capability, architectures, usable',
+    [
+        ((7, 0), BUILD, False),  # V100
+        ((7, 5), BUILD, True),  # T4
+        ((8, 9), BUILD, True),  # RTX 40
+        ((9, 0), BUILD, True),  # H100
+        ((10, 3), BUILD, True),  # B300
+        ((12, 1), BUILD, True),
+        ((13, 0), BUILD, True),  # by translation of compute_120
+        ((13, 0), BUILD[:-1], False),
+        ((8, 0), ['sm_86'], False),
+        ((9, 0), ['sm_90a'], True),
+    ],
+)
+def test_a_build_of_torch_has_kernels_for_a_gpu(capability, architectures, usable):
+    assert runtime.has_kernels(capability, architectures) == usable
+
+
+@pytest.mark.parametrize(
+    'capability, advice',
+    [((7, 0), 'the build of torch for CUDA 12.6'), ((11, 0), 'a newer build of torch')],
+)
+def test_a_gpu_without_kernels_is_named_before_the_first_one(
+    start, gpu, monkeypatch, capability, advice
+):
+    monkeypatch.setattr('torch.cuda.get_arch_list', lambda: BUILD)
+    monkeypatch.setattr('torch.cuda.get_device_capability', lambda: capability)
+    monkeypatch.setattr('torch.cuda.get_device_name', lambda: 'Tesla')
+    major, minor = capability
+    message = rf'Tesla \(capability {major}.{minor}\) has no kernels .* install {advice}, or use'
+    with pytest.raises(UserError, match=message):
+        start()
+
+
+@pytest.fixture
+def rounded():
+    """torch rounds to TF32 wherever it may."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False  # as by default
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'tf32', 'bf16', 'fp16'])
+def test_convolutions_round_to_tf32_only_if_asked_and_products_never(rounded, precision):
+    cast = runtime.autocast(torch.device('cpu'), precision)
+    assert torch.backends.cudnn.allow_tf32 == (precision == 'tf32')
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with cast:
+        output = torch.zeros(1, 2) @ torch.zeros(2, 1)
+    casts = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+    assert output.dtype == casts.get(precision, torch.float32)
+
+
+def test_tf32_needs_a_gpu_that_has_it(start, gpu, monkeypatch):
+    monkeypatch.setattr('torch.cuda.get_device_capability', lambda: (7, 5))
+    with pytest.raises(UsageError, match='--precision tf32 needs a GPU of capability 8.0'):
+        start('--precision', 'tf32')
+
+
+@pytest.mark.parametrize('variable, threads', [(None, 3), ('8', None)])
+def test_torch_takes_no_more_threads_than_there_are_cores(monkeypatch, variable, threads):
+    """Unless OMP_NUM_THREADS says how many."""
+    given = []
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    if variable:
+        monkeypatch.setenv('OMP_NUM_THREADS', variable)
+    monkeypatch.setattr(runtime, 'cpu_count', lambda: 3)
+    monkeypatch.setattr('torch.get_num_threads', lambda: 8)
+    monkeypatch.setattr('torch.set_num_threads', given.append)
+    runtime.start()
+    assert given == ([threads] if threads else [])
