@@ -5,14 +5,15 @@
     python misc/bench.py step --arch resnet50          # main.py's step against the published one
     python misc/bench.py epoch                         # main.py itself against bare steps
     python misc/bench.py all --device cuda --csv FILE  # these four on a GPU; FILE gets the rows
+    python misc/bench.py training --arch resnet18      # views and steps beside lightly's
     python misc/bench.py profile                       # where the time of main.py's steps goes
 
-step, epoch and profile take all flags of main.py. Without any, a GPU is timed with main.py's
-defaults, and a CPU with a ResNet-18 on 32 images of 16 px. A row holds medians in milliseconds. Its
-ratio says how many times as fast ours is as the reference. For the published network on a GPU, roof
-is the share of the speed that the GPU's matmul rate and copy bandwidth, measured in the same run,
-allow. lightly and kornia are timed if they are installed. On two CPU cores each bench takes at most
-about two minutes.
+step, epoch, training and profile take all flags of main.py. Without any, a GPU is timed with
+main.py's defaults, and a CPU with a ResNet-18 on 32 images of 16 px. A row holds medians in
+milliseconds. Its ratio says how many times as fast ours is as the reference. For the published
+network on a GPU, roof is the share of the speed that the GPU's matmul rate and copy bandwidth,
+measured in the same run, allow. lightly and kornia are timed if they are installed. On two CPU
+cores each bench takes at most about two minutes; training takes longer.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from tempfile import TemporaryDirectory
 
 import cv2
 import pandas as pd
-import PIL
+import PIL.Image
 import torch
 import torch.nn.functional as F
 
@@ -48,7 +49,8 @@ from main import arguments, build_network, build_optimizer, network, training_vi
 from utils import ReferenceViews, load, load_data
 
 HOME = Path(__file__).parents[1]
-BENCHES = ('loss', 'augment', 'step', 'epoch')
+BENCHES = ('loss', 'augment', 'step', 'epoch')  # of all
+TRAINING_BATCHES = 8
 LOSS_SIZES = (256, 1024, 2048)  # images in a batch
 LARGE_LOSS = 16384
 AUGMENT_SIZE = 256
@@ -65,7 +67,7 @@ def make_parser():
         epilog="Other flags are main.py's, for step, epoch and profile.",
     )
     parser.add_argument(
-        'what', nargs='?', choices=[*BENCHES, 'all', 'profile'], help='what to time'
+        'what', nargs='?', choices=[*BENCHES, 'all', 'training', 'profile'], help='what to time'
     )
     timing = parser.add_argument_group('timing')
     timing.add_argument(
@@ -124,6 +126,8 @@ def timings(name, repeat, device, settings, command):
         return bench_augment(repeat, device)
     if name == 'step':
         return bench_step(repeat, device, settings)
+    if name == 'training':
+        return bench_training(repeat, device, settings)
     return bench_epoch(repeat, device, settings, command)
 
 
@@ -492,6 +496,87 @@ def bench_epoch(repeat, device, settings, command):
     reference = statistics.median(before + alternate(repeat, device, bare))
     what = ", main.py's training loop against bare steps"
     yield step_row(what, settings, device, reference, 1e3 * settings.batch_size / images_s)
+
+
+def bench_training(repeat, device, settings):
+    """A few batches of main.py's views and steps beside lightly's, on the same images and network.
+
+    lightly trains in fp32, as its documentation has it, and once more under bf16 autocast.
+    """
+    if not is_installed('lightly'):
+        return
+    data = load(settings)
+    data.train = data.train[: TRAINING_BATCHES * settings.batch_size]
+    data.train_labels = data.train_labels[: len(data.train)]
+    loader = training_views(settings, data, device)
+    _, step = training_step(settings, device)
+    epochs = itertools.count(1)
+
+    def ours():
+        for views, _ in loader.epoch(next(epochs)):
+            step(views)
+
+    for precision in ('fp32', 'bf16'):
+        theirs = lightly_epoch(settings, data.train, device, precision)
+        times = alternate(repeat, device, theirs, ours)
+        what = f", main.py's training in {settings.precision} beside lightly's in {precision}"
+        yield step_row(what, settings, device, *(ms / TRAINING_BATCHES for ms in times))
+
+
+def lightly_epoch(settings, images, device, precision):
+    """An epoch as lightly's documentation writes it, with two workers, as a function.
+
+    It has lightly's transform, head and loss, and our backbone f. images is (N, 3, H, W) uint8.
+    """
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+
+    transform = SimCLRTransform(input_size=settings.image_size, gaussian_blur=0.0)
+    views = []
+    for image in images:
+        array = image.permute(1, 2, 0).numpy()  # (3, H, W) -> (H, W, 3)
+        views.append(PIL.Image.fromarray(array))
+    loader = torch.utils.data.DataLoader(
+        Transformed(views, transform),
+        batch_size=settings.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=2,
+        persistent_workers=True,
+    )
+    net = network(settings)
+    head = SimCLRProjectionHead(net.features, net.features, 128).to(device)
+    f = net.f.to(device)
+    criterion = NTXentLoss()
+    optimizer = torch.optim.SGD([*f.parameters(), *head.parameters()], lr=0.06)
+    autocast = runtime.autocast(device, precision)
+
+    def epoch():
+        for x0, x1 in loader:
+            with autocast:
+                z0 = head(f(x0.to(device)).flatten(1))  # (B, 3, h, w) -> (B, D)
+                z1 = head(f(x1.to(device)).flatten(1))
+                loss = criterion(z0, z1)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return epoch
+
+
+class Transformed(torch.utils.data.Dataset):
+    """The views that a transform makes of PIL images."""
+
+    def __init__(self, images, transform):
+        self.images = images
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i])
 
 
 def profile(repeat, device, settings, found):
