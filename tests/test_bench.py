@@ -258,3 +258,12 @@ def test_flags_that_main_does_not_know_are_an_error(capsys):
     with pytest.raises(SystemExit):
         bench.main(['step', '--device', 'cpu', '--batchsize', '8'])
     assert capsys.readouterr().err == 'main.py: error: unrecognized arguments: --batchsize 8\n'
+
+
+def test_training_beside_lightlys_is_timed_in_both_precisions(capsys):
+    pytest.importorskip('lightly')
+    small = '--arch resnet18 --width 0.25 --image_size 8 --batch_size 8 --repeat 1 --device cpu'
+    bench.main(['training', *small.split()])
+    said = capsys.readouterr().out
+    for precision in ('fp32', 'bf16'):
+        assert f"training in fp32 beside lightly's in {precision}" in said

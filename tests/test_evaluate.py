@@ -94,6 +94,15 @@ def test_images_are_resized_with_antialiasing_as_pil_does():
     assert (difference.abs() <= 1.001 * level).all()
 
 
+@pytest.mark.parametrize('free, pixels', [(80e9, 2**23), (12e9, 2_000_000), (1e6, evaluate.PIXELS)])
+def test_a_gpu_encodes_as_many_pixels_as_its_free_memory_holds(monkeypatch, free, pixels):
+    """With 3 kB for each, in half of the memory; a CPU always as many as its cache likes."""
+    monkeypatch.setattr('torch.cuda.mem_get_info', lambda device: (free, 80e9))
+    gpu = Evaluator(None, torch.device('cuda', 0), NO_AUTOCAST)
+    assert gpu._pixels() == pixels
+    assert evaluator(None)._pixels() == evaluate.PIXELS
+
+
 def test_a_block_goes_through_the_network_in_slices_of_so_many_pixels(monkeypatch):
     torch.manual_seed(0)
     net = Model(8, 'resnet18', width=0.25)
