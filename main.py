@@ -46,7 +46,7 @@ def make_parser():
         '--positives',
         choices=('view', 'label'),
         default='view',
-        help='views of one image, or of random images of its class (%(default)s)',
+        help='views of one image or, with labels, of random images of its class (%(default)s)',
     )
     views.add_argument(
         '--augment',
@@ -58,7 +58,7 @@ def make_parser():
         '--workers',
         type=flags.integer(0, 256),
         default=min(16, runtime.cores()),
-        help='processes of a rank for --augment pil (%(default)s)',
+        help='processes for --augment pil, for each GPU (%(default)s)',
     )
 
     model = parser.add_argument_group('model')
@@ -98,12 +98,12 @@ def make_parser():
     objective.add_argument(
         '--estimator',
         choices=('hard', 'debiased', 'standard', 'easy'),
-        help='easy = standard (hard; standard with --oracle)',
+        help='hard: HCL; debiased: DCL; standard or easy: SimCLR (hard; standard with --oracle)',
     )
     objective.add_argument(
         '--debiased',
         type=flags.boolean,
-        help="DCL's: True is debiased (with --beta hard), False is standard",
+        help="DCL's flag. True: --estimator debiased, or hard if --beta is given; False: standard",
     )
     objective.add_argument(
         '--temperature',
@@ -114,13 +114,15 @@ def make_parser():
     objective.add_argument(
         '--tau_plus',
         type=flags.fraction,
-        help='prior probability of a false negative (0.1 where the estimator has it)',
+        help='prior probability of a false negative (0.1 for hard and debiased)',
     )
     objective.add_argument(
         '--beta', type=flags.real(0, 1000), help='concentration on hard negatives (1 for hard)'
     )
     objective.add_argument(
-        '--anneal', choices=('none', 'down'), help='lower beta to 0, in 9 values (none)'
+        '--anneal',
+        choices=('none', 'down'),
+        help='down: lower beta to 0 over the run, in 9 values (none)',
     )
     objective.add_argument(
         '--oracle',
@@ -151,7 +153,7 @@ def make_parser():
         '--schedule',
         choices=('constant', 'cosine'),
         default='constant',
-        help='of the learning rate, after the warm-up (%(default)s)',
+        help='learning rate after the warm-up (%(default)s)',
     )
     training.add_argument(
         '--warmup',
@@ -170,7 +172,8 @@ def make_parser():
     training.add_argument(
         '--joint_views',
         action='store_true',
-        help='one BatchNorm batch of all views (as published: one after the other)',
+        help="send all views through the network together, so that they share BatchNorm's "
+        'statistics (as published: one view after the other)',
     )
     training.add_argument(
         '--sync_bn',
@@ -199,7 +202,7 @@ def make_parser():
     results.add_argument(
         '--knn_temperature',
         type=flags.positive(100),
-        help='temperature of their votes (that of the loss)',
+        help="temperature of the neighbours' votes (--temperature)",
     )
     results.add_argument(
         '--knn_every',
@@ -450,13 +453,11 @@ def main(argv=None):
     finally:
         bar.close()
         saver.wait()
-    labelled_set = ''
-    if not data.classes:
-        labelled_set = ' --dataset_name … --root …, of a set with labels'
-    say(
-        f'Finished. Next: python linear.py --model_path {results}/model_{args.epochs}.pth'
-        f'{labelled_set}'
-    )
+    encoder = f'--model_path {results}/model_{args.epochs}.pth'
+    if data.classes:
+        say(f'Finished. Next: python linear.py {encoder}')
+    else:
+        say(f'Finished. Next: python misc/embed.py {encoder} --root {args.root} --out features.npz')
 
 
 def network(args):

@@ -106,7 +106,8 @@ def read_json(path):
     try:
         content = json.loads(Path(path).read_text('utf-8-sig'))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{path} is damaged or not of a run ({type(error).__name__})') from None
+        reason = f'{type(error).__name__}: {error!s:.80}'
+        raise UserError(f'{path} is damaged or not of a run ({reason})') from None
     if not isinstance(content, dict):
         raise UserError(f'{path} is damaged or not of a run')
     return content

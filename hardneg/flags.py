@@ -75,7 +75,7 @@ def number(kind, text, valid):
                 return x
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f'must be {text}, got {value!r}')
+        raise argparse.ArgumentTypeError(f'must be {text}, got {value.strip()!r}')
 
     return parse
 
@@ -139,7 +139,7 @@ def add_data_flags(parser, title):
         type=path,
         help='directory of the data set, to which stl10 and cifar are downloaded (data)',
     )
-    group.add_argument('--dataset_name', choices=DATASETS, help='what to train on (stl10)')
+    group.add_argument('--dataset_name', choices=DATASETS, help='data set (stl10)')
     group.add_argument(
         '--store_size',
         type=store_size,
@@ -186,8 +186,7 @@ def add_view_flags(parser, title):
     group.add_argument(
         '--blur',
         choices=('published', 'none'),
-        help='Gaussian blur with a kernel of a tenth of the view, or none as leftthomas has it '
-        '(published)',
+        help='Gaussian blur with a kernel of a tenth of the view, or none (published)',
     )
     group.add_argument('--crop_min', type=part, help='smallest part of the area in a crop (0.08)')
     group.add_argument(
@@ -212,8 +211,8 @@ def add_precision(group, what):
     group.add_argument(
         '--precision',
         choices=('bf16', 'fp16', 'tf32', 'fp32'),
-        help=f'numbers of {what}; tf32: rounded in convolutions on a GPU (bf16 on GPUs that have '
-        'it and CPUs that are faster with it, else fp32)',
+        help=f'number format of {what}; tf32: exact but for convolutions on a GPU (bf16 where the '
+        'machine is faster with it, else fp32)',
     )
 
 
@@ -221,7 +220,7 @@ def fill_precision(args, settings=None):
     """Give --precision, where not given, its value in settings or this machine's, and say so."""
     if args.precision is None:
         fill(args, dict(precision=runtime.default_precision()), settings)
-        say(f'--precision {args.precision}')
+        say(f'Precision: {args.precision} (another one by --precision)')
 
 
 def fill(args, defaults, settings=None):

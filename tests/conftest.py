@@ -147,6 +147,9 @@ def execute(command, environment, cwd, texts, strike):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    # A process in the background may have been told to ignore them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv = command
     sys.path[0] = str(Path(command[0]).parent)
     if strike:

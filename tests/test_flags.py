@@ -191,7 +191,7 @@ def check_accepted(x, value, action):
     'line, message',
     [
         ('--tau_plus 1', "argument --tau_plus: must be in [0, 1), got '1'"),
-        ('--beta -1e-1', "argument --beta: must be a number from 0 to 1000, got ' -1e-1'"),
+        ('--beta -1e-1', "argument --beta: must be a number from 0 to 1000, got '-1e-1'"),
         ('--temperature 0', 'argument --temperature: must be a number from 1e-30 to 100'),
         ('--batch_size 1', 'must be an integer from 2 to 1000000'),
         ('--debiased maybe', "must be True/False, yes/no or 1/0, got 'maybe'"),

@@ -79,7 +79,7 @@ def test_a_run_keeps_its_precision_whatever_the_machine_would_choose(
         main.main([*flags, '--precision', 'bf16'])
     main.main(flags)
     said = capsys.readouterr().out
-    assert '--precision fp32\n' in said
+    assert 'Precision: fp32' in said
     assert 'Continuing' in said
     main.main([*flags[:-1], str(tmp_path / 'new'), '--epochs', '1'])
     assert read_json(tmp_path / 'new' / 'config.json')['settings']['precision'] == 'bf16'
