@@ -111,7 +111,7 @@ def main(argv=None):
     if not args.table_only:
         check_own(rest)
         probe = probe_flags(args.probe)
-        precision = precision_of(results)
+        precision = precision_of(rest, results)
         rest = with_precision(rest, precision)
         probe = with_precision(probe, precision)
         planned = plan(args, rest)
@@ -146,8 +146,15 @@ def probe_flags(text):
     return words
 
 
-def precision_of(results):
-    """The precision of the sweep's first run, else this machine's: other machines may differ."""
+def precision_of(words, results):
+    """The precision of all runs and probes: as given, as of the first run, or this machine's.
+
+    Another machine, on which the sweep may go on, would choose otherwise.
+    """
+    for i, word in enumerate(words):
+        flag, _, value = word.partition('=')
+        if flag == '--precision':
+            return value or ''.join(words[i + 1 : i + 2])
     for config in sorted(results.glob('*/config.json')):
         return runs.read_config(config)['settings']['precision']
     return runtime.default_precision()
