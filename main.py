@@ -546,7 +546,7 @@ def smaller_micro_batch(args):
 
 
 def out_of_memory(args, error):
-    reason = str(error).partition('. ')[0]
+    reason = runtime.memory_reason(error)
     return (
         f"the GPU's memory is full ({reason}): choose a --micro_batch{smaller_micro_batch(args)}, "
         'as the loss stays that of the whole batch, or start more ranks'
@@ -597,7 +597,7 @@ def monitor(args, data, evaluator):
     try:
         first, five = accuracies(args, data, evaluator, labelled)
     except torch.OutOfMemoryError as error:
-        reason = str(error).partition('. ')[0]
+        reason = runtime.memory_reason(error)
         raise SystemExit(
             f"error: the GPU's memory is full as kNN compares {len(labelled):,} images ({reason}): "
             'free some, or train without the monitor by --knn_every 0'

@@ -403,6 +403,11 @@ class Signals:
 # How a script ends
 
 
+def memory_reason(error):
+    """The first sentence of an out-of-memory error; the rest are numbers for programmers."""
+    return str(error).partition('. ')[0]
+
+
 def run(main):
     """Run a script's main(). An error that the user can cause ends in one line, not a traceback."""
     if hasattr(sys.stdout, 'reconfigure'):  # a notebook's stream has no such method
@@ -422,7 +427,7 @@ def run(main):
             print(f'error: {error}', file=sys.stderr)
         sys.exit(1)
     except torch.OutOfMemoryError as error:
-        reason = str(error).partition('. ')[0]
+        reason = memory_reason(error)
         sys.exit(
             f"error: the GPU's memory is full ({reason}): lower --batch_size, free memory, or use "
             'the CPU by CUDA_VISIBLE_DEVICES='

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import linear
 import main as training
 from hardneg import flags, runs, runtime
-from hardneg.files import read_json, write, write_table
+from hardneg.files import write, write_table
 from hardneg.runtime import UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -229,7 +229,7 @@ class Sweep:
     def train_and_probe(self, directory, words):
         """Train a run and probe its last encoder, unless that is done. Returns what happened."""
         self.call('main.py', [*words, '--results_dir', str(directory)])
-        epochs = read_json(directory / 'config.json')['settings']['epochs']
+        epochs = runs.read_config(directory / 'config.json')['settings']['epochs']
         wanted = ['--model_path', str(directory / f'model_{epochs}.pth'), *self.probe]
         for name in runs.PROBES:
             settings, _ = runs.read_probe(directory, epochs, name)
