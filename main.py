@@ -25,10 +25,10 @@ from hardneg.batches import Batches, DeviceViews
 from hardneg.evaluate import Evaluator, knn, label_free
 from hardneg.files import crc, write_table
 from hardneg.folder import find_folder
-from hardneg.losses import contrastive_loss
+from hardneg.losses import SIDE, contrastive_loss
 from hardneg.micro_batch import MicroBatches, kept_bytes, set_momentum
 from hardneg.runtime import UsageError, UserError, ranks, say
-from model import ARCHS, WIDTHS, Model, load_model
+from model import ARCHS, WIDTHS, Embeddings, Model, load_model
 from utils import ReferenceViews, load
 
 
@@ -354,15 +354,15 @@ def main(argv=None):
         say(f'Continuing {results} in epoch {progress.epoch + 1} after step {progress.step}')
 
     check_memory(args, device)
+    embed = Embeddings(net, args.joint_views)
+    loss_function = contrastive_loss
     if args.compile:
-        runtime.compiles_or_goes_on()
-        say('Compiling views and network takes one to three minutes, before the first step')
-    if args.compile and not args.sync_bn:  # which torch compiles in too many pieces
-        net.compile(dynamic=False)
-    ddp = runtime.distributed(net, device)
+        say('Compiling views, network and loss takes one to three minutes, before the first step')
+        loss_function = compiled(args, net, embed)
+    embed = runtime.distributed(embed, device)
     loader = training_views(args, data, device)
     labels = data.train_labels.to(device)  # for --oracle
-    micro_batches = MicroBatches(ddp, args.micro_batch, args.joint_views, autocast)
+    micro_batches = MicroBatches(embed, args.micro_batch, args.joint_views, autocast)
     identity = dict(settings=vars(args), data_digest=data.digest)
     saver = runs.Saver(results, identity, net, optimizer, scaler)
     look_every = 20 if device.type == 'cuda' else 1  # a look waits for the device
@@ -393,18 +393,13 @@ def main(argv=None):
                     optimizer.zero_grad()
                     if args.oracle:
                         objective['labels'] = labels[index]
+                    loss_of = partial(loss_function, **objective)
                     if args.micro_batch:
-                        loss = micro_batches.backward(
-                            views, partial(contrastive_loss, **objective), scaler
-                        )
+                        loss = micro_batches.backward(views, loss_of, scaler)
                     else:
                         with autocast:
-                            if args.joint_views:
-                                z = ddp(torch.cat(views))[1].chunk(args.views)
-                            else:
-                                z = [ddp(x)[1] for x in views]  # V x (b, D); [0] is f's feature
-                        # not under autocast: the loss is computed in float32
-                        loss = contrastive_loss(*z, **objective)
+                            z = embed(*views)  # V x (b, 3, h, w) -> V x (b, D)
+                        loss = loss_of(*z)  # not under autocast: in float32
                         scaler.scale(loss).backward()
                     scaler.step(optimizer)
                     scaler.update()
@@ -476,6 +471,26 @@ def build_network(args, init=None):
     return net
 
 
+def compiled(args, net, embed):
+    """Let torch.compile() compile the network, in place. Returns the loss, compiled if that pays.
+
+    Args:
+        net: Model.
+        embed: Embeddings of it.
+    """
+    runtime.compiles_or_goes_on()
+    # One graph of both views casts the weights once, and sums the views' gradients. A graph of more
+    # views would take long to compile.
+    one_graph = embed if args.views == 2 else net
+    if not args.sync_bn:  # which torch compiles in too many pieces
+        one_graph.compile(dynamic=False)
+    # Many tiles, or many values of beta, would take long to compile.
+    one_tile = args.views * args.batch_size <= SIDE['cuda']
+    if one_tile and args.anneal == 'none':
+        return torch.compile(contrastive_loss, dynamic=False)
+    return contrastive_loss
+
+
 def build_optimizer(args, net):
     parameters = net.parameters()
     decay = args.weight_decay
@@ -500,7 +515,7 @@ def training_views(args, data, device):
     recipe = flags.recipe(vars(args))
     step = 0
     if device.type == 'cuda':
-        step = step_bytes(args)
+        step = step_bytes(args) + loss_bytes(args)
     if runtime.fits(device, data.test, reserved=step):
         data.test = data.test.to(device)
     if args.augment == 'pil':
@@ -521,6 +536,13 @@ def step_bytes(args):
         images = args.micro_batch
         together = args.views if args.joint_views else 1
     return images * together * kept_bytes(lambda: network(args), args.image_size, dtype)
+
+
+def loss_bytes(args):
+    """What the loss takes on a GPU beyond its inputs, in bytes: at most ten tiles of float32."""
+    columns = args.views * args.batch_size
+    rows = columns // ranks().world
+    return 10 * 4 * min(rows, SIDE['cuda']) * min(columns, SIDE['cuda'])
 
 
 def check_memory(args, device):

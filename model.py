@@ -114,6 +114,28 @@ class Model(nn.Module):
         return unit(self.g(feature))
 
 
+class Embeddings(nn.Module):
+    """The embeddings of all views in one forward pass, and so in one graph if it is compiled.
+
+    Args:
+        net: Model.
+        joint: whether the views go through the network together, so that they share BatchNorm's
+            statistics; else one view after the other, as published.
+    """
+
+    def __init__(self, net, joint=False):
+        super().__init__()
+        self.net = net
+        self.joint = joint
+
+    def forward(self, *views):
+        """V views (B, 3, H, W) -> a list of V embeddings (B, D)."""
+        if self.joint:
+            _, z = self.net(torch.cat(views))  # V x (B, 3, H, W) -> (V B, D)
+            return list(z.chunk(len(views)))
+        return [self.net(x)[1] for x in views]
+
+
 def unit(x):
     """Rows (n, D) scaled to unit length, in float32 or more."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)

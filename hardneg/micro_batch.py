@@ -17,13 +17,13 @@ class MicroBatches:
     arXiv 2101.06983). BatchNorm's batch is a part.
 
     Args:
-        net: model.Model, perhaps under DistributedDataParallel.
+        embed: model.Embeddings, perhaps under DistributedDataParallel.
         size: images m that go through the network at once.
-        joint: whether the views of an image go through it together; else one view after the other.
+        joint: whether all views of these go through it at once; else one view after the other.
         autocast: what runtime.autocast() gives.
     """
 
-    net: torch.nn.Module
+    embed: torch.nn.Module
     size: int
     joint: bool
     autocast: Any
@@ -44,29 +44,29 @@ class MicroBatches:
         with self.autocast:  # entered anew: the casts of the first pass have no graph
             for i, (part, gradient) in enumerate(zip(parts, gradients), start=1):
                 with self._reduced(last=i == len(parts)):
-                    self.net(part)[1].backward(gradient)
+                    torch.autograd.backward(self.embed(*part), gradient)
         return loss.detach()
 
     def _parts(self, views):
-        """V x (b, ...) -> what goes through the network at once: (m, ...), or joint (V m, ...)."""
+        """V x (b, ...) -> what goes through the network at once: tuples of one or V (m, ...)."""
         split = [x.split(self.size) for x in views]
         parts = []
         for own in zip(*split):  # V x (m, ...)
             if self.joint:
-                parts.append(torch.cat(own))
+                parts.append(own)
             else:
-                parts.extend(own)
+                parts.extend((x,) for x in own)
         return parts
 
     @torch.no_grad()
     def _embeddings(self, parts, V):
         """V x (b, D) that take a gradient. Only the second pass moves BatchNorm's statistics."""
-        buffers = list(self.net.buffers())
+        buffers = list(self.embed.buffers())
         before = [x.clone() for x in buffers]
         z = []
         with self.autocast:
             for part in parts:
-                z.extend(self.net(part)[1].split(self.size))
+                z.extend(self.embed(*part))
         for kind in {x.dtype for x in buffers}:  # tensors of one kind are copied by one kernel
             torch._foreach_copy_(
                 [x for x in buffers if x.dtype == kind], [x for x in before if x.dtype == kind]
@@ -75,9 +75,9 @@ class MicroBatches:
 
     def _reduced(self, last):
         """DistributedDataParallel sums gradients over ranks once, after the last part."""
-        if last or not isinstance(self.net, DistributedDataParallel):
+        if last or not isinstance(self.embed, DistributedDataParallel):
             return nullcontext()
-        return self.net.no_sync()
+        return self.embed.no_sync()
 
 
 def set_momentum(net, parts):

@@ -45,7 +45,8 @@ from hardneg.losses import contrastive_loss, textbook_loss
 from hardneg.micro_batch import MicroBatches
 from hardneg.runs import device_name
 from hardneg.runtime import UserError
-from main import arguments, build_network, build_optimizer, network, training_views
+from main import arguments, build_network, build_optimizer, compiled, network, training_views
+from model import Embeddings
 from utils import ReferenceViews, load, load_data
 
 HOME = Path(__file__).parents[1]
@@ -369,12 +370,12 @@ def training_step(args, device):
     if args.oracle:
         classes = 10
         objective['labels'] = torch.randint(classes, (args.batch_size,), device=device)
-    loss_of = partial(contrastive_loss, **objective)
+    embed = Embeddings(net, args.joint_views)
+    loss_function = contrastive_loss
     if args.compile:
-        runtime.compiles_or_goes_on()
-    if args.compile and not args.sync_bn:
-        net.compile(dynamic=False)
-    micro_batches = MicroBatches(net, args.micro_batch, args.joint_views, autocast)
+        loss_function = compiled(args, net, embed)
+    loss_of = partial(loss_function, **objective)
+    micro_batches = MicroBatches(embed, args.micro_batch, args.joint_views, autocast)
 
     def step(views):
         optimizer.zero_grad()
@@ -382,10 +383,7 @@ def training_step(args, device):
             loss = micro_batches.backward(views, loss_of, scaler)
         else:
             with autocast:
-                if args.joint_views:
-                    z = net(torch.cat(views))[1].chunk(args.views)
-                else:
-                    z = [net(x)[1] for x in views]  # V x (B, D)
+                z = embed(*views)  # V x (B, 3, h, w) -> V x (B, D)
             loss = loss_of(*z)
             scaler.scale(loss).backward()
         scaler.step(optimizer)

@@ -2,14 +2,17 @@
 
 import os
 import signal
+import time
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from test_losses import random_case
 from torch.multiprocessing import start_processes
+from torch.overrides import TorchFunctionMode
 
 import linear
 import main
@@ -17,7 +20,7 @@ from hardneg import runs, runtime
 from hardneg.evaluate import Evaluator
 from hardneg.losses import contrastive_loss
 from hardneg.micro_batch import MicroBatches
-from model import Model
+from model import Embeddings, Model
 
 CPU = torch.device('cpu')
 NO_AUTOCAST = torch.autocast('cpu', enabled=False)
@@ -54,6 +57,7 @@ def everything(rank, world, flags):
         'features': features(),
         'gathered': runtime.gather(torch.arange(7).tensor_split(world)[rank]),
         'one each': loss_of_one_sample_each(rank, world),
+        'embedded': features_of_files(rank, flags),
         'cases': [random_case_on_rank(rank, world, seed) for seed in range(CASES)],
     }
     if world > 1:
@@ -175,17 +179,15 @@ def weights_after_steps(rank, world):
         args, _, _ = main.arguments(flags)
         net = main.build_network(args).double()
         optimizer = main.build_optimizer(args, net)
-        ddp = runtime.distributed(net, CPU)
+        ddp = runtime.distributed(Embeddings(net, joint), CPU)
         parts = MicroBatches(ddp, m, joint, NO_AUTOCAST)
         for views in steps:
             own = [x.chunk(world)[rank] for x in views]
             optimizer.zero_grad()
             if m:
                 parts.backward(own, contrastive_loss, NO_SCALER)
-            elif joint:
-                contrastive_loss(*ddp(torch.cat(own))[1].chunk(2)).backward()
             else:
-                contrastive_loss(*(ddp(x)[1] for x in own)).backward()
+                contrastive_loss(*ddp(*own)).backward()
             optimizer.step()
         weights = torch.cat([p.detach().flatten() for p in net.parameters()])
         found[m or B // world, joint] = weights
@@ -230,6 +232,54 @@ def features():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('hardneg.evaluate.BLOCK', 5)
         return Evaluator(net, CPU, NO_AUTOCAST).features(images, torch.arange(23), 0)
+
+
+class LateCollectives(TorchFunctionMode):
+    """Sums over ranks that return before the others have arrived, as those of a GPU do.
+
+    The host waits when it next uses a tensor.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.under_way = []
+        self.all_reduce = torch.distributed.all_reduce
+
+    def begin(self, x, op=torch.distributed.ReduceOp.SUM):
+        self.under_way.append(self.all_reduce(x, op, async_op=True))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        while self.under_way:
+            self.under_way.pop().wait()
+        return func(*args, **(kwargs or {}))
+
+
+def features_of_files(rank, flags):
+    """What misc/embed.py writes of the images in --root. All ranks but the first are slow."""
+    import embed
+
+    results = Path(f'{flags[-1]}_embedded')
+    checkpoint = results / str(rank) / 'model_1.pth'
+    checkpoint.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(Model(8, 'resnet18', 8, width=0.25).state_dict(), checkpoint)
+    decode = embed.decode_or_why
+
+    def slowly(*args):
+        time.sleep(0.01 * rank)
+        return decode(*args)
+
+    with pytest.MonkeyPatch.context() as patch, LateCollectives() as late:
+        patch.setattr(torch.distributed, 'all_reduce', late.begin)
+        patch.setattr(embed, 'decode_or_why', slowly)
+        patch.setattr(embed, 'BLOCK', 7)
+        root = flags[flags.index('--root') + 1]
+        out = str(results / 'features.npz')
+        words = ['--model_path', str(checkpoint), '--root', root, '--out', out]
+        embed.main([*words, '--precision', 'fp32'])
+    if rank > 0:
+        return None
+    return torch.from_numpy(np.load(out)['features'])
 
 
 def running(state):

@@ -124,6 +124,11 @@ def test_features_are_identical_and_no_image_counts_twice(one, ranks):
         assert torch.equal(rank['gathered'], torch.arange(7))
 
 
+def test_no_rank_takes_a_collective_for_a_barrier(one, ranks):
+    """No feature is lost where sums over ranks return before the slow ranks have come."""
+    torch.testing.assert_close(ranks[0]['embedded'], one['embedded'], rtol=0, atol=1e-6)
+
+
 def test_running_statistics_become_their_mean_over_ranks_wherever_they_are_used(ranks):
     own = []  # of every step, all ranks'
     for rank in ranks:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import main
 from hardneg.losses import contrastive_loss
 from hardneg.micro_batch import MicroBatches, kept_bytes, set_momentum
-from model import Model
+from model import Embeddings, Model
 
 NO_AUTOCAST = torch.autocast('cpu', enabled=False)
 NO_SCALER = torch.amp.GradScaler('cpu', enabled=False)
@@ -57,7 +57,8 @@ def test_a_batch_in_parts_has_the_gradient_of_one_graph(V, joint, objective):
     whole = copy.deepcopy(net)
     views = list(torch.randn(V, 12, 3, 8, 8).double())
     loss_of = partial(contrastive_loss, **objective)
-    loss = MicroBatches(net, 4, joint, NO_AUTOCAST).backward(views, loss_of, NO_SCALER)
+    parts = MicroBatches(Embeddings(net, joint), 4, joint, NO_AUTOCAST)
+    loss = parts.backward(views, loss_of, NO_SCALER)
     expected = in_one_graph(whole, views, loss_of, joint, 4)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     for (name, p), q in zip(net.named_parameters(), whole.parameters()):
@@ -136,7 +137,7 @@ def peak_of_a_step(B, micro_batch=None):
     net, views = network(), byte_views(B)
     with Kept(net, views) as kept:
         if micro_batch:
-            parts = MicroBatches(net, micro_batch, False, NO_AUTOCAST)
+            parts = MicroBatches(Embeddings(net), micro_batch, False, NO_AUTOCAST)
             parts.backward(views, similarity_loss, NO_SCALER)
         else:
             similarity_loss(*(net(x)[1] for x in views)).backward()
