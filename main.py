@@ -9,9 +9,11 @@ continues a run that was stopped. It needs a CPU, or a GPU with CUDA or ROCm; Ap
 used. On two CPU cores a ResNet-18 takes about 180 views of 16 px a second; ResNet-50 at 32 px needs
 a GPU.
 
-The flags come first. The epochs and the training step stand in main().
+The objectives come first, where a method of your own is an entry more; then the flags. The epochs
+and the training step stand in main().
 """
 
+import argparse
 import math
 import time
 from functools import partial
@@ -30,6 +32,35 @@ from hardneg.micro_batch import MicroBatches, kept_bytes, set_momentum
 from hardneg.runtime import UsageError, UserError, ranks, say
 from model import ARCHS, WIDTHS, Embeddings, Model, load_model
 from utils import ReferenceViews, load
+
+
+def contrastive(z, labels, settings):
+    """HCL's, DCL's and SimCLR's objective, which differ in tau_plus and beta alone.
+
+    Args:
+        z: V embeddings (b, D) of unit length, one of each view of this rank's images.
+        labels: (b,) integers, -1 where an image has none.
+        settings: all flags by name, with the value of beta in this epoch.
+
+    Returns the loss, a scalar. If ranks share a batch, it is the whole batch's.
+    """
+    if not settings.oracle:
+        labels = None
+    return contrastive_loss(
+        *z,
+        temperature=settings.temperature,
+        tau_plus=settings.tau_plus,
+        beta=settings.beta,
+        labels=labels,
+    )
+
+
+# The values of --estimator, and their functions
+OBJECTIVES = {
+    'hard': contrastive,
+    'debiased': contrastive,
+    'standard': contrastive,
+}
 
 
 def make_parser():
@@ -97,7 +128,7 @@ def make_parser():
     objective = parser.add_argument_group('objective')
     objective.add_argument(
         '--estimator',
-        choices=('hard', 'debiased', 'standard', 'easy'),
+        choices=[*OBJECTIVES, 'easy'],
         help='hard: HCL; debiased: DCL; standard or easy: SimCLR (hard; standard with --oracle)',
     )
     objective.add_argument(
@@ -355,13 +386,14 @@ def main(argv=None):
 
     check_memory(args, device)
     embed = Embeddings(net, args.joint_views)
-    loss_function = contrastive_loss
+    objective = OBJECTIVES[args.estimator]
     if args.compile:
         say('Compiling views, network and loss takes one to three minutes, before the first step')
-        loss_function = compiled(args, net, embed)
+        objective = compiled(args, net, embed)
     embed = runtime.distributed(embed, device)
     loader = training_views(args, data, device)
-    labels = data.train_labels.to(device)  # for --oracle
+    labels = data.train_labels.to(device)
+    settings = argparse.Namespace(**vars(args))
     micro_batches = MicroBatches(embed, args.micro_batch, args.joint_views, autocast)
     identity = dict(settings=vars(args), data_digest=data.digest)
     saver = runs.Saver(results, identity, net, optimizer, scaler)
@@ -380,26 +412,22 @@ def main(argv=None):
 
             for epoch in range(progress.epoch + 1, args.epochs + 1):
                 net.train()
-                beta = args.beta
                 if args.anneal == 'down':
-                    beta = annealed(args.beta, epoch, args.epochs)
-                objective = dict(temperature=args.temperature, tau_plus=args.tau_plus, beta=beta)
+                    settings.beta = annealed(args.beta, epoch, args.epochs)
                 began = time.monotonic() - progress.seconds
 
                 # A run that is continued goes on after the steps of the epoch that it has taken.
-                for views, index in loader.epoch(epoch, progress.step):
+                for views, index in signals.awaited(loader.epoch(epoch, progress.step)):
                     for group in optimizer.param_groups:
                         group['lr'] = learning_rate(args, epoch - 1 + progress.step / steps)
                     optimizer.zero_grad()
-                    if args.oracle:
-                        objective['labels'] = labels[index]
-                    loss_of = partial(loss_function, **objective)
+                    loss_of = partial(objective, labels=labels[index], settings=settings)
                     if args.micro_batch:
                         loss = micro_batches.backward(views, loss_of, scaler)
                     else:
                         with autocast:
                             z = embed(*views)  # V x (b, 3, h, w) -> V x (b, D)
-                        loss = loss_of(*z)  # not under autocast: in float32
+                        loss = loss_of(z)  # not under autocast: in float32
                         scaler.scale(loss).backward()
                     scaler.step(optimizer)
                     scaler.update()
@@ -472,11 +500,13 @@ def build_network(args, init=None):
 
 
 def compiled(args, net, embed):
-    """Let torch.compile() compile the network, in place. Returns the loss, compiled if that pays.
+    """Let torch.compile() compile the network, in place.
 
     Args:
         net: Model.
         embed: Embeddings of it.
+
+    Returns the objective, compiled if that pays.
     """
     runtime.compiles_or_goes_on()
     # One graph of both views casts the weights once, and sums the views' gradients. A graph of more
@@ -486,9 +516,10 @@ def compiled(args, net, embed):
         one_graph.compile(dynamic=False)
     # Many tiles, or many values of beta, would take long to compile.
     one_tile = args.views * args.batch_size <= SIDE['cuda']
+    objective = OBJECTIVES[args.estimator]
     if one_tile and args.anneal == 'none':
-        return torch.compile(contrastive_loss, dynamic=False)
-    return contrastive_loss
+        objective = torch.compile(objective, dynamic=False)
+    return objective
 
 
 def build_optimizer(args, net):

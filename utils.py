@@ -5,8 +5,10 @@ import hashlib
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import cv2
@@ -20,7 +22,7 @@ from torchvision import transforms
 from torchvision.datasets.utils import check_integrity
 
 from hardneg import shapes
-from hardneg.augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kernel_size
+from hardneg.augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kernel_size, flips
 from hardneg.batches import seeded
 from hardneg.decoding import decoded
 from hardneg.folder import TEST, TRAIN, find_folder, in_any_form
@@ -278,26 +280,30 @@ class GaussianBlur(torch.nn.Module):
 
 
 class Flips(torch.nn.Module):
-    """Flips half of the images left to right and, with vertical, half upside down.
+    """Flips a PIL image left to right and upside down, as augment.flips() decides."""
 
-    The two are the first two bits of one random number, so that both view paths agree.
-    """
-
-    def __init__(self, vertical):
+    def __init__(self, horizontal, vertical):
         super().__init__()
+        self.horizontal = horizontal
         self.vertical = vertical
 
     def forward(self, image):
-        u = torch.rand(1)
-        if u < 0.5:
+        mirrored, upside_down = flips(torch.rand(1), self.horizontal, self.vertical)
+        if mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if self.vertical and 2 * u % 1 < 0.5:
+        if upside_down:
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         return image
 
 
 def reference_transform(
-    size, blur=True, crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False
+    size,
+    blur=True,
+    crop_min=0.08,
+    jitter=1.0,
+    grayscale=0.2,
+    horizontal_flip=0.5,
+    vertical_flip=0.0,
 ):
     """SimCLR's training view as HCL's utils.py makes it: PIL image -> (3, size, size) float32.
 
@@ -306,7 +312,7 @@ def reference_transform(
     strengths = [jitter * strength for strength in JITTER]
     steps = [
         transforms.RandomResizedCrop(size, (crop_min, 1.0), CROP_RATIO),
-        Flips(vertical_flip),
+        Flips(horizontal_flip, vertical_flip),
         transforms.RandomApply([transforms.ColorJitter(*strengths)], p=0.8),
         transforms.RandomGrayscale(grayscale),
     ]
@@ -355,6 +361,17 @@ class Keys:
             yield self.batches.part(keys.T).tolist()
 
 
+def _check_sockets():
+    """UserError if workers cannot hand over batches, for which each opens a socket in TMPDIR."""
+    try:
+        Listener(family='AF_UNIX').close()
+    except OSError as error:
+        raise UserError(
+            f'workers cannot hand over batches by a socket in {tempfile.gettempdir()} ({error}): '
+            'set TMPDIR to another directory with a short name, or use --workers 0'
+        ) from None
+
+
 def _begin_worker(worker):
     """Leave the signals that stop a run, which reach all processes of a group, to the run."""
     for signum in STOP_SIGNALS:
@@ -388,6 +405,8 @@ class ReferenceViews:
                 '--shm-size does'
             )
         start = None
+        if workers:
+            _check_sockets()
         if workers and sys.platform == 'linux':
             start = 'fork'  # such a worker shares the images; another gets a copy
         self.loader = DataLoader(

@@ -34,7 +34,8 @@ def draw(n, height, width, generator, **recipe):
 
     Args:
         generator: torch.Generator on the device of the images.
-        recipe: blur, crop_min, jitter, grayscale and vertical_flip, as parameters() takes them.
+        recipe: blur, crop_min, jitter, grayscale, horizontal_flip and vertical_flip, as
+            parameters() takes them.
 
     Returns:
         A dict of (n,) tensors: top, left, h and w of the crop, in pixels; flip and vertical_flip;
@@ -64,7 +65,15 @@ def uniforms(n, generator):
 
 
 def parameters(
-    u, height, width, blur=True, crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False
+    u,
+    height,
+    width,
+    blur=True,
+    crop_min=0.08,
+    jitter=1.0,
+    grayscale=0.2,
+    horizontal_flip=0.5,
+    vertical_flip=0.0,
 ):
     """draw()'s parameters of the views whose random numbers are u, as uniforms() returns them.
 
@@ -73,7 +82,8 @@ def parameters(
         crop_min: the smallest part of an image's area that a crop covers, in (0, 1].
         jitter: strength of the four changes of colour, in [0, 2.5], relative to SimCLR's.
         grayscale: probability that a view loses its colours.
-        vertical_flip: whether half of the views are flipped upside down.
+        horizontal_flip, vertical_flip: probabilities, independent of each other, that a view is
+            flipped left to right, and upside down. True means 0.5, False 0.
     """
     u_area, u_ratio, u_top, u_left, u_jitter, *u_factors, u_hue, u_order, u_blur, u_sigma = u[:-2]
     u_flip, u_gray = u[-2:]
@@ -91,13 +101,14 @@ def parameters(
         factors.append(torch.where(jittered, factor, 1))
     brightness, contrast, saturation = factors
     blurred = (u_blur < 0.5) & blur
+    flip, upside_down = flips(u_flip, horizontal_flip, vertical_flip)
     return dict(
         top=torch.where(fits, top, (height - h0) // 2),
         left=torch.where(fits, left, (width - w0) // 2),
         h=torch.where(fits, h, h0),
         w=torch.where(fits, w, w0),
-        flip=u_flip < 0.5,
-        vertical_flip=(2 * u_flip % 1 < 0.5) & vertical_flip,  # the second bit of the same number
+        flip=flip,
+        vertical_flip=upside_down,
         brightness=brightness,
         contrast=contrast,
         saturation=saturation,
@@ -106,6 +117,19 @@ def parameters(
         gray=u_gray < grayscale,
         sigma=torch.where(blurred, _between(*BLUR_SIGMA, u_sigma), 0),
     )
+
+
+def flips(u, horizontal, vertical):
+    """Which views are flipped left to right, and which upside down: (n,) each.
+
+    u (n,) are uniform in [0, 1), and the other two are probabilities. Where u decides the first, it
+    leaves a uniform number that decides the second: u / p below p, and (u - p) / (1 - p) above.
+    """
+    p = 0.5 if horizontal is True else float(horizontal)
+    q = 0.5 if vertical is True else float(vertical)
+    mirrored = u < p
+    rest = torch.where(mirrored, u / max(p, 1e-30), (u - p) / max(1 - p, 1e-30))
+    return mirrored, rest.clamp(max=1 - 2**-24) < q  # rounding may give 1
 
 
 def _crop_size(u_area, u_ratio, height, width, crop_min):

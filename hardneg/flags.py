@@ -9,6 +9,7 @@ from hardneg.decoding import FITS
 from hardneg.folder import TEST, own_size, short_side
 from hardneg.runtime import UsageError, UserError, ranks, say
 
+PUBLISHED = ('standard', 'debiased', 'hard')  # SimCLR, DCL and HCL
 DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
 # Values of the data's and the views' flags that are given neither by the user nor by a run
 DATA = dict(
@@ -22,7 +23,14 @@ DATA = dict(
     image_size=32,
     test_size=0,
 )
-VIEWS = dict(blur='published', crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False)
+VIEWS = dict(
+    blur='published',
+    crop_min=0.08,
+    jitter=1.0,
+    grayscale=0.2,
+    horizontal_flip=0.5,
+    vertical_flip=0.0,
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -198,10 +206,19 @@ def add_view_flags(parser, title):
         '--grayscale', type=real(0, 1), help='probability that a view loses its colours (0.2)'
     )
     group.add_argument(
+        '--horizontal_flip',
+        type=real(0, 1),
+        metavar='P',
+        help='probability that a view is mirrored; 0 for text, signs and radiographs (0.5)',
+    )
+    group.add_argument(
         '--vertical_flip',
-        action='store_true',
-        default=None,
-        help='flip half of the views upside down, for satellite or microscope images',
+        type=real(0, 1),
+        metavar='P',
+        nargs='?',
+        const=0.5,
+        help='probability that a view is upside down; the bare flag: 0.5, for satellite or '
+        'microscope images (0)',
     )
     return group
 
@@ -306,13 +323,16 @@ def resolve_objective(args):
         )
     if estimator is None:
         estimator = _implied_estimator(args)
+    args.estimator = estimator
+    del args.debiased
+    if estimator not in PUBLISHED:  # a method of the user's own, which gets what was given
+        fill(args, dict(tau_plus=0.0, beta=0.0, anneal='none'))
+        return
     hard = estimator == 'hard'
     corrected = estimator != 'standard' and not args.oracle
-    args.estimator = estimator
     _set_or_tell(args, 'tau_plus', acts=corrected, default=0.1, off=0.0)
     _set_or_tell(args, 'beta', acts=hard, default=1.0, off=0.0)
     _set_or_tell(args, 'anneal', acts=hard, default='none', off='none')
-    del args.debiased
 
 
 def _implied_estimator(args):

@@ -33,12 +33,12 @@ class MicroBatches:
 
         Args:
             views: V tensors (b, 3, h, w).
-            loss_of: function of V embeddings (b, D).
+            loss_of: function of a list of V embeddings (b, D).
             scaler: torch.amp.GradScaler.
         """
         parts = self._parts(views)
         z = self._embeddings(parts, len(views))
-        loss = loss_of(*z)
+        loss = loss_of(z)
         scaler.scale(loss).backward()
         gradients = self._parts([x.grad for x in z])
         with self.autocast:  # entered anew: the casts of the first pass have no graph

@@ -1,5 +1,6 @@
 """What a run writes, and how it is read back: config.json, log.csv, checkpoints, probes."""
 
+import hashlib
 import platform
 import re
 import shlex
@@ -25,7 +26,7 @@ from hardneg.files import (
     write_table,
     write_tensors,
 )
-from hardneg.runtime import UserError, ranks
+from hardneg.runtime import UserError, ranks, say
 
 # Columns of log.csv, of which an earlier one may lack all but the first two, and of a probe's .csv
 LOG = (
@@ -138,9 +139,11 @@ def open_run(results, settings, defaults, data, device):
 
     trained = _trained(results)
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
-    differ = ''
+    differ, code = '', None
     if config_file.exists():
-        differ = difference(results, read_config(config_file), config, defaults)
+        before = read_config(config_file)
+        differ = difference(results, before, config, defaults)
+        code = before.get('code')
     if trained and missing:
         if differ:
             raise UserError(differ)
@@ -162,6 +165,8 @@ def open_run(results, settings, defaults, data, device):
         differ = difference(state_file, saved, config, defaults)
         if differ:
             raise UserError(differ)
+        if code not in (None, config['code']):
+            say(f'{results}: the code has changed since this run began')
     else:
         write_json(config_file, config)
     return saved
@@ -195,7 +200,7 @@ def _read_state(file, trained):
 
 def difference(place, there, here, defaults):
     """How settings or data of a run, dicts like a config.json, differ from others; '' if not."""
-    before = {**defaults, **there['settings']}
+    before = {**defaults, **with_probabilities(there['settings'])}
     now = {**defaults, **here['settings']}
     differ = []
     for name in {**before, **now}:
@@ -342,10 +347,22 @@ def provenance(device):
     )
     return dict(
         command=shlex.join(sys.argv),
+        code=code_digest(),
         ranks=ranks().world,
         device=device_name(device),
         versions=versions,
     )
+
+
+def code_digest():
+    """A digest of the files that decide what a run computes."""
+    home = Path(__file__).parents[1]
+    files = [home / 'main.py', home / 'model.py', home / 'utils.py']
+    digest = hashlib.sha256()
+    for path in [*files, *sorted(Path(__file__).parent.glob('*.py'))]:
+        if path.exists():  # where only the package is installed, the scripts are not
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def device_name(device):
@@ -373,7 +390,17 @@ def read_config(path, kinds=CONFIG):
     for name, value in config['settings'].items():
         if isinstance(value, (dict, list)):
             raise UserError(f'{path} is damaged or not of a run: {name} is no setting')
+    config['settings'] = with_probabilities(config['settings'])
     return config
+
+
+def with_probabilities(settings):
+    """The settings, in which true and false of a flip have become 0.5 and 0."""
+    settings = dict(settings)
+    for name in ('horizontal_flip', 'vertical_flip'):
+        if isinstance(settings.get(name), bool):
+            settings[name] = 0.5 * settings[name]
+    return settings
 
 
 def read_run(directory, defaults=None):

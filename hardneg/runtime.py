@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from datetime import timedelta
 from inspect import signature
 from typing import NamedTuple
@@ -109,6 +110,9 @@ def start():
         backend = 'nccl'
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
+        waiting = threading.Timer(10, _tell_of_waiting)
+        waiting.daemon = True
+        waiting.start()
         # torchrun's store outlives a restart, and with it the addresses of ranks that died.
         store, _, _ = next(dist.rendezvous('env://', timeout=TIMEOUT))
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
@@ -120,7 +124,18 @@ def start():
             timeout=TIMEOUT,
             device_id=device_id,
         )
+        waiting.cancel()
     return device
+
+
+def _tell_of_waiting():
+    place = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
+    print(
+        f'Rank {ranks().rank} is waiting for the other ranks at {place}; unset RANK and WORLD_SIZE '
+        'to run alone',
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def on_rank0(function):
@@ -296,7 +311,7 @@ def check_machine(precision):
             )
         return
     drivers = '/proc/driver/nvidia/version', '/dev/kfd'  # NVIDIA's and AMD's
-    hidden = os.environ.get('CUDA_VISIBLE_DEVICES') == ''
+    hidden = os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1', 'NoDevFiles')
     if any(map(os.path.exists, drivers)) and not hidden:
         say(
             f'There is a GPU, but torch {torch.__version__} cannot use it: the driver is older '
@@ -354,8 +369,8 @@ def compiles_or_goes_on():
 
 # Signals
 
-# Ctrl-C, a scheduler, a closed terminal
-STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+# Ctrl-C, a scheduler, a closed terminal, and what Slurm's --signal may name
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 
 
 def stop_signals():
@@ -367,11 +382,17 @@ class Signals:
     """Within `with`, keeps the stop signals until the loop asks for them by check().
 
     A second Ctrl-C ends the process at once. No file is lost then, as files are written whole.
+    Python catches signals in the main thread alone. In another one this class says so.
     """
 
     def __enter__(self):
         self.caught = 0
-        self.before = {signum: signal.signal(signum, self.catch) for signum in stop_signals()}
+        self.waiting = False
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {signum: signal.signal(signum, self.catch) for signum in stop_signals()}
+        else:
+            say('Signals are not caught, as this is not the main thread: they save nothing')
         return self
 
     def __exit__(self, *error):
@@ -382,6 +403,27 @@ class Signals:
         self.caught = signum
         if signum == signal.SIGINT:  # SIGTERM may come twice: from a scheduler and from torchrun
             signal.signal(signum, signal.SIG_DFL)
+        if self.waiting:
+            raise Stopped(signum)
+
+    def awaited(self, batches):
+        """Yield the batches. A single process stops at once if a signal comes before the next one.
+
+        Several ranks have to agree, by check().
+        """
+        batches = iter(batches)
+        alone = ranks().world == 1
+        while True:
+            if alone and self.caught:
+                raise Stopped(self.caught)
+            self.waiting = alone
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waiting = False
+            yield batch
 
     def check(self, due=False):
         """Whether something is due on any rank. All ranks must call it at the same place.

@@ -45,7 +45,15 @@ from hardneg.losses import contrastive_loss, textbook_loss
 from hardneg.micro_batch import MicroBatches
 from hardneg.runs import device_name
 from hardneg.runtime import UserError
-from main import arguments, build_network, build_optimizer, compiled, network, training_views
+from main import (
+    OBJECTIVES,
+    arguments,
+    build_network,
+    build_optimizer,
+    compiled,
+    network,
+    training_views,
+)
 from model import Embeddings
 from utils import ReferenceViews, load, load_data
 
@@ -366,15 +374,12 @@ def training_step(args, device):
     optimizer = build_optimizer(args, net)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == 'fp16')
     autocast = runtime.autocast(device, args.precision)
-    objective = dict(temperature=args.temperature, tau_plus=args.tau_plus, beta=args.beta)
-    if args.oracle:
-        classes = 10
-        objective['labels'] = torch.randint(classes, (args.batch_size,), device=device)
+    labels = torch.randint(10, (args.batch_size,), device=device)
     embed = Embeddings(net, args.joint_views)
-    loss_function = contrastive_loss
+    objective = OBJECTIVES[args.estimator]
     if args.compile:
-        loss_function = compiled(args, net, embed)
-    loss_of = partial(loss_function, **objective)
+        objective = compiled(args, net, embed)
+    loss_of = partial(objective, labels=labels, settings=args)
     micro_batches = MicroBatches(embed, args.micro_batch, args.joint_views, autocast)
 
     def step(views):
@@ -384,7 +389,7 @@ def training_step(args, device):
         else:
             with autocast:
                 z = embed(*views)  # V x (B, 3, h, w) -> V x (B, D)
-            loss = loss_of(*z)
+            loss = loss_of(z)
             scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -35,6 +35,9 @@ OBJECTIVES = {
     'hard_b1': ['--estimator', 'hard', '--beta', '1'],
     'hard_b2': ['--estimator', 'hard', '--beta', '2'],
 }
+for name in training.OBJECTIVES:
+    if name not in flags.PUBLISHED:  # a method of the user's own
+        OBJECTIVES[name] = ['--estimator', name]
 # Flags that the sweep sets
 OWN = ('--estimator', '--debiased', '--beta', '--seed')
 OWN_OF_PROBE = ('--model_path', '--dataset_name', '--root')
@@ -281,6 +284,12 @@ def finished_runs(results):
             continue
         found.append((directory, run))
     runs.name_data([run for _, run in found])
+    versions = {run['code'] for _, run in found if run.get('code')}
+    if len(versions) > 1:
+        print(
+            f'{results}: its runs were trained by {len(versions)} versions of the code',
+            file=sys.stderr,
+        )
     return found
 
 

@@ -185,7 +185,7 @@ def weights_after_steps(rank, world):
             own = [x.chunk(world)[rank] for x in views]
             optimizer.zero_grad()
             if m:
-                parts.backward(own, contrastive_loss, NO_SCALER)
+                parts.backward(own, lambda z: contrastive_loss(*z), NO_SCALER)
             else:
                 contrastive_loss(*ddp(*own)).backward()
             optimizer.step()

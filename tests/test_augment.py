@@ -23,6 +23,7 @@ from hardneg.augment import (
     apply,
     blur_kernel_size,
     draw,
+    flips,
     normalize,
     parameters,
     transform,
@@ -355,7 +356,8 @@ def test_both_paths_make_the_same_views_on_average():
         (dict(jitter=0.5), ['brightness', 'contrast', 'hue', 'saturation']),
         (dict(grayscale=0.6), ['gray']),
         (dict(blur=False), ['sigma']),
-        (dict(vertical_flip=True), ['vertical_flip']),
+        (dict(horizontal_flip=0.0), ['flip']),
+        (dict(vertical_flip=0.5), ['vertical_flip']),
     ],
     ids=str,
 )
@@ -379,9 +381,41 @@ def test_the_recipe_sets_ranges_and_probabilities():
     assert 0.1999 < (p['brightness'] - 1).abs().max() <= 0.2 + 1e-6
     assert has_share(drawn(grayscale=0.6)['gray'], 0.6)
     assert (drawn(blur=False)['sigma'] == 0).all()
-    p = drawn(vertical_flip=True)
-    assert has_share(p['vertical_flip'], 0.5)
-    assert has_share(p['vertical_flip'] & p['flip'], 0.25)
+
+
+PROBABILITIES = 0.0, 1e-3, 0.1, 0.5, 0.7, 1.0
+
+
+@pytest.mark.parametrize('horizontal', PROBABILITIES)
+@pytest.mark.parametrize('vertical', PROBABILITIES)
+def test_the_two_flips_are_independent(horizontal, vertical):
+    p = draw(N, 8, 8, seeded(1), horizontal_flip=horizontal, vertical_flip=vertical)
+    flip, upside_down = p['flip'], p['vertical_flip']
+    for found, share in (
+        (flip, horizontal),
+        (upside_down, vertical),
+        (flip & upside_down, horizontal * vertical),
+    ):
+        deviation = (share * (1 - share) / N) ** 0.5
+        assert abs(found.float().mean().item() - share) <= 5 * deviation
+
+
+@pytest.mark.parametrize('highest', [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_view_is_turned_for_sure_whatever_its_number(highest):
+    """At the ends of [0, p) and [p, 1), where a quotient may be rounded to 1."""
+    p = torch.tensor(highest)
+    u = torch.stack([torch.zeros(()), p.nextafter(torch.zeros(())), p, 1 - p.new_tensor(2**-24)])
+    _, upside_down = flips(u, highest, 1.0)
+    assert upside_down.all()
+
+
+def test_equal_chances_take_the_first_two_bits_of_a_number():
+    u = torch.rand(N, generator=seeded(2))
+    for chance in (0.5, True):
+        mirrored, upside_down = flips(u, chance, chance)
+        assert torch.equal(mirrored, u < 0.5)
+        assert torch.equal(upside_down, 2 * u % 1 < 0.5)
+    assert not torch.cat(flips(u, False, False)).any()
 
 
 def kinds(transform):
@@ -407,7 +441,7 @@ def test_reference_transform_without_blur_is_the_same_but_for_the_blur():
 
 def test_reference_transform_follows_the_recipe():
     """At its ends: the whole image, its colours made gray, and turned in all four ways."""
-    recipe = dict(blur=False, crop_min=1.0, jitter=0.0, grayscale=1.0, vertical_flip=True)
+    recipe = dict(blur=False, crop_min=1.0, jitter=0.0, grayscale=1.0, vertical_flip=0.5)
     make = transforms.Compose(reference_transform(32, **recipe).transforms[:-2])
     image = pil(photographs(1, 32, 32)[0])
     gray = TF.rgb_to_grayscale(image, 3)

@@ -11,7 +11,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 import main
 from hardneg import runtime
-from hardneg.losses import contrastive_loss
 from model import ARCHS, BasicBlock, Embeddings
 
 
@@ -67,8 +66,8 @@ def test_running_out_of_memory_is_not_hidden(dynamo):
     [
         ('', []),
         ('--compile no', []),
-        ('--compile', ['Embeddings', 'contrastive_loss', 'random_views']),
-        ('--compile --views 3', ['Model', 'contrastive_loss', 'random_views']),
+        ('--compile', ['Embeddings', 'contrastive', 'random_views']),
+        ('--compile --views 3', ['Model', 'contrastive', 'random_views']),
         ('--compile --anneal down', ['Embeddings', 'random_views']),
     ],
 )
@@ -94,8 +93,8 @@ def test_a_loss_of_many_tiles_is_not_compiled(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, **options: None)
     for batch_size, compiled in ((2048, True), (2049, False)):
         args = main.parse(['--batch_size', str(batch_size)])
-        loss = main.compiled(args, torch.nn.Identity(), torch.nn.Identity())
-        assert (loss is not contrastive_loss) == compiled
+        objective = main.compiled(args, torch.nn.Identity(), torch.nn.Identity())
+        assert (objective is not main.contrastive) == compiled
 
 
 def casts_of_a_step(flags):
@@ -148,10 +147,11 @@ def first_step(compiled):
     torch.manual_seed(0)
     net = main.build_network(args).double()
     embed = Embeddings(net)
-    loss_function = contrastive_loss
+    objective = main.contrastive
     if compiled:
-        loss_function = main.compiled(args, net, embed)
-    loss = loss_function(*embed(*torch.randn(2, 8, 3, 8, 8, dtype=torch.float64)))
+        objective = main.compiled(args, net, embed)
+    z = embed(*torch.randn(2, 8, 3, 8, 8, dtype=torch.float64))
+    loss = objective(z, labels=None, settings=args)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in net.parameters()])
 

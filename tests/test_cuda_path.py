@@ -196,7 +196,7 @@ FAULTS = [
     (main, 'main', '% look_every', '% 1'),
     (main, 'main', 'labels[index]', 'labels[index.cpu()]'),
     (main, 'main', 'scaler.scale(loss).backward()', 'loss.backward() if loss.isfinite() else 0'),
-    (main, 'main', 'loss_of(*z)', 'loss_of(*(x[x.isfinite().all(1)] for x in z))'),
+    (main, 'main', 'loss_of(z)', 'loss_of([x[x.isfinite().all(1)] for x in z])'),
     (main, 'main', 'data.train_labels.to(device)', 'data.train_labels'),
     (evaluate.Evaluator, '_blocks', '.to(self.device)', ''),
     (losses, '_classes', ', device=labels.device', ''),

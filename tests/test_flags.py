@@ -321,7 +321,8 @@ RECIPE = dict(
     crop_min=0.08,
     jitter=1.0,
     grayscale=0.2,
-    vertical_flip=False,
+    horizontal_flip=0.5,
+    vertical_flip=0,
     micro_batch=None,
     fit='crop',
     holdout=0,
@@ -349,8 +350,19 @@ def test_every_setting_has_its_default_in_a_run_without_flags():
         assert getattr(args, name) == value, name
 
 
+def test_a_method_of_ones_own_gets_the_objectives_flags_as_given(monkeypatch, capsys):
+    monkeypatch.setitem(main.OBJECTIVES, 'mine', main.contrastive)
+    values = []
+    for words in ('', '--tau_plus 0.2 --beta 3 --anneal down', '--oracle --beta 2'):
+        args = main.parse(['--estimator', 'mine', *words.split()])
+        values.append((args.estimator, args.tau_plus, args.beta, args.anneal))
+    assert values == [('mine', 0, 0, 'none'), ('mine', 0.2, 3, 'down'), ('mine', 0, 2, 'none')]
+    assert capsys.readouterr().out == ''
+
+
 def test_views_of_a_run_without_the_views_flags_are_as_published():
-    published = dict(blur=True, crop_min=0.08, jitter=1.0, grayscale=0.2, vertical_flip=False)
+    published = dict(blur=True, crop_min=0.08, jitter=1.0, grayscale=0.2)
+    published |= dict(horizontal_flip=0.5, vertical_flip=0)
     assert flags.recipe({}) == published
     changed = {**published, 'blur': False, 'jitter': 2.0}
     assert flags.recipe({'blur': 'none', 'jitter': 2.0}) == changed

@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import signal
+import threading
 from argparse import Namespace
 from functools import partial
 
@@ -23,7 +24,7 @@ import model
 from hardneg import files, runs, runtime
 from hardneg.augment import MEAN, STD
 from hardneg.evaluate import Evaluator
-from hardneg.files import read_checkpoint
+from hardneg.files import read_checkpoint, read_json, write_json
 from hardneg.losses import contrastive_loss
 from hardneg.runtime import UsageError, UserError
 from utils import load_data
@@ -253,10 +254,11 @@ def test_positives_by_label_and_the_recipe_reach_the_views(
     monkeypatch.setattr(main, name, spy)
     flags = (
         f'--positives label --augment {augment} --workers 0 --blur none --crop_min 0.3 '
-        '--jitter 0.5 --grayscale 0.1 --vertical_flip'
+        '--jitter 0.5 --grayscale 0.1 --horizontal_flip 0 --vertical_flip'
     )
     train([*tiny, '--epochs', '1', *flags.split()], tmp_path)
-    expected = dict(blur=False, crop_min=0.3, jitter=0.5, grayscale=0.1, vertical_flip=True)
+    expected = dict(blur=False, crop_min=0.3, jitter=0.5, grayscale=0.1)
+    expected |= dict(horizontal_flip=0, vertical_flip=0.5)
     assert given == [(30, [0] * 10 + [1] * 10 + [2] * 10, expected)]
 
 
@@ -462,6 +464,41 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
         '--anneal down --oracle --beta 1',
     ],
 )
+def test_a_thread_trains_to_the_same_bits(finished, tiny, tmp_path, capsys):
+    flags = [*tiny, '--epochs', '3', '--results_dir', str(tmp_path)]
+    thread = threading.Thread(target=main.main, args=[flags])
+    thread.start()
+    thread.join()
+    assert 'Signals are not caught' in capsys.readouterr().out
+    assert_same_outcome(tmp_path, outcome(finished))
+
+
+def test_a_run_that_goes_on_under_changed_code_says_so(tiny, tmp_path, monkeypatch, capsys):
+    flags = [*tiny, '--epochs', '1', '--results_dir', str(tmp_path)]
+    main.main(flags)
+    changed = 'the code has changed since this run began'
+    for code, told in ((None, False), (runs.code_digest(), False), ('other', True)):
+        config = read_json(tmp_path / 'config.json')
+        config['code'] = code
+        if code is None:
+            del config['code']
+        write_json(tmp_path / 'config.json', config)
+        capsys.readouterr()
+        main.main(flags)
+        assert (changed in capsys.readouterr().out) == told
+
+
+def test_flips_of_an_earlier_config_may_be_true_or_false(tiny, tmp_path, capsys):
+    flags = [*tiny, '--epochs', '1', '--vertical_flip', '--results_dir', str(tmp_path)]
+    main.main(flags)
+    config = read_json(tmp_path / 'config.json')
+    assert config['settings']['vertical_flip'] == 0.5
+    config['settings'] |= dict(vertical_flip=True, horizontal_flip=True)
+    write_json(tmp_path / 'config.json', config)
+    main.main(flags)
+    assert 'holds this run, finished' in capsys.readouterr().out
+
+
 def test_variants_resume_to_the_same_bits(tiny, tmp_path, flags, monkeypatch):
     # With this scale some steps of fp16 overflow.
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**16, growth_interval=2)

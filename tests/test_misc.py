@@ -209,6 +209,22 @@ def test_a_run_from_before_a_flag_is_like_one_with_its_default(logs):
     assert sweep.make_table(logs)['crop_min'].tolist() == [0.08, 0.08, 0.4]
 
 
+def test_a_table_of_runs_by_several_versions_of_the_code_says_so(logs, capsys):
+    said = []
+    for codes in ([None, None], ['a', None], ['a', 'a'], ['a', 'b']):
+        for name, code in zip(('standard_0', 'hard_0'), codes):
+            config = read_json(logs / name / 'config.json')
+            config['code'] = code
+            write_json(logs / name / 'config.json', config)
+        for name in ('standard_1', 'hard_1'):  # of a run from before the digest
+            config = read_json(logs / name / 'config.json')
+            config.pop('code', None)
+            write_json(logs / name / 'config.json', config)
+        sweep.make_table(logs)
+        said.append('trained by 2 versions of the code' in capsys.readouterr().err)
+    assert said == [False, False, False, True]
+
+
 @pytest.mark.parametrize('setting', [dict(positives='label'), dict(oracle=True)], ids=str)
 def test_gains_with_labels_are_over_standard_with_labels(logs, setting):
     for file in logs.glob('*/config.json'):

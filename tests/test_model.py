@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from hardneg.augment import normalize
 from hardneg.files import read_checkpoint
 from model import ARCHS, WIDTHS, Model, load_model
 
@@ -233,3 +234,14 @@ def test_pickled_objects_are_refused_and_not_run(tmp_path, form):
     if form != 'plain pickle':  # the payload does work
         torch.load(io.BytesIO(file.read_bytes()), weights_only=False)
         assert ran.exists()
+
+
+def test_statistics_of_averaged_weights_are_measured_by_update_bn():
+    """torch.optim.swa_utils.update_bn() gives BatchNorm the mean of the batches' statistics."""
+    torch.manual_seed(0)
+    net = Model(8, 'resnet18', 8, width=0.25)
+    batches = torch.randint(256, (3, 4, 3, 8, 8), dtype=torch.uint8)
+    torch.optim.swa_utils.update_bn(batches, net)
+    means = [net.f[0](normalize(x)).mean((0, 2, 3)) for x in batches]
+    torch.testing.assert_close(net.f[1].running_mean, torch.stack(means).mean(0))
+    assert net.f[1].momentum == 0.1

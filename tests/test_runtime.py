@@ -2,6 +2,9 @@
 
 import os
 import signal
+import threading
+import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -73,8 +76,10 @@ def test_a_gpu_without_bf16(start, gpu, capsys, flags, said):
 def test_a_gpu_that_torch_cannot_use(start, monkeypatch, capsys):
     driver = '/proc/driver/nvidia/version'
     monkeypatch.setattr('os.path.exists', lambda path: path == driver)
-    start()  # CUDA_VISIBLE_DEVICES is empty: the user wants no GPU
-    assert 'GPU' not in capsys.readouterr().out
+    for hidden in ('', '-1', 'NoDevFiles'):
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', hidden)
+        start()
+        assert 'GPU' not in capsys.readouterr().out
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     start()
     assert 'There is a GPU, but torch' in capsys.readouterr().out
@@ -195,6 +200,29 @@ def test_a_rank_joins_its_group_with_its_device(
     assert whole.get(f'{restart or 0}/key') == b'value'
 
 
+def test_a_rank_that_waits_for_others_says_where(monkeypatch, capsys):
+    """And goes on to wait."""
+    set_variables(monkeypatch, **LAUNCHER)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    waits = []
+
+    def timer(seconds, tell):
+        waits.append(seconds)
+        return threading.Timer(0.01, tell)
+
+    monkeypatch.setattr(runtime, 'threading', Namespace(Timer=timer))
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr('torch.distributed.rendezvous', lambda *_, **__: iter([(store, 1, 4)]))
+    monkeypatch.setattr('torch.distributed.init_process_group', lambda *_, **__: time.sleep(0.2))
+    runtime.start()
+    assert waits == [10]
+    place = f'{LAUNCHER["MASTER_ADDR"]}:{LAUNCHER["MASTER_PORT"]}'
+    assert capsys.readouterr().err == (
+        f'Rank 1 is waiting for the other ranks at {place}; unset RANK and WORLD_SIZE to run '
+        'alone\n'
+    )
+
+
 # Signals
 
 
@@ -225,6 +253,54 @@ def test_a_signal_is_kept_until_the_loop_asks_and_a_second_ctrl_c_ends_at_once(h
                 signals.check()
             assert stopped.value.signum == signum
             assert signal.getsignal(signum) == handler
+    for signum, handler in handlers.items():
+        assert signal.getsignal(signum) == handler
+
+
+def test_a_signal_ends_the_wait_for_a_batch(handlers):
+    """It came while the batch was awaited, or before."""
+
+    def batches():
+        yield 1
+        os.kill(os.getpid(), signal.SIGUSR1)
+        yield 2
+
+    with runtime.Signals() as signals:
+        seen = []
+        with pytest.raises(runtime.Stopped):
+            seen.extend(signals.awaited(batches()))
+        with pytest.raises(runtime.Stopped):
+            next(signals.awaited([3]))
+    with runtime.Signals() as signals:
+        assert list(signals.awaited([4, 5])) == [4, 5]
+        os.kill(os.getpid(), signal.SIGUSR2)  # between batches it is kept
+        with pytest.raises(runtime.Stopped):
+            signals.check()
+
+
+def test_ranks_do_not_stop_alone_as_they_wait_for_a_batch(handlers, monkeypatch):
+    monkeypatch.setattr(runtime, 'ranks', lambda: runtime.Ranks(0, 2, 0, 2))
+
+    def batches():
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield 1
+
+    with runtime.Signals() as signals:
+        assert list(signals.awaited(batches())) == [1]
+        assert signals.caught == signal.SIGTERM
+
+
+def test_signals_outside_of_the_main_thread_are_left_alone_and_a_line_says_so(handlers, capsys):
+    def train():
+        with runtime.Signals() as signals:
+            checked.append(signals.check())
+
+    checked = []
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert checked == [False]
+    assert capsys.readouterr().out.startswith('Signals are not caught')
     for signum, handler in handlers.items():
         assert signal.getsignal(signum) == handler
 

@@ -1,8 +1,10 @@
 """The processes behind --augment pil: views do not depend on them, nor do signals end them."""
 
+import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from argparse import Namespace
 
 import pytest
@@ -49,6 +51,31 @@ def test_shared_memory_that_is_too_small_for_the_workers_is_named(monkeypatch):
     with_free(needed)
     with pytest.raises(UserError, match=r'/dev/shm has no room .* --workers 0'):
         with_free(needed - 1)
+
+
+def test_a_socket_that_workers_cannot_open_is_named(monkeypatch, tmp_path):
+    """Its path has room for 107 characters on Linux."""
+    place = tmp_path / ('a' * 100)
+    place.mkdir()
+    monkeypatch.setattr('tempfile.tempdir', str(place))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, 'tempdir', None)
+    with pytest.raises(UserError, match=f'socket in {place} .* --workers 0'):
+        ReferenceViews(IMAGES, Batches(64, 16), 8, workers=2)
+
+
+def test_a_signal_is_answered_while_workers_stand_still(views):
+    batches, workers = started(views)
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+
+    def wait_for_batches():
+        with runtime.Signals() as signals:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            with pytest.raises(runtime.Stopped):
+                list(signals.awaited(batches))
+
+    runtime.run(wait_for_batches)
+    assert_ended(workers)
 
 
 def started(views):

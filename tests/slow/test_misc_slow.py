@@ -1,7 +1,9 @@
 """Sweeps as processes; scripts on names of any letters; features by several ranks."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -9,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Job
+from conftest import HOME, Job
 from PIL import Image
 from test_misc import some_names
 
@@ -139,3 +141,48 @@ def test_names_of_any_letters_are_directories_classes_and_files(
     assert sorted(table['data']) == sorted(roots)
     embed.main(['--model_path', checkpoint, '--root', roots[0], '--out', f'{out}.npz'])
     assert f'train/{classes[0]}/{files[0]}.png' in np.load(f'{out}.npz')['names'].tolist()
+
+
+MINE = """def mine(z, labels, settings):
+    z1, z2 = z
+    return (z1 - z2).square().sum(1).mean() / settings.temperature
+
+
+"""
+
+
+def test_a_method_of_ones_own_is_a_function_and_an_entry(tiny, tmp_path):
+    """In a copy of the project. It is trained, probed and tabulated beside the others."""
+    for name in ('main.py', 'linear.py', 'model.py', 'utils.py'):
+        shutil.copy(HOME / name, tmp_path)
+    for name in ('hardneg', 'misc'):
+        shutil.copytree(HOME / name, tmp_path / name)
+    code = (tmp_path / 'main.py').read_text()
+    code = code.replace('# The values of --estimator', f'{MINE}# The values of --estimator')
+    code = code.replace(
+        "    'hard': contrastive,\n", "    'hard': contrastive,\n    'mine': mine,\n"
+    )
+    (tmp_path / 'main.py').write_text(code)
+
+    def job(*words):
+        environment = dict(os.environ, PYTHONPATH='')
+        command = [sys.executable, *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    assert '{hard,mine,debiased' in job('main.py', '--help').stdout
+    flags = [*tiny, '--epochs', '2', '--results_dir', 'r', '--seeds', '1', '--probe=--cached']
+    swept = job('misc/sweep.py', *flags, '--objectives', 'mine', 'standard')
+    assert swept.returncode == 0, swept.stderr
+    table = pd.read_csv(tmp_path / 'r' / 'table.csv')
+    assert sorted(table['objective']) == ['mine', 'standard']
+    assert table['linear_cached'].notna().all()
+    config = read_json(tmp_path / 'r' / 'mine_0' / 'config.json')
+    assert config['settings']['estimator'] == 'mine'
+    before = pd.read_csv(tmp_path / 'r' / 'mine_0' / 'log.csv')['train_loss'][2]
+
+    (tmp_path / 'main.py').write_text(code.replace('.mean() / settings', '.mean() + settings'))
+    again = job('main.py', *flags[:-4], '--results_dir', 'r/mine_0', '--estimator', 'mine')
+    assert 'the code has changed since this run began' in again.stdout, again.stderr
+    assert pd.read_csv(tmp_path / 'r' / 'mine_0' / 'log.csv')['train_loss'][2] == before
