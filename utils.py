@@ -197,7 +197,7 @@ def folder_data(found, unlabeled, *, store_size=0, fit='crop', cache_dir=None, s
         store_size: side in pixels at which images are kept; 0: their own, if all are squares of one
             size of at most 256 pixels, else 96.
         fit: how images become squares, one of decoding.FITS.
-        cache_dir: where the decoded images are kept; None: in the folder, or else in ~/.cache.
+        cache_dir: where the decoded images are kept; None: files.cache_directory().
         skip_damaged: leave out damaged files, which are an error otherwise.
     """
     root, classes = found.root, found.classes

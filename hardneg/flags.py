@@ -159,7 +159,7 @@ def add_data_flags(parser, title):
     group.add_argument(
         '--cache_dir',
         type=path,
-        help='where decoded images are kept (in the folder, or else in ~/.cache)',
+        help='where decoded images are kept ($XDG_CACHE_HOME/hardneg, or else ~/.cache/hardneg)',
     )
     group.add_argument(
         '--skip_damaged',

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from hardneg.runtime import UserError, no_bar, say
 
 TRAIN, UNLABELED, TEST = 0, 1, 2  # parts of a data set
-CACHE = '.decoded'  # the directory of the decoded images, in a folder that can be written
 
 # Names in lower case: of files and directories that systems leave, and of splits
 SYSTEM = (
@@ -281,7 +280,7 @@ class Listing:
         self.problems = []
 
     def images(self, top, bar):
-        """The images below the directory top, sorted: (path below root, bytes, times of change).
+        """The images below the directory top, sorted: (path below root, bytes, time of change).
 
         Links are followed. No directory is read twice, nor one between root and top, so that loops
         of links end.
@@ -303,7 +302,7 @@ class Listing:
                 else:
                     about = _status(path)
                     below_root = path[len(str(self.root)) + 1 :]
-                    found.append((below_root, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+                    found.append((below_root, about.st_size, about.st_mtime_ns))
             bar.update(len(names))
         return sorted(found)
 
@@ -326,8 +325,7 @@ class Listing:
         self.problems.append(str(error))
 
     def leave_out(self, path, why):
-        if os.path.basename(path) != CACHE:
-            self.left.setdefault(why, []).append(path)
+        self.left.setdefault(why, []).append(path)
 
     def leave_out_beside_classes(self, top):
         """Leave out what lies in top, a directory of classes, and is no class."""

@@ -12,8 +12,10 @@ features_duplicates.csv lists the pairs whose cosine is at least C, the most sim
 features are kept in memory: 2 GB for a million images by a ResNet-18, 8 GB by a ResNet-50.
 """
 
+import hashlib
 import io
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hardneg import flags, runs, runtime
 from hardneg.decoding import FITS, decode_or_why
 from hardneg.evaluate import Evaluator
-from hardneg.files import crc, lock, write, write_json, write_table
+from hardneg.files import cache_directory, crc, lock, write, write_json, write_table
 from hardneg.folder import Listing, in_any_form, own_size
 from hardneg.runtime import UserError, ranks, say
 from model import load_model, unit
@@ -100,7 +102,7 @@ def main(argv=None):
     size = args.store_size or own_size(root, files)
     device = runtime.start()
     # It also tells, before hours of work, that the directory cannot be written.
-    runtime.on_rank0(lambda: lock(out.parent, f'.{out.stem}.lock'))
+    runtime.on_rank0(lambda: lock_output(out))
     net.eval().to(device, memory_format=torch.channels_last)
     evaluator = Evaluator(net, device, runtime.autocast(device, args.precision))
 
@@ -127,6 +129,16 @@ def main(argv=None):
     save(out, names, features, about)
     if args.duplicates is not None:
         save_duplicates(out, names, features, args.duplicates)
+
+
+def lock_output(out):
+    """Hold the lock of the file to write. It lies in the user's cache, as out may be among images.
+
+    Raises:
+        UserError: another process holds it, or the directory of the file cannot be written.
+    """
+    digest = hashlib.sha256(os.fsencode(out.with_suffix('').absolute())).hexdigest()
+    lock(out.parent, f'{digest[:16]}.lock', place=cache_directory())
 
 
 def image_files(root):

@@ -97,6 +97,16 @@ def test_damaged_images_are_left_out_and_named(encoder, tmp_path, capsys):
     assert f'1 images damaged and left out, such as {tmp_path}/1.png: empty, or not an' in said
 
 
+def test_nothing_but_the_file_is_written_among_the_images(encoder, tmp_path):
+    place = tmp_path / 'photos'
+    place.mkdir()
+    Image.new('RGB', (16, 16)).save(place / 'a.png')
+    for _ in range(2):
+        run(encoder, place, place / 'f.npz')
+        assert np.load(place / 'f.npz')['names'].tolist() == ['a.png']
+    assert sorted(path.name for path in place.iterdir()) == ['a.png', 'f.npz']
+
+
 def test_pairs_of_files_are_listed_with_their_cosines(encoder, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in 'a', 'b':

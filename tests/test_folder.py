@@ -79,17 +79,6 @@ def test_what_is_left_out_is_counted_with_an_example(root, name, put, why, capsy
     assert capsys.readouterr().out == f'{root}: left out 1 {why}, such as {root / name}\n'
 
 
-def test_the_directory_of_decoded_images_is_left_out_in_silence(root, capsys):
-    a_directory(root / '.decoded')
-    assert names(find_folder(root)) == ['a.png']
-    make(root, 'b', 'c')
-    (root / 'a.png').unlink()
-    save(root / 'b' / 'y.png')
-    save(root / 'c' / 'y.png')
-    find_folder(root, holdout=0.1)
-    assert capsys.readouterr().out == ''
-
-
 def test_links_to_files_and_directories_are_followed(root, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp('elsewhere')
     make(elsewhere, 'deep')
