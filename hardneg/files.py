@@ -18,6 +18,7 @@ import torch
 
 from hardneg.runtime import UserError
 
+KEYS_OF_RUN = {'settings', 'data_digest'}  # by which a config.json is known as a run's
 _locks = []  # held until the process ends
 
 
@@ -131,6 +132,14 @@ def cache_directory():
     raise UserError(
         f'{tried} cannot be written: choose a directory by --cache_dir or XDG_CACHE_HOME'
     )
+
+
+def is_run(directory):
+    """Whether the config.json in a directory is a run's. Other programs have files of this name."""
+    try:
+        return read_json(Path(directory, 'config.json')).keys() >= KEYS_OF_RUN
+    except UserError:
+        return False
 
 
 def read_json(path):

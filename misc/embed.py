@@ -154,8 +154,7 @@ def image_files(root):
         desc=f'Listing {root}', unit=' files', delay=3, leave=False, disable=runtime.no_bar()
     ) as bar:
         files = listing.images(root, bar)
-    if listing.problems:
-        raise UserError(listing.problems[0])
+    listing.report()
     if not files:
         raise UserError(f'{root}: no image in it or below it')
     return files

@@ -97,14 +97,21 @@ def test_damaged_images_are_left_out_and_named(encoder, tmp_path, capsys):
     assert f'1 images damaged and left out, such as {tmp_path}/1.png: empty, or not an' in said
 
 
-def test_nothing_but_the_file_is_written_among_the_images(encoder, tmp_path):
+def test_nothing_but_the_file_is_written_among_the_images_and_runs_are_left_out(
+    encoder, tmp_path, capsys
+):
     place = tmp_path / 'photos'
-    place.mkdir()
-    Image.new('RGB', (16, 16)).save(place / 'a.png')
+    for name in 'a.png', 'results/mine/curves.png':
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (16, 16)).save(place / name)
+    config = {name: kind() for name, kind in runs.CONFIG.items()}
+    write_json(place / 'results' / 'mine' / 'config.json', config)
     for _ in range(2):
         run(encoder, place, place / 'f.npz')
         assert np.load(place / 'f.npz')['names'].tolist() == ['a.png']
-    assert sorted(path.name for path in place.iterdir()) == ['a.png', 'f.npz']
+    assert sorted(path.name for path in place.iterdir()) == ['a.png', 'f.npz', 'results']
+    said = capsys.readouterr().out
+    assert f'{place}: left out 1 with a run in it, such as {place}/results/mine' in said
 
 
 def test_pairs_of_files_are_listed_with_their_cosines(encoder, tmp_path, capsys):
