@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import warnings
@@ -41,7 +42,7 @@ TURNS = {  # what turns an image of this orientation upright
 }
 CHECKED_WHOLE = 1e9  # bytes of rows: of larger files, SAMPLE random rows are checked
 SAMPLE = 4096
-# Pillow warns from 89 megapixels on, and raises an error from 179 on.
+# Pillow warns from 89 megapixels on, and refuses from 179 on.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
 
@@ -49,7 +50,7 @@ class Row(NamedTuple):
     """An image as decoded.
 
     pixels are (3, size, size) uint8. digest is that of the file. dark says that the image has 16
-    bits a channel and uses fewer than 14 of them.
+    bits a channel and its colours use fewer than 14 of them.
     """
 
     pixels: np.ndarray
@@ -63,8 +64,8 @@ class Decoded:
 
     images (n, 3, size, size) uint8 are those of the intact files, mapped. keys (N) and digests (N,)
     uint64 are of all files: a key tells of a change of the file's name, size or time, a digest of
-    its content. The digest of a damaged file is 0. damaged maps the names of damaged files to what
-    is wrong.
+    its content. The digest of a damaged file is 0. damaged maps the names of files that are damaged
+    or too large to what is wrong.
     """
 
     images: np.ndarray
@@ -293,6 +294,8 @@ def decode_or_why(path, size, fit):
         return decode(path, size, fit)
     except UnidentifiedImageError:  # its own text names a buffer
         return 'empty, or not an image that Pillow can read'
+    except Image.DecompressionBombError:
+        return f'too large: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels'
     except Exception as error:  # whatever a decoder makes of a damaged file
         return str(error or type(error).__name__)
 
@@ -307,12 +310,15 @@ def decode(path, size, fit='crop'):
     with Image.open(io.BytesIO(content), formats=FORMATS) as file:
         # A JPEG is decoded smaller, but at least twice as large as needed.
         file.draft(file.mode, (2 * size, 2 * size))
+        sixteen_bits = _has_sixteen_bits(file, content)
         # Before EXIF is asked for: a damaged PNG would hide that it failed. It also turns a TIFF.
         file.load()
         orientation = None
         with contextlib.suppress(Exception):  # damaged EXIF is no damaged image
             orientation = file.getexif().get(ORIENTATION)
-        image, dark = _to_rgb(file)
+        image = _to_eight_bits(file)
+        dark = sixteen_bits and _brightest(image) < 64  # of 256, as 2^14 is of 2^16
+        image = _to_rgb(image)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
     square = np.asarray(_to_square(image, size, fit))
@@ -320,20 +326,44 @@ def decode(path, size, fit='crop'):
     return Row(pixels, _digest(content), dark)
 
 
-def _to_rgb(image):
-    """The image in RGB, on white where it is transparent, and whether it is dark."""
-    # A PPM of 16 bits has mode I, as images of 32 bits have.
-    if image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM'):
-        levels = np.asarray(image)
-        eight_bits = Image.fromarray((levels >> 8).astype(np.uint8))  # convert() would clip them
-        return eight_bits.convert('RGB'), bool(levels.max() < 2**14)
+def _has_sixteen_bits(file, content):
+    """Whether an image that is not loaded yet has 16 bits a channel. Of colours, Pillow keeps 8."""
+    if _is_wide(file):
+        return True
+    if file.format == 'JPEG2000':
+        codestream = content.find(b'\xff\x4f\xff\x51')
+        return content[codestream + 42] & 127 == 15  # Ssiz: the bits of a component, less one
+    # How the first part of the file is decoded, as in ('zip', …, 'RGB;16B')
+    return bool(re.search(';16|SGI16|ppm.*65535', str(file.tile[:1])))
+
+
+def _is_wide(image):
+    """Whether Pillow keeps 16 bits. A PPM of 16 bits has mode I, as images of 32 bits have."""
+    return image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
+
+
+def _to_eight_bits(image):
+    if _is_wide(image):
+        levels = np.asarray(image) >> 8  # convert() would clip them
+        return Image.fromarray(levels.astype(np.uint8))
     if image.mode in ('I', 'F'):
         raise ValueError('32 bits a pixel, of unknown range')
+    return image
+
+
+def _brightest(image):
+    """The highest level of an image of 8 bits, in all channels but alpha."""
+    channels = zip(image.getbands(), image.split())
+    return max(channel.getextrema()[1] for name, channel in channels if name != 'A')
+
+
+def _to_rgb(image):
+    """The image in RGB, on white where it is transparent."""
     if image.has_transparency_data:
         image = image.convert('RGBA')
         white = Image.new('RGBA', image.size, 'white')
         image = Image.alpha_composite(white, image)
-    return image.convert('RGB'), False
+    return image.convert('RGB')
 
 
 def _to_square(image, size, fit):

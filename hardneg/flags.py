@@ -165,7 +165,7 @@ def add_data_flags(parser, title):
         '--skip_damaged',
         action='store_true',
         default=None,
-        help='leave out damaged files of a folder',
+        help='leave out files of a folder that are damaged, or too large (179 megapixels)',
     )
     group.add_argument(
         '--image_size',

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from hardneg.files import is_run
@@ -39,6 +39,9 @@ FORMATS = [name for name in Image.ID if name not in NOT_DECODED]
 SUFFIXES = {suffix for suffix, name in _by_suffix.items() if name in (*FORMATS, 'MPO')}
 # Files with these count as images if one of FORMATS opens them: a JPEG may be named .pdf.
 OTHER_SUFFIXES = {suffix for suffix, name in _by_suffix.items() if name != 'EPS'} - SUFFIXES
+
+# Pillow takes a PNG for damaged if its colour profile, or one of its texts, has more than 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
 
 # Why paths are left out
 HIDDEN = "hidden or a system's"

@@ -7,9 +7,10 @@
 An .npz holds names below DIR (n,), features (n, F), rows of unit length, and about, a JSON text of
 what made them. A .csv has a row for each image, and a .json beside it. The cosine of two images is
 the product of their rows. Sizes, and how images become squares, are the run's, from the config.json
-beside the checkpoint. Damaged images are named and left out. With --duplicates C,
-features_duplicates.csv lists the pairs whose cosine is at least C, the most similar first. The
-features are kept in memory: 2 GB for a million images by a ResNet-18, 8 GB by a ResNet-50.
+beside the checkpoint. Damaged and too large images are left out; about names them. With
+--duplicates C, features_duplicates.csv lists the pairs whose cosine is at least C, the most similar
+first. The features are kept in memory: 2 GB for a million images by a ResNet-18, 8 GB by a
+ResNet-50.
 """
 
 import hashlib
@@ -112,17 +113,18 @@ def main(argv=None):
     features = embed(found, decode, evaluator, args.test_size)
     if ranks().rank != 0:
         return
-    damaged = ~features.any(1)
-    if damaged.any():
-        first = found[damaged.argmax()]
-        why = f'such as {root / first}: {decode(first)}'
-        say(f'{damaged.sum()} images damaged and left out, {why}')
-        features = features[~damaged]
-    names = np.array(found)[~damaged]
+    intact = features.any(1)
+    names = np.array(found)
+    damaged = names[~intact].tolist()
+    if damaged:
+        why = f'such as {root / damaged[0]}: {decode(damaged[0])}'
+        say(f'{len(damaged)} images damaged or too large and left out, {why}')
+        names, features = names[intact], features[intact]
     about = dict(
         settings=vars(args),
         root=str(root),
         size=size,
+        damaged=damaged,
         encoder=crc(path),
         **runs.provenance(device),
     )

@@ -3,13 +3,17 @@
 import os
 import random
 import shutil
+import struct
 import threading
+import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms.functional import pil_to_tensor
@@ -176,6 +180,85 @@ def test_less_than_fourteen_bits_in_sixteen_are_reported_when_they_are_decoded(r
     assert told not in capsys.readouterr().out
 
 
+def png_of_sixteen_bits(levels):
+    """A PNG of levels (H, W, channels) uint16. OpenCV writes none of grey with alpha."""
+    height, width, channels = levels.shape
+    colours = {1: 0, 2: 4, 3: 2, 4: 6}  # the format's numbers
+    header = struct.pack('>IIBBBBB', width, height, 16, colours[channels], 0, 0, 0)
+    lines = b''.join(b'\0' + line.astype('>u2').tobytes() for line in levels)
+    content = b'\x89PNG\r\n\x1a\n'
+    for name, body in ((b'IHDR', header), (b'IDAT', zlib.compress(lines)), (b'IEND', b'')):
+        checksum = zlib.crc32(name + body)
+        content += struct.pack('>I', len(body)) + name + body + struct.pack('>I', checksum)
+    return content
+
+
+def ppm_of_sixteen_bits(levels):
+    height, width, channels = levels.shape
+    magic = {1: 'P5', 3: 'P6'}[channels]
+    return f'{magic} {width} {height} 65535\n'.encode() + levels.astype('>u2').tobytes()
+
+
+def sgi_of_sixteen_bits(levels):
+    height, width, channels = levels.shape
+    axes = 2 if channels == 1 else 3
+    header = struct.pack('>HBBHHHHII', 474, 0, 2, axes, width, height, channels, 0, 65535)
+    return header.ljust(512, b'\0') + levels.transpose(2, 0, 1).astype('>u2').tobytes()
+
+
+def cmyk_of_sixteen_bits(levels):
+    """An uncompressed TIFF."""
+    height, width, _ = levels.shape
+    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 5, 273: 512, 277: 4, 278: height}
+    tags[279] = levels.nbytes
+    content = struct.pack('<2sHIH', b'II', 42, 8, len(tags))
+    for tag, value in tags.items():
+        if tag == 258:  # bits of each channel, which lie behind
+            content += struct.pack('<HHII', tag, 3, 4, 256)
+        else:
+            content += struct.pack('<HHII', tag, 4, 1, value)
+    content = content.ljust(256, b'\0') + struct.pack('<4H', 16, 16, 16, 16)
+    return content.ljust(512, b'\0') + levels.astype('<u2').tobytes()
+
+
+def by_opencv(suffix, *options):
+    return lambda levels: cv2.imencode(suffix, levels, options)[1].tobytes()
+
+
+WRITERS = [  # suffix, numbers of channels, and what writes them
+    ('.png', [1, 2, 3, 4], png_of_sixteen_bits),
+    ('.tif', [1, 3, 4], by_opencv('.tif', cv2.IMWRITE_TIFF_COMPRESSION, 1)),
+    ('.tif', [1, 3, 4], by_opencv('.tif', cv2.IMWRITE_TIFF_COMPRESSION, 8)),
+    ('.jp2', [1, 3, 4], by_opencv('.jp2')),
+    ('.ppm', [1, 3], ppm_of_sixteen_bits),
+    ('.sgi', [1, 3, 4], sgi_of_sixteen_bits),
+    ('.tif', [4], cmyk_of_sixteen_bits),
+]
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_few_bits_of_sixteen_are_reported_in_any_mode_and_format(root, seed, capsys):
+    """Of a whole alpha channel, too: the colours count."""
+    dice = np.random.default_rng(seed)
+    files = {}
+    for i, (suffix, channels, write) in enumerate(WRITERS):
+        for n in channels:
+            bits = int(dice.choice([9, 10, 12, 13, 15, 16]))
+            levels = dice.integers(2**bits, size=(64, 64, n)).astype(np.uint16)
+            levels[:32] = 2 ** (bits - 1)  # which JPEG 2000, as it is written, keeps
+            if n in (2, 4) and write != cmyk_of_sixteen_bits:
+                levels[..., -1] = 65535
+            name = f'{i}-{n}-{bits}{suffix}'
+            (root / name).write_bytes(write(levels))
+            files[name] = bits
+    for name, bits in files.items():
+        dark = decoding.decode(root / name, 24).dark
+        assert dark == (bits < 14), name
+    told = sum(bits < 14 for bits in files.values())
+    load(root)
+    assert f': {told} images of 16 bits come out dark, as they use' in capsys.readouterr().out
+
+
 def test_few_bits_are_reported_by_whichever_rank_decodes(root, monkeypatch, capsys):
     Image.fromarray(WIDE >> 4).save(root / 'b.png')
     monkeypatch.setattr(runtime, 'ranks', lambda: Ranks(1, 2, 1, 2))
@@ -278,15 +361,18 @@ def test_damaged_images_are_listed_in_one_go_and_skipped_on_request(root, capsys
     Image.new('1', (3000, 2000)).save(root / 'large.png')
     names = make_damaged(root)
     for _ in range(2):  # decoded, and from the file
-        with pytest.raises(UserError, match=r'10 damaged images.*--skip_damaged') as error:
+        with pytest.raises(UserError, match=r'10 images damaged or .*--skip_damaged') as error:
             load(root)
         _, *lines = str(error.value).splitlines()
         listed = [line.split(': ')[0].strip() for line in lines]
         assert sorted(listed) == sorted(str(root / name) for name in names)
+        large = [line for line in lines if 'too large' in line]
+        assert large == [f'  {root}/bomb.png: too large: more than 8 megapixels']
     data = load(root, skip_damaged=True)
     assert len(data.train) == 2
     assert sorted(data.damaged) == sorted(names)
-    assert '10 images damaged and left out, such as ' in capsys.readouterr().out
+    told = '10 images damaged or too large and left out, such as '
+    assert told in capsys.readouterr().out
 
 
 def test_an_image_that_becomes_readable_is_taken_though_its_time_stays(root, monkeypatch, decoded):
@@ -316,8 +402,29 @@ def test_ghostscript_is_started_for_no_file(root, monkeypatch):
     Image.fromarray(RGB).save(root / 'b.eps')
     shutil.copy(root / 'b.eps', root / 'b.png')
     monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', refuse)
-    with pytest.raises(UserError, match=r'1 damaged images(.*\n.*)b.png: empty, or not an image'):
+    with pytest.raises(UserError, match=r'1 images damaged(.*\n.*)b.png: empty, or not an image'):
         load(root)
+
+
+@pytest.mark.parametrize('kind', ['profile', 'zTXt', 'iTXt', 'many'])
+def test_metadata_of_any_size_are_no_damage(root, kind):
+    """Pillow's limits are 1 MB for each, and 64 MB for all texts."""
+    text = 'x' * 2**20
+    info = PngInfo()
+    profile = None
+    if kind == 'profile':
+        profile = (2 * text).encode()
+    elif kind == 'iTXt':
+        info.add_itxt('Comment', 2 * text, zip=True)
+    elif kind == 'zTXt':
+        info.add_text('Comment', 2 * text, zip=True)
+    else:
+        for i in range(65):
+            info.add_text(f'Comment {i}', text, zip=True)
+    (root / 'a.png').unlink()
+    Image.fromarray(RGB[:, :32]).save(root / 'b.png', icc_profile=profile, pnginfo=info)
+    (image,) = load(root, size=0).train  # of its own size, which the header tells
+    assert np.array_equal(image.permute(1, 2, 0), RGB[:, :32])  # (3, H, W) -> (H, W, 3)
 
 
 # The file
@@ -592,7 +699,7 @@ def test_size_and_place_are_said_before_the_file_is_made(root, cache, monkeypatc
     for i in range(9):
         shutil.copy(root / 'a.png', root / f'{i}.png')
     monkeypatch.setattr(decoding, 'decode_or_why', decode)
-    with pytest.raises(UserError, match='10 damaged images'):
+    with pytest.raises(UserError, match='10 images damaged'):
         load(root, 1000)
     told = f'{root}: 10 images of 1000 px take 0.03 GB in {cache}/{root.name}-'
     assert told in said[0]

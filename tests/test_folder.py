@@ -197,7 +197,7 @@ def test_a_damaged_mpo_is_a_damaged_image(tmp_path):
     two = dict(save_all=True, append_images=[Image.new('RGB', (8, 8))])
     Image.new('RGB', (8, 8)).save(tmp_path / 'a.mpo', **two)
     (tmp_path / 'b.mpo').write_bytes(b'')
-    with pytest.raises(UserError, match=r'1 damaged images.*\n.*b.mpo: empty, or not an image'):
+    with pytest.raises(UserError, match=r'1 images damaged .*\n.*b.mpo: empty, or not an image'):
         load_data('folder', tmp_path)
 
 
