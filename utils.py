@@ -38,7 +38,7 @@ class Data:
     train and test are images (N, 3, H, W) uint8, their labels (N,) int64, -1 where there is none;
     classes are the names of the classes. Without labels there are no test images and no classes.
     digest identifies the content of the whole data set, wherever it lies. damaged names the files
-    that were left out, names those of a folder's training images.
+    that were left out, as they are damaged or too large, names those of a folder's training images.
     """
 
     train: torch.Tensor
@@ -199,31 +199,34 @@ def folder_data(found, unlabeled, *, store_size=0, fit='crop', cache_dir=None, s
         store_size: side in pixels at which images are kept; 0: their own, if all are squares of one
             size of at most 256 pixels, else 96.
         fit: how images become squares, one of decoding.FITS.
-        cache_dir: where the decoded images are kept; None: in the folder, or else in ~/.cache.
-        skip_damaged: leave out damaged files, which are an error otherwise.
+        cache_dir: where the decoded images are kept; None: files.cache_directory().
+        skip_damaged: leave out files that are damaged or too large, which are an error otherwise.
     """
     root, classes = found.root, found.classes
     content = decoded(root, found.files, store_size, fit, cache_dir)
     damaged = content.damaged
     if damaged and not skip_damaged:
         lines = [
-            f'{root}: {len(damaged)} damaged images. Repair them, or leave them out by '
-            '--skip_damaged:'
+            f'{root}: {len(damaged)} images damaged or too large. Repair or shrink them, or leave '
+            'them out by --skip_damaged:'
         ]
         for name, why in damaged.items():
             lines.append(f'{root / name}: {why}')
         raise UserError('\n  '.join(lines))
     if damaged:
-        say(f'{root}: {len(damaged)} images damaged and left out, such as {next(iter(damaged))}')
+        say(
+            f'{root}: {len(damaged)} images damaged or too large and left out, such as '
+            f'{next(iter(damaged))}'
+        )
     intact = content.digests != 0
     if not intact.any():
-        raise UserError(f'{root}: every image is damaged')
+        raise UserError(f'{root}: every image is damaged or too large')
     parts, labels = found.parts[intact], found.labels[intact]
     for part, kind in ((TRAIN, 'training'), (TEST, 'test')):
         there = set(labels[parts == part].tolist())
         for label, name in enumerate(classes):
             if label not in there:
-                raise UserError(f'{root}: every {kind} image of {name} is damaged')
+                raise UserError(f'{root}: every {kind} image of {name} is damaged or too large')
     images = mapped(content.images)
     first = int((parts != TEST).sum())  # of the test images, which come last
     n = first  # training images

@@ -1,7 +1,7 @@
 """Image files decoded once, to a file of pixels that later runs and all ranks of a machine map.
 
-The file is an .npy with a row for each intact image. Behind the array an .npz describes the rows:
-which files they are of, their checksums, and which files are damaged.
+The file holds a row for each intact image. It lies in the user's cache, never among the images, and
+beside it an index in JSON: which files the rows are of, their checksums, which files are damaged.
 """
 
 import contextlib
@@ -10,6 +10,8 @@ import io
 import json
 import os
 import random
+import re
+import secrets
 import shutil
 import warnings
 import zlib
@@ -23,8 +25,9 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from hardneg.folder import CACHE, FORMATS, own_size
-from hardneg.runtime import UserError, cores, ranks, say
+from hardneg.files import cache_directory, read_json, write
+from hardneg.folder import FORMATS, own_size
+from hardneg.runtime import UserError, cores, ranks, say, say_anywhere
 
 FITS = ('crop', 'squeeze', 'pad')
 ORIENTATION = 0x0112  # EXIF's tag
@@ -39,7 +42,7 @@ TURNS = {  # what turns an image of this orientation upright
 }
 CHECKED_WHOLE = 1e9  # bytes of rows: of larger files, SAMPLE random rows are checked
 SAMPLE = 4096
-# Pillow warns from 89 megapixels on, and raises an error from 179 on.
+# Pillow warns from 89 megapixels on, and refuses from 179 on.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
 
@@ -47,7 +50,7 @@ class Row(NamedTuple):
     """An image as decoded.
 
     pixels are (3, size, size) uint8. digest is that of the file. dark says that the image has 16
-    bits a channel and uses fewer than 14 of them.
+    bits a channel and its colours use fewer than 14 of them.
     """
 
     pixels: np.ndarray
@@ -59,14 +62,14 @@ class Row(NamedTuple):
 class Decoded:
     """Decoded files.
 
-    images (n, 3, size, size) uint8 are those of the intact files, mapped. keys (N,) and digests
-    (N,) uint64 are of all files: a key tells of a change of the file's name, size or times, a
-    digest of its content. The digest of a damaged file is 0. damaged maps the names of damaged
-    files to what is wrong.
+    images (n, 3, size, size) uint8 are those of the intact files, mapped. keys (N) and digests (N,)
+    uint64 are of all files: a key tells of a change of the file's name, size or time, a digest of
+    its content. The digest of a damaged file is 0. damaged maps the names of files that are damaged
+    or too large to what is wrong.
     """
 
     images: np.ndarray
-    keys: np.ndarray
+    keys: list
     digests: np.ndarray
     damaged: dict
 
@@ -74,56 +77,45 @@ class Decoded:
 def decoded(root, files, store_size, fit='crop', cache_dir=None):
     """The Decoded of the files, which are as folder.Listing.images() returns them.
 
-    The first process decodes them to a file, and the others wait for it. When files of the folder
-    have changed, these alone are decoded again.
+    The first process decodes them to a file, and the others wait for it. Files that were decoded
+    before, for this folder or another one of this cache, are not decoded again: they are known by
+    their names below root, sizes and times.
 
     Args:
         store_size: side of the decoded images in pixels; 0: folder.own_size().
         fit: one of FITS, as decode() takes it.
-        cache_dir: directory for the file; None: the folder itself or, if it cannot be written, a
-            directory in the user's cache.
+        cache_dir: directory for the file; None: files.cache_directory().
 
     Raises:
         UserError: the file cannot be written.
     """
-    path = decoded_file(root, store_size, fit, cache_dir)
-    keys = np.array([_digest(repr(file).encode()) for file in files], np.uint64)
+    index = index_file(root, store_size, fit, cache_dir)
+    keys = [_digest(repr(file).encode()) for file in files]
     try:
-        content = _current(path, root, keys, fit)
+        content = _current(index, root, keys, fit)
         if content is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.parent / '.lock'):
-                content = _current(path, root, keys, fit)  # another process may have been first
+            index.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(index.with_suffix('.lock')):
+                content = _current(index, root, keys, fit)  # another process may have been first
                 if content is None:
                     size = store_size or own_size(root, files)
                     names = [name for name, *_ in files]
-                    _decode_to(path, root, names, keys, size, fit)
-                    content = _read(path)
+                    _decode_to(index, root, names, keys, (size, fit))
+                    content = _read(index)
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        raise UserError(f'cannot write {path} ({error}): choose another --cache_dir') from error
+        raise UserError(
+            f'cannot write in {index.parent} ({error}): choose another --cache_dir'
+        ) from error
     n, _, size, _ = content.images.shape
-    say(f'{root}: {n} images, kept at {size} px in {path}')
+    say(f'{root}: {n} images, kept at {size} px in {index.parent}')
     return content
 
 
-def decoded_file(root, store_size, fit, cache_dir=None):
-    """The path of the file of a folder's decoded images."""
-    name = f'{store_size or "own"}-{fit}.npy'
-    own = root / CACHE
-    if not cache_dir and (own.exists() or os.access(root, os.W_OK)):
-        return own / name
+def index_file(root, store_size, fit, cache_dir=None):
+    """The path of the index of a folder's decoded images."""
     directory = f'{root.name[:40]}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}'
-    return Path(cache_dir or _users_cache(root), directory, name)
-
-
-def _users_cache(root):
-    caches = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    try:
-        return Path(caches).expanduser() / 'contrastive'
-    except RuntimeError:  # no home directory
-        raise UserError(
-            f'{root} cannot be written, and there is no home directory: choose a --cache_dir'
-        ) from None
+    name = f'{store_size or "own"}-{fit}.json'
+    return Path(cache_dir or cache_directory(), directory, name)
 
 
 def _digest(content):
@@ -133,13 +125,13 @@ def _digest(content):
 # Reading
 
 
-def _current(path, root, keys, fit):
-    """What the file holds, or None if it is missing, damaged or of other files.
+def _current(index, root, keys, fit):
+    """What the files hold, or None if they are missing, damaged or of other images.
 
     It is also None if a damaged image can be read by now, as after an error of the network.
     """
-    content = _read(path)
-    if content is None or not np.array_equal(content.keys, keys):
+    content = _read(index)
+    if content is None or content.keys != keys:
         return None
     for name in content.damaged:
         if isinstance(decode_or_why(root / name, 8, fit), Row):
@@ -147,21 +139,40 @@ def _current(path, root, keys, fit):
     return content
 
 
-def _read(path):
-    """The Decoded in a file, or None if the file is missing or damaged, by its checksums too."""
-    try:
-        images = np.load(path, mmap_mode='r')
-        with open(path, 'rb') as file:
-            file.seek(images.offset + images.nbytes)
-            about = dict(np.load(file))
-        images = np.asarray(images)
-        for i in _checked_rows(images):
-            if zlib.crc32(images[i]) != about['checksums'][i]:
-                return None
-        damaged = json.loads(str(about['damaged']))
-        return Decoded(images, about['keys'], about['digests'], damaged)
-    except Exception:  # numpy and zipfile raise many kinds for a damaged file
+def _read(index):
+    """The Decoded of an index, or None if a file is missing or damaged, by its checksums too."""
+    about = _read_index(index)
+    if about is None:
         return None
+    images = about['images']
+    for i in _checked_rows(images):
+        if zlib.crc32(images[i]) != about['checksums'][i]:
+            return None
+    digests = np.array(about['digests'], np.uint64)
+    return Decoded(images, about['keys'], digests, about['damaged'])
+
+
+def _read_index(index):
+    """The dict in an index, and in it the images, not checked; None if it is damaged.
+
+    It is None, too, if the file of the images is missing or too short.
+    """
+    try:
+        about = read_json(index)
+        if about.pop('checksum', None) != _checksum(about):
+            return None
+        shape = len(about['checksums']), 3, about['size'], about['size']
+        if shape[0] == 0:  # an empty file cannot be mapped
+            images = np.empty(shape, np.uint8)
+        else:
+            images = np.asarray(np.memmap(index.with_name(about['rows']), np.uint8, 'r', 0, shape))
+    except (OSError, ValueError):
+        return None
+    return about | dict(images=images)
+
+
+def _checksum(about):
+    return zlib.crc32(json.dumps(about).encode())
 
 
 def _checked_rows(images):
@@ -174,57 +185,81 @@ def _checked_rows(images):
 # Writing
 
 
-def _decode_to(path, root, names, keys, size, fit):
-    """Write the file, which is at path only when it is whole. Unchanged files' rows are copied."""
-    _check_space(root, path.parent, len(names), size)
-    kept = _intact_rows(path, size)
-    part = path.with_suffix('.part')
+def _decode_to(index, root, names, keys, form):
+    """Write the rows, and then the index that names their file. form is (size, fit).
+
+    Rows of files that were decoded before are copied. What the index named before is deleted, and
+    what a process left that was killed; a process that maps rows keeps them until it ends.
+    """
+    size, _ = form
+    _check_space(root, index.parent, len(names), size)
+    say_anywhere(
+        f'{root}: {len(names):,} images of {size} px take {_gigabytes(len(names), size):.2f} GB in '
+        f'{index.parent}. Another place: --cache_dir'
+    )
+    kept = _earlier_rows(index.parents[1], set(keys), form)
+    rows = index.with_name(f'{index.stem}-{secrets.token_hex(4)}.rows')
     try:
-        with open(part, 'wb') as out:
-            rows = _rows([root / name for name in names], keys.tolist(), kept, size, fit)
-            bar = tqdm(rows, f'Decoding {root}', len(names), unit='image', disable=None)
-            dark = _write(out, names, keys, bar, size)
+        # Plain writes: where a mapped file finds no room, the process ends.
+        with open(rows, 'xb') as out:
+            found = _rows([root / name for name in names], keys, kept, form)
+            bar = tqdm(found, f'Decoding {root}', len(names), unit='image', disable=None)
+            about, dark = _write(out, names, bar)
             out.flush()
             os.fsync(out.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        about = dict(rows=rows.name, size=size, keys=keys, **about)
+        write(index, json.dumps(about | dict(checksum=_checksum(about))).encode())
+    except BaseException:
+        rows.unlink(missing_ok=True)
+        raise
+    for other in index.parent.glob(f'{index.stem}*'):
+        if other.suffix in ('.rows', '.part') and other != rows:
+            other.unlink()
     if dark:
-        say(
+        say_anywhere(
             f'{root}: {len(dark)} images of 16 bits come out dark, as they use less than 14 of '
             f'them: scale them first, such as {dark[0]}'
         )
 
 
+def _gigabytes(n, size):
+    return n * 3 * size**2 / 1e9
+
+
 def _check_space(root, directory, n, size):
-    needed = n * 3 * size**2
-    free = shutil.disk_usage(directory).free
-    if needed > free:
+    free = shutil.disk_usage(directory).free / 1e9
+    if _gigabytes(n, size) > free:
         raise UserError(
-            f'{root} takes {needed / 1e9:.1f} GB at {size} px, and {free / 1e9:.1f} GB are free '
+            f'{root} takes {_gigabytes(n, size):.1f} GB at {size} px, and {free:.1f} GB are free '
             f'in {directory}: choose another --cache_dir, or lower --store_size'
         )
 
 
-def _intact_rows(path, size):
-    """The Rows of an older file, by their keys; none if there is no such file of this size."""
+def _earlier_rows(cache, wanted, form):
+    """The rows of wanted keys in all files of the cache of a form: (Row, its checksum) by key."""
+    size, fit = form
     rows = {}
-    before = _read(path)
-    if before and before.images.shape[2] == size:
-        intact = before.digests != 0
-        keys, digests = before.keys[intact].tolist(), before.digests[intact].tolist()
-        for key, digest, pixels in zip(keys, digests, before.images):
-            rows[key] = Row(pixels, digest, dark=False)  # it was told when it was decoded
+    for index in cache.glob(f'*/*-{fit}.json'):
+        about = _read_index(index)
+        if about is None or about['size'] != size:
+            continue
+        intact = [pair for pair in zip(about['keys'], about['digests']) if pair[1]]
+        for (key, digest), pixels, checksum in zip(intact, about['images'], about['checksums']):
+            if key in wanted:
+                # Whether it is dark was told when it was decoded.
+                rows[key] = Row(pixels, digest, dark=False), checksum
     return rows
 
 
-def _rows(paths, keys, kept, size, fit):
+def _rows(paths, keys, kept, form):
     """Yield the Row of each file, or what is wrong with it: the one in kept, or else decoded."""
 
     def row(path, key):
         if key in kept:
-            return kept[key]
-        return decode_or_why(path, size, fit)
+            earlier, checksum = kept[key]
+            if zlib.crc32(earlier.pixels) == checksum:
+                return earlier
+        return decode_or_why(path, *form)
 
     threads = cores() * ranks().local_world  # the other ranks wait
     some = 64 * threads  # not all at once, as they wait in memory to be written
@@ -233,31 +268,21 @@ def _rows(paths, keys, kept, size, fit):
             yield from pool.map(row, paths[i : i + some], keys[i : i + some])
 
 
-def _write(out, names, keys, rows, size):
-    """Write the intact rows and what describes them. Returns the names of dark images."""
-    digests = np.zeros(len(names), np.uint64)
-    checksums, dark = [], []
+def _write(out, names, rows):
+    """Write the intact rows. Returns what the index says of them, and the names of dark images."""
+    digests, checksums, dark = [], [], []
     damaged = {}
-    _write_header(out, len(names), size)
-    for i, (name, row) in enumerate(zip(names, rows)):
+    for name, row in zip(names, rows):
         if isinstance(row, str):
             damaged[name] = row
+            digests.append(0)
             continue
         out.write(row.pixels)
         checksums.append(zlib.crc32(row.pixels))
-        digests[i] = row.digest
+        digests.append(row.digest)
         if row.dark:
             dark.append(name)
-    np.savez(out, keys=keys, digests=digests, checksums=checksums, damaged=json.dumps(damaged))
-    out.seek(0)
-    # Now the number of rows is known. The header is as long: numpy leaves room for more digits.
-    _write_header(out, len(checksums), size)
-    return dark
-
-
-def _write_header(out, n, size):
-    header = dict(descr='|u1', fortran_order=False, shape=(n, 3, size, size))
-    np.lib.format.write_array_header_1_0(out, header)
+    return dict(digests=digests, checksums=checksums, damaged=damaged), dark
 
 
 # One image
@@ -269,6 +294,8 @@ def decode_or_why(path, size, fit):
         return decode(path, size, fit)
     except UnidentifiedImageError:  # its own text names a buffer
         return 'empty, or not an image that Pillow can read'
+    except Image.DecompressionBombError:
+        return f'too large: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels'
     except Exception as error:  # whatever a decoder makes of a damaged file
         return str(error or type(error).__name__)
 
@@ -283,12 +310,15 @@ def decode(path, size, fit='crop'):
     with Image.open(io.BytesIO(content), formats=FORMATS) as file:
         # A JPEG is decoded smaller, but at least twice as large as needed.
         file.draft(file.mode, (2 * size, 2 * size))
+        sixteen_bits = _has_sixteen_bits(file, content)
         # Before EXIF is asked for: a damaged PNG would hide that it failed. It also turns a TIFF.
         file.load()
         orientation = None
         with contextlib.suppress(Exception):  # damaged EXIF is no damaged image
             orientation = file.getexif().get(ORIENTATION)
-        image, dark = _to_rgb(file)
+        image = _to_eight_bits(file)
+        dark = sixteen_bits and _brightest(image) < 64  # of 256, as 2^14 is of 2^16
+        image = _to_rgb(image)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
     square = np.asarray(_to_square(image, size, fit))
@@ -296,20 +326,44 @@ def decode(path, size, fit='crop'):
     return Row(pixels, _digest(content), dark)
 
 
-def _to_rgb(image):
-    """The image in RGB, on white where it is transparent, and whether it is dark."""
-    # A PPM of 16 bits has mode I, as images of 32 bits have.
-    if image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM'):
-        levels = np.asarray(image)
-        eight_bits = Image.fromarray((levels >> 8).astype(np.uint8))  # convert() would clip them
-        return eight_bits.convert('RGB'), bool(levels.max() < 2**14)
+def _has_sixteen_bits(file, content):
+    """Whether an image that is not loaded yet has 16 bits a channel. Of colours, Pillow keeps 8."""
+    if _is_wide(file):
+        return True
+    if file.format == 'JPEG2000':
+        codestream = content.find(b'\xff\x4f\xff\x51')
+        return content[codestream + 42] & 127 == 15  # Ssiz: the bits of a component, less one
+    # How the first part of the file is decoded, as in ('zip', …, 'RGB;16B')
+    return bool(re.search(';16|SGI16|ppm.*65535', str(file.tile[:1])))
+
+
+def _is_wide(image):
+    """Whether Pillow keeps 16 bits. A PPM of 16 bits has mode I, as images of 32 bits have."""
+    return image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
+
+
+def _to_eight_bits(image):
+    if _is_wide(image):
+        levels = np.asarray(image) >> 8  # convert() would clip them
+        return Image.fromarray(levels.astype(np.uint8))
     if image.mode in ('I', 'F'):
         raise ValueError('32 bits a pixel, of unknown range')
+    return image
+
+
+def _brightest(image):
+    """The highest level of an image of 8 bits, in all channels but alpha."""
+    channels = zip(image.getbands(), image.split())
+    return max(channel.getextrema()[1] for name, channel in channels if name != 'A')
+
+
+def _to_rgb(image):
+    """The image in RGB, on white where it is transparent."""
     if image.has_transparency_data:
         image = image.convert('RGBA')
         white = Image.new('RGBA', image.size, 'white')
         image = Image.alpha_composite(white, image)
-    return image.convert('RGB'), False
+    return image.convert('RGB')
 
 
 def _to_square(image, size, fit):

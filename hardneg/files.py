@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from hardneg.runtime import UserError
 
+KEYS_OF_RUN = {'settings', 'data_digest'}  # by which a config.json is known as a run's
 _locks = []  # held until the process ends
 
 
@@ -75,15 +77,20 @@ def crc(path):
     return zlib.crc32(Path(path).read_bytes())
 
 
-def lock(directory, name='.lock', wait=False):
-    """Hold the lock of this name in the directory until this process ends.
+def lock(directory, name='.lock', wait=False, place=None):
+    """Hold a lock of the directory until this process ends.
+
+    Args:
+        name: of the lock's file.
+        wait: for another process to release it.
+        place: directory in which the lock's file lies; None: the directory itself.
 
     Raises:
-        UserError: another process holds it and wait is False, or it cannot be written.
+        UserError: another process holds it and wait is False, or a directory cannot be written.
     """
     try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        path = Path(directory, name).absolute()
+        _check_writable(directory)
+        path = Path(place or directory, name).absolute()
         held = filelock.FileLock(path, blocking=wait, is_singleton=True)
         held.acquire()
     except filelock.Timeout:
@@ -95,6 +102,44 @@ def lock(directory, name='.lock', wait=False):
             f'cannot write in {directory} ({error}): choose another directory'
         ) from error
     _locks.append(held)
+
+
+def _check_writable(directory):
+    """Make the directory, if it is not there. OSError if no file can be written in it."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=directory).close()
+
+
+def cache_directory():
+    """The user's directory for what can be made again, and for locks.
+
+    It is the first of $XDG_CACHE_HOME/hardneg and ~/.cache/hardneg that can be written.
+
+    Raises:
+        UserError: neither can be written.
+    """
+    places = []
+    variable = os.environ.get('XDG_CACHE_HOME', '')
+    if os.path.isabs(variable):  # a relative path does not count, by the variable's specification
+        places.append(Path(variable, 'hardneg'))
+    with contextlib.suppress(RuntimeError):  # there is no home directory
+        places.append(Path.home() / '.cache' / 'hardneg')
+    for place in places:
+        with contextlib.suppress(OSError):
+            _check_writable(place)
+            return place
+    tried = ' and '.join(map(str, places)) or '~/.cache'
+    raise UserError(
+        f'{tried} cannot be written: choose a directory by --cache_dir or XDG_CACHE_HOME'
+    )
+
+
+def is_run(directory):
+    """Whether the config.json in a directory is a run's. Other programs have files of this name."""
+    try:
+        return read_json(Path(directory, 'config.json')).keys() >= KEYS_OF_RUN
+    except UserError:
+        return False
 
 
 def read_json(path):

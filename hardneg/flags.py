@@ -167,13 +167,13 @@ def add_data_flags(parser, title):
     group.add_argument(
         '--cache_dir',
         type=path,
-        help='where decoded images are kept (in the folder, or else in ~/.cache)',
+        help='where decoded images are kept ($XDG_CACHE_HOME/hardneg, or else ~/.cache/hardneg)',
     )
     group.add_argument(
         '--skip_damaged',
         action='store_true',
         default=None,
-        help='leave out damaged files of a folder',
+        help='leave out files of a folder that are damaged, or too large (179 megapixels)',
     )
     group.add_argument(
         '--image_size',

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+from hardneg.files import is_run
 from hardneg.runtime import UserError, no_bar, say
 
 TRAIN, UNLABELED, TEST = 0, 1, 2  # parts of a data set
-CACHE = '.decoded'  # the directory of the decoded images, in a folder that can be written
 
 # Names in lower case: of files and directories that systems leave, and of splits
 SYSTEM = (
@@ -35,7 +35,18 @@ SPLITS = ('train', 'training', 'test', 'testing', 'val', 'valid', 'validation', 
 NOT_DECODED = 'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'
 _by_suffix = Image.registered_extensions()  # which loads all of Pillow's formats
 FORMATS = [name for name in Image.ID if name not in NOT_DECODED]
-SUFFIXES = {suffix for suffix, name in _by_suffix.items() if name in FORMATS}
+# An MPO, two JPEGs in one file, has a suffix of its own and is opened as a JPEG.
+SUFFIXES = {suffix for suffix, name in _by_suffix.items() if name in (*FORMATS, 'MPO')}
+# Files with these count as images if one of FORMATS opens them: a JPEG may be named .pdf.
+OTHER_SUFFIXES = {suffix for suffix, name in _by_suffix.items() if name != 'EPS'} - SUFFIXES
+
+# Pillow takes a PNG for damaged if its colour profile, or one of its texts, has more than 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+
+# Why paths are left out
+HIDDEN = "hidden or a system's"
+NAME = 'not named as an image'
+RUN = 'with a run in it'
 
 
 @dataclass
@@ -173,14 +184,14 @@ def _layout(listing, unlabeled, holdout):
                 'or, where directories are classes, give --holdout 0.1'
             )
         return [], [_without_labels(root, top, test, classes)]
-    listing.leave_out_beside_classes(top)
+    listing.leave_out_beside_classes(top, classes)
     names = sorted(classes)
     groups = [Group(TRAIN, label, classes[name]) for label, name in enumerate(names)]
     groups.append(Group(UNLABELED, -1, [root / 'unlabeled']))
     if not holdout:
         tests = _class_directories(root, test)
         _check_test(train, test, names, sorted(tests))
-        listing.leave_out_beside_classes(test)
+        listing.leave_out_beside_classes(test, tests)
         groups += [Group(TEST, label, tests[name]) for label, name in enumerate(names)]
     return names, groups
 
@@ -214,9 +225,13 @@ def _check_test(train, test, classes, test_classes):
     if classes != test_classes:
         only_train = sorted(set(classes) - set(test_classes))
         only_test = sorted(set(test_classes) - set(classes))
+        outside = ''
+        images = _images_in(test)
+        if images:
+            outside = f'; outside the classes: {_counted(images)}'
         raise UserError(
             f'classes differ: only in {train}: {only_train or "none"}; '
-            f'only in {test}: {only_test or "none"}'
+            f'only in {test}: {only_test or "none"}{outside}'
         )
 
 
@@ -224,9 +239,20 @@ def _class_directories(root, top):
     """The directories of each class in top, by its name. Their names may differ in Unicode form."""
     directories = {}
     for path in _directories(top):
-        if path != root / 'unlabeled':
+        if path != root / 'unlabeled' and not _holds_runs_alone(path):
             directories.setdefault(nfc(path.name), []).append(path)
     return directories
+
+
+def _holds_runs_alone(directory):
+    """Whether runs lie in the directory or below it, and no image beside them."""
+    if is_run(directory):
+        return True
+    listing = Listing(directory)
+    for place, names in listing.directories_of_images(directory):
+        if any(_is_image(place, name) for name in names):
+            return False
+    return RUN in listing.left
 
 
 def _directories(top):
@@ -255,9 +281,12 @@ def _without_labels(root, top, test, classes):
 
 
 def _tell_of_others(root, test):
-    """Tell of directories beside root/train that are not read."""
+    """Tell of directories and images beside root/train that are not read."""
     known = root / 'train', test, root / 'unlabeled'
     others = [str(path) for path in _directories(root) if path not in known]
+    images = _images_in(root)
+    if images:
+        others.append(_counted(images))
     if others:
         say(
             f'{root}: not read beside train: {", ".join(others)} (known: train, test or val, '
@@ -265,11 +294,21 @@ def _tell_of_others(root, test):
         )
 
 
+def _images_in(directory):
+    """The paths of the image files in a directory, without those in its directories."""
+    paths = sorted(directory.glob('*'))
+    return [path for path in paths if path.is_file() and _is_image(directory, path.name)]
+
+
+def _counted(images):
+    return f'{len(images)} images, such as {images[0]}'
+
+
 # Files
 
 
 class Listing:
-    """Lists the image files below the directory root.
+    """Lists the image files, or the directories, below the directory root.
 
     left maps each reason to leave a path out to the paths. problems says which directories could
     not be read, and why.
@@ -281,40 +320,64 @@ class Listing:
         self.problems = []
 
     def images(self, top, bar):
-        """The images below the directory top, sorted: (path below root, bytes, times of change).
+        """The images below the directory top, sorted: (path below root, bytes, time of change).
 
-        Links are followed. No directory is read twice, nor one between root and top, so that loops
-        of links end.
+        Directories below top that hold a run, and all below these, are left out: pictures that are
+        drawn there are no images of the data set.
+        """
+        prefix = os.path.join(self.root, '')
+        found = []
+        for place, names in self.directories_of_images(top):
+            for name in names:
+                path = os.path.join(place, name)
+                if hidden(name):
+                    self.leave_out(path, HIDDEN)
+                elif not _is_image(place, name):
+                    self.leave_out(path, NAME)
+                else:
+                    with contextlib.suppress(FileNotFoundError):  # a temporary file
+                        about = _status(path)
+                        below_root = path.removeprefix(prefix)
+                        found.append((below_root, about.st_size, about.st_mtime_ns))
+            bar.update(len(names))
+        return sorted(found)
+
+    def directories_of_images(self, top):
+        """Yield as directories() does, but for those below top that hold a run."""
+        top = os.fspath(top)
+        for place, directories, names in self.directories(top):
+            if place != top and 'config.json' in names and is_run(place):
+                self.leave_out(place, RUN)
+                directories.clear()
+            else:
+                yield place, names
+
+    def directories(self, top):
+        """Yield (path, names of directories in it, names of files in it) of top and of all below.
+
+        Those that are removed from the list of directories are not entered. Links are followed. No
+        directory is yielded twice, nor one between root and top, so that loops of links end. What
+        vanishes meanwhile is skipped.
         """
         seen = set()
-        for path in (top, *top.parents):
+        for path in (Path(top), *Path(top).parents):
             if path.is_relative_to(self.root):
                 seen.add(_identity(path))
-        found = []
         for place, directories, names in os.walk(top, onerror=self._unreadable, followlinks=True):
             # os.walk() goes on in those that stay in the list.
             directories[:] = self._new_directories(place, directories, seen)
-            for name in sorted(names):
-                path = f'{place}/{name}'
-                if hidden(name):
-                    self.leave_out(path, "hidden or a system's")
-                elif os.path.splitext(name)[1].lower() not in SUFFIXES:
-                    self.leave_out(path, 'not named as an image')
-                else:
-                    about = _status(path)
-                    below_root = path[len(str(self.root)) + 1 :]
-                    found.append((below_root, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
-            bar.update(len(names))
-        return sorted(found)
+            yield place, directories, sorted(names)
 
     def _new_directories(self, place, names, seen):
         new = []
         for name in sorted(names):
-            path = f'{place}/{name}'
+            path = os.path.join(place, name)
             if hidden(name):
-                self.leave_out(path, "hidden or a system's")
+                self.leave_out(path, HIDDEN)
                 continue
             identity = _identity(path)
+            if identity is None:
+                continue
             if identity in seen:
                 self.leave_out(path, 'read before by another link')
             else:
@@ -323,19 +386,26 @@ class Listing:
         return new
 
     def _unreadable(self, error):
-        self.problems.append(str(error))
+        if not isinstance(error, FileNotFoundError):
+            self.problems.append(str(error))
 
     def leave_out(self, path, why):
-        if os.path.basename(path) != CACHE:
-            self.left.setdefault(why, []).append(path)
+        self.left.setdefault(why, []).append(path)
 
-    def leave_out_beside_classes(self, top):
-        """Leave out what lies in top, a directory of classes, and is no class."""
+    def leave_out_beside_classes(self, top, classes):
+        """Leave out what lies in top and is no class. classes are as _class_directories() says."""
+        known = {self.root / 'unlabeled'}
+        known.update(*classes.values())
         for path in sorted(top.glob('*')):
             if hidden(path.name):
-                self.leave_out(path, "hidden or a system's")
-            elif not path.is_dir():
+                self.leave_out(path, HIDDEN)
+            elif path.is_dir():
+                if path not in known:
+                    self.leave_out(path, RUN)
+            elif _is_image(top, path.name):
                 self.leave_out(path, 'outside the classes')
+            else:
+                self.leave_out(path, NAME)
 
     def report(self):
         """Say what was left out.
@@ -357,9 +427,25 @@ def hidden(name):
     return name[0] == '.' or name.lower() in SYSTEM
 
 
+def _is_image(place, name):
+    """Whether a file is an image by its name or, where the name is of another kind, by its header.
+
+    Hidden files are none.
+    """
+    suffix = os.path.splitext(name)[1].lower()
+    if hidden(name):
+        return False
+    if suffix in OTHER_SUFFIXES:
+        return _size(os.path.join(place, name)) is not None
+    return suffix in SUFFIXES
+
+
 def _identity(path):
-    """What two paths to one directory have in common: inode and device."""
-    about = os.stat(path)
+    """What two paths to one directory have in common, or None if it has vanished."""
+    try:
+        about = os.stat(path)
+    except FileNotFoundError:
+        return None
     return about.st_ino, about.st_dev
 
 
@@ -420,7 +506,7 @@ def own_size(root, files):
 
 
 def _size(path):
-    """(width, height) by the header of an image, or None: decoding tells what is wrong with it."""
+    """(width, height) by the header of an image, or None if Pillow cannot read it."""
     with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as image:
         return image.size
     return None

@@ -41,8 +41,13 @@ class Stopped(Exception):
 def say(text):
     """Print a line on rank 0, above a progress bar."""
     if ranks().rank == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+        say_anywhere(text)
+
+
+def say_anywhere(text):
+    """Print a line on this rank, which does for all what the line tells."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def no_bar():

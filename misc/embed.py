@@ -7,13 +7,16 @@
 An .npz holds names below DIR (n,), features (n, F), rows of unit length, and about, a JSON text of
 what made them. A .csv has a row for each image, and a .json beside it. The cosine of two images is
 the product of their rows. Sizes, and how images become squares, are the run's, from the config.json
-beside the checkpoint. Damaged images are named and left out. With --duplicates C,
-features_duplicates.csv lists the pairs whose cosine is at least C, the most similar first. The
-features are kept in memory: 2 GB for a million images by a ResNet-18, 8 GB by a ResNet-50.
+beside the checkpoint. Damaged and too large images are left out; about names them. With
+--duplicates C, features_duplicates.csv lists the pairs whose cosine is at least C, the most similar
+first. The features are kept in memory: 2 GB for a million images by a ResNet-18, 8 GB by a
+ResNet-50.
 """
 
+import hashlib
 import io
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hardneg import flags, runs, runtime
 from hardneg.decoding import FITS, decode_or_why
 from hardneg.evaluate import Evaluator
-from hardneg.files import crc, lock, write, write_json, write_table
+from hardneg.files import cache_directory, crc, lock, write, write_json, write_table
 from hardneg.folder import Listing, in_any_form, own_size
 from hardneg.runtime import UserError, ranks, say
 from model import load_model, unit
@@ -100,7 +103,7 @@ def main(argv=None):
     size = args.store_size or own_size(root, files)
     device = runtime.start()
     # It also tells, before hours of work, that the directory cannot be written.
-    runtime.on_rank0(lambda: lock(out.parent, f'.{out.stem}.lock'))
+    runtime.on_rank0(lambda: lock_output(out))
     net.eval().to(device, memory_format=torch.channels_last)
     evaluator = Evaluator(net, device, runtime.autocast(device, args.precision))
 
@@ -110,23 +113,34 @@ def main(argv=None):
     features = embed(found, decode, evaluator, args.test_size)
     if ranks().rank != 0:
         return
-    damaged = ~features.any(1)
-    if damaged.any():
-        first = found[damaged.argmax()]
-        why = f'such as {root / first}: {decode(first)}'
-        say(f'{damaged.sum()} images damaged and left out, {why}')
-        features = features[~damaged]
-    names = np.array(found)[~damaged]
+    intact = features.any(1)
+    names = np.array(found)
+    damaged = names[~intact].tolist()
+    if damaged:
+        why = f'such as {root / damaged[0]}: {decode(damaged[0])}'
+        say(f'{len(damaged)} images damaged or too large and left out, {why}')
+        names, features = names[intact], features[intact]
     about = dict(
         settings=vars(args),
         root=str(root),
         size=size,
+        damaged=damaged,
         encoder=crc(path),
         **runs.provenance(device),
     )
     save(out, names, features, about)
     if args.duplicates is not None:
         save_duplicates(out, names, features, args.duplicates)
+
+
+def lock_output(out):
+    """Hold the lock of the file to write. It lies in the user's cache, as out may be among images.
+
+    Raises:
+        UserError: another process holds it, or the directory of the file cannot be written.
+    """
+    digest = hashlib.sha256(os.fsencode(out.with_suffix('').absolute())).hexdigest()
+    lock(out.parent, f'{digest[:16]}.lock', place=cache_directory())
 
 
 def image_files(root):
@@ -142,8 +156,7 @@ def image_files(root):
         desc=f'Listing {root}', unit=' files', delay=3, leave=False, disable=runtime.no_bar()
     ) as bar:
         files = listing.images(root, bar)
-    if listing.problems:
-        raise UserError(listing.problems[0])
+    listing.report()
     if not files:
         raise UserError(f'{root}: no image in it or below it')
     return files

@@ -6,8 +6,8 @@
 Flags that are not the sweep's own go to main.py, as in the first line. The runs are directories of
 --results_dir, and the same command continues a sweep that was stopped. It ends with table.csv,
 which holds every row's settings and command, and table.md. Any finished run found below
---results_dir is counted, so add your own. On two CPU cores the 15 runs of results/README.md and
-their probes take about an hour.
+--results_dir is counted, so add your own, or a link to it. On two CPU cores the 15 runs of
+results/README.md and their probes take about an hour.
 """
 
 import os
@@ -25,6 +25,7 @@ import linear
 import main as training
 from hardneg import flags, runs, runtime
 from hardneg.files import write, write_table
+from hardneg.folder import Listing
 from hardneg.runtime import UsageError, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -272,9 +273,19 @@ class Sweep:
 
 
 def finished_runs(results):
-    """The directories below results of finished runs, and the runs."""
+    """The directories below results of finished runs, and the runs, each once if links lead to it.
+
+    Raises:
+        UserError: a directory cannot be read, or a run is damaged.
+    """
+    listing = Listing(results)
+    directories = []
+    for place, _, names in listing.directories(results):
+        if 'config.json' in names:
+            directories.append(Path(place))
+    listing.report()
     found = []
-    for directory in sorted(path.parent for path in results.rglob('config.json')):
+    for directory in sorted(directories):
         if not (directory / 'log.csv').exists():
             print(f'{directory}: no log.csv, left out', file=sys.stderr)
             continue

@@ -25,6 +25,8 @@ from PIL import Image
 from hardneg import runtime
 
 HOME = Path(__file__).parents[1]
+CACHE = tempfile.TemporaryDirectory()  # the user's is never written; deleted when this process ends
+os.environ['XDG_CACHE_HOME'] = CACHE.name
 os.environ['OMP_NUM_THREADS'] = '1'
 os.environ['PYTHONPATH'] = os.pathsep.join(str(HOME / part) for part in ('', 'misc', 'tests'))
 # The tensors of the tests are too small to share, and their bits must not depend on the machine.
@@ -35,16 +37,23 @@ multiprocessing.set_forkserver_preload(['main', 'linear', 'sweep', 'ranks'])
 
 @pytest.fixture(scope='session')
 def tree(tmp_path_factory):
-    """A folder of 3 classes that differ in colour: 30 training and 9 test images of 16 px."""
+    """A folder of 3 classes that differ in colour: 30 training and 9 test images of 16 px.
+
+    Each has a time of its own, whatever the clock: their sizes are equal, and tests swap them.
+    """
     root = tmp_path_factory.mktemp('tree')
     rng = np.random.default_rng(0)
+    seconds = itertools.count(10**9)
     for split, count in (('train', 10), ('test', 3)):
         for channel, name in enumerate('abc'):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 image = rng.integers(120, size=(16, 16, 3), dtype=np.uint8)
                 image[..., channel] += 120
-                Image.fromarray(image).save(root / split / name / f'{i}.png')
+                path = root / split / name / f'{i}.png'
+                Image.fromarray(image).save(path)
+                second = next(seconds)
+                os.utime(path, (second, second))
     return root
 
 

@@ -210,7 +210,7 @@ def test_damaged_images_are_left_out_with_their_labels(folder):
     whole = load_data('folder', folder, store_size=24)
     (folder / 'train' / 'big cats' / '1.png').write_bytes(b'')
     (folder / 'test' / 'ペンギン' / '0.png').write_bytes(b'')
-    with pytest.raises(UserError, match='2 damaged images.*\n.*/1.png: empty.*\n.*/0.png: empty'):
+    with pytest.raises(UserError, match='2 images damaged.*\n.*/1.png: empty.*\n.*/0.png: empty'):
         load_data('folder', folder, store_size=24)
     data = load_data('folder', folder, store_size=24, skip_damaged=True)
     assert set(data.damaged) == {'train/big cats/1.png', 'test/ペンギン/0.png'}

@@ -1,18 +1,25 @@
 """Decoding: pixels of every kind of image file, damaged files, and the file of decoded images."""
 
 import os
+import random
 import shutil
+import struct
+import threading
+import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image
+from PIL.PngImagePlugin import PngInfo
+from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms.functional import pil_to_tensor
 
-from hardneg import decoding
-from hardneg.runtime import UserError
+from hardneg import decoding, runtime
+from hardneg.runtime import Ranks, UserError
 from utils import load_data
 
 rng = np.random.default_rng(0)
@@ -23,8 +30,11 @@ WIDE[0, 0] = 65535
 
 
 @pytest.fixture(autouse=True)
-def not_the_users_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('user')))
+def cache(tmp_path_factory, monkeypatch):
+    """The directory of this test's decoded images, which is not there yet."""
+    user = tmp_path_factory.mktemp('user')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(user))
+    return user / 'hardneg'
 
 
 @pytest.fixture
@@ -170,6 +180,94 @@ def test_less_than_fourteen_bits_in_sixteen_are_reported_when_they_are_decoded(r
     assert told not in capsys.readouterr().out
 
 
+def png_of_sixteen_bits(levels):
+    """A PNG of levels (H, W, channels) uint16. OpenCV writes none of grey with alpha."""
+    height, width, channels = levels.shape
+    colours = {1: 0, 2: 4, 3: 2, 4: 6}  # the format's numbers
+    header = struct.pack('>IIBBBBB', width, height, 16, colours[channels], 0, 0, 0)
+    lines = b''.join(b'\0' + line.astype('>u2').tobytes() for line in levels)
+    content = b'\x89PNG\r\n\x1a\n'
+    for name, body in ((b'IHDR', header), (b'IDAT', zlib.compress(lines)), (b'IEND', b'')):
+        checksum = zlib.crc32(name + body)
+        content += struct.pack('>I', len(body)) + name + body + struct.pack('>I', checksum)
+    return content
+
+
+def ppm_of_sixteen_bits(levels):
+    height, width, channels = levels.shape
+    magic = {1: 'P5', 3: 'P6'}[channels]
+    return f'{magic} {width} {height} 65535\n'.encode() + levels.astype('>u2').tobytes()
+
+
+def sgi_of_sixteen_bits(levels):
+    height, width, channels = levels.shape
+    axes = 2 if channels == 1 else 3
+    header = struct.pack('>HBBHHHHII', 474, 0, 2, axes, width, height, channels, 0, 65535)
+    return header.ljust(512, b'\0') + levels.transpose(2, 0, 1).astype('>u2').tobytes()
+
+
+def cmyk_of_sixteen_bits(levels):
+    """An uncompressed TIFF."""
+    height, width, _ = levels.shape
+    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 5, 273: 512, 277: 4, 278: height}
+    tags[279] = levels.nbytes
+    content = struct.pack('<2sHIH', b'II', 42, 8, len(tags))
+    for tag, value in tags.items():
+        if tag == 258:  # bits of each channel, which lie behind
+            content += struct.pack('<HHII', tag, 3, 4, 256)
+        else:
+            content += struct.pack('<HHII', tag, 4, 1, value)
+    content = content.ljust(256, b'\0') + struct.pack('<4H', 16, 16, 16, 16)
+    return content.ljust(512, b'\0') + levels.astype('<u2').tobytes()
+
+
+def by_opencv(suffix, *options):
+    return lambda levels: cv2.imencode(suffix, levels, options)[1].tobytes()
+
+
+WRITERS = [  # suffix, numbers of channels, and what writes them
+    ('.png', [1, 2, 3, 4], png_of_sixteen_bits),
+    ('.tif', [1, 3, 4], by_opencv('.tif', cv2.IMWRITE_TIFF_COMPRESSION, 1)),
+    ('.tif', [1, 3, 4], by_opencv('.tif', cv2.IMWRITE_TIFF_COMPRESSION, 8)),
+    ('.jp2', [1, 3, 4], by_opencv('.jp2')),
+    ('.ppm', [1, 3], ppm_of_sixteen_bits),
+    ('.sgi', [1, 3, 4], sgi_of_sixteen_bits),
+    ('.tif', [4], cmyk_of_sixteen_bits),
+]
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_few_bits_of_sixteen_are_reported_in_any_mode_and_format(root, seed, capsys):
+    """Of a whole alpha channel, too: the colours count."""
+    dice = np.random.default_rng(seed)
+    files = {}
+    for i, (suffix, channels, write) in enumerate(WRITERS):
+        for n in channels:
+            bits = int(dice.choice([9, 10, 12, 13, 15, 16]))
+            levels = dice.integers(2**bits, size=(64, 64, n)).astype(np.uint16)
+            levels[:32] = 2 ** (bits - 1)  # which JPEG 2000, as it is written, keeps
+            if n in (2, 4) and write != cmyk_of_sixteen_bits:
+                levels[..., -1] = 65535
+            name = f'{i}-{n}-{bits}{suffix}'
+            (root / name).write_bytes(write(levels))
+            files[name] = bits
+    for name, bits in files.items():
+        dark = decoding.decode(root / name, 24).dark
+        assert dark == (bits < 14), name
+    told = sum(bits < 14 for bits in files.values())
+    load(root)
+    assert f': {told} images of 16 bits come out dark, as they use' in capsys.readouterr().out
+
+
+def test_few_bits_are_reported_by_whichever_rank_decodes(root, monkeypatch, capsys):
+    Image.fromarray(WIDE >> 4).save(root / 'b.png')
+    monkeypatch.setattr(runtime, 'ranks', lambda: Ranks(1, 2, 1, 2))
+    load(root)
+    said = capsys.readouterr().out
+    assert '1 images of 16 bits come out dark' in said
+    assert 'Another place: --cache_dir' in said
+
+
 @pytest.mark.parametrize('fit', decoding.FITS)
 @pytest.mark.parametrize('width, height', [(1, 1), (1, 90), (300, 1), (30, 10), (8, 24), (97, 98)])
 def test_fit_takes_the_centre_or_all_or_all_on_white(root, fit, width, height):
@@ -263,15 +361,18 @@ def test_damaged_images_are_listed_in_one_go_and_skipped_on_request(root, capsys
     Image.new('1', (3000, 2000)).save(root / 'large.png')
     names = make_damaged(root)
     for _ in range(2):  # decoded, and from the file
-        with pytest.raises(UserError, match=r'10 damaged images.*--skip_damaged') as error:
+        with pytest.raises(UserError, match=r'10 images damaged or .*--skip_damaged') as error:
             load(root)
         _, *lines = str(error.value).splitlines()
         listed = [line.split(': ')[0].strip() for line in lines]
         assert sorted(listed) == sorted(str(root / name) for name in names)
+        large = [line for line in lines if 'too large' in line]
+        assert large == [f'  {root}/bomb.png: too large: more than 8 megapixels']
     data = load(root, skip_damaged=True)
     assert len(data.train) == 2
     assert sorted(data.damaged) == sorted(names)
-    assert '10 images damaged and left out, such as ' in capsys.readouterr().out
+    told = '10 images damaged or too large and left out, such as '
+    assert told in capsys.readouterr().out
 
 
 def test_an_image_that_becomes_readable_is_taken_though_its_time_stays(root, monkeypatch, decoded):
@@ -301,18 +402,64 @@ def test_ghostscript_is_started_for_no_file(root, monkeypatch):
     Image.fromarray(RGB).save(root / 'b.eps')
     shutil.copy(root / 'b.eps', root / 'b.png')
     monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', refuse)
-    with pytest.raises(UserError, match=r'1 damaged images(.*\n.*)b.png: empty, or not an image'):
+    with pytest.raises(UserError, match=r'1 images damaged(.*\n.*)b.png: empty, or not an image'):
         load(root)
+
+
+@pytest.mark.parametrize('kind', ['profile', 'zTXt', 'iTXt', 'many'])
+def test_metadata_of_any_size_are_no_damage(root, kind):
+    """Pillow's limits are 1 MB for each, and 64 MB for all texts."""
+    text = 'x' * 2**20
+    info = PngInfo()
+    profile = None
+    if kind == 'profile':
+        profile = (2 * text).encode()
+    elif kind == 'iTXt':
+        info.add_itxt('Comment', 2 * text, zip=True)
+    elif kind == 'zTXt':
+        info.add_text('Comment', 2 * text, zip=True)
+    else:
+        for i in range(65):
+            info.add_text(f'Comment {i}', text, zip=True)
+    (root / 'a.png').unlink()
+    Image.fromarray(RGB[:, :32]).save(root / 'b.png', icc_profile=profile, pnginfo=info)
+    (image,) = load(root, size=0).train  # of its own size, which the header tells
+    assert np.array_equal(image.permute(1, 2, 0), RGB[:, :32])  # (3, H, W) -> (H, W, 3)
 
 
 # The file
 
 
-def file_of(root):
-    return root / '.decoded' / '24-crop.npy'
+def files_of(cache):
+    """The index and the rows of the only folder in the cache."""
+    (index,) = cache.glob('*/*.json')
+    (rows,) = cache.glob('*/*.rows')
+    return index, rows
 
 
-def test_images_are_decoded_once_and_only_new_ones_afterwards(root, decoded):
+def entries(directory):
+    """All that is in the directory and below it, with times and content."""
+    found = {}
+    for path in (directory, *directory.rglob('*')):
+        about = path.lstat()
+        found[path] = about.st_mtime_ns, about.st_ctime_ns, about.st_ino
+    return found
+
+
+@pytest.mark.parametrize('holdout', [0, 0.5])
+def test_a_directory_of_images_is_only_read(tmp_path, holdout):
+    for name in 'x/1.png', 'x/2.png', 'y/1.png', 'y/2.png':
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / name)
+    before = entries(tmp_path)
+    for size in (0, 24):
+        load(tmp_path, size, holdout=holdout)
+        load(tmp_path, size, holdout=holdout)
+    assert entries(tmp_path) == before
+    assert len(ImageFolder(tmp_path)) == 4  # every directory is a class with images
+
+
+def test_images_are_decoded_once_and_only_new_ones_afterwards(root, cache, decoded):
     Image.new('RGB', (8, 8), (90, 90, 90)).save(root / 'c.png')
     first = load(root).train
     assert sorted(decoded) == ['a.png', 'c.png']
@@ -329,7 +476,107 @@ def test_images_are_decoded_once_and_only_new_ones_afterwards(root, decoded):
     (root / 'b.png').unlink()
     assert torch.equal(load(root).train, first)
     assert len(decoded) == 4
-    assert {path.name for path in (root / '.decoded').iterdir()} <= {'24-crop.npy', '.lock'}
+    index, rows = files_of(cache)  # and no earlier rows
+    assert {path.name for path in index.parent.iterdir()} <= {
+        '24-crop.json',
+        '24-crop.lock',
+        rows.name,
+    }
+    assert rows.read_bytes() == first.numpy().tobytes()
+
+
+def moved(place, dice):
+    return place.rename(place.with_name(f'moved {dice.random()}'))
+
+
+def added(place, dice):
+    side = dice.randrange(5, 40)
+    image = Image.new('RGB', (side, side), (dice.randrange(256), side, 0))
+    image.save(place / f'{dice.randrange(1000)}.png')
+    return place
+
+
+def deleted(place, dice):
+    path = dice.choice(sorted(place.iterdir()))
+    if len(list(place.iterdir())) > 1:
+        path.unlink()
+    return place
+
+
+def renamed(place, dice):
+    path = dice.choice(sorted(place.iterdir()))
+    path.rename(place / f'{dice.randrange(1000)}.png')
+    return place
+
+
+def touched(place, dice):
+    path = dice.choice(sorted(place.iterdir()))
+    os.utime(path, ns=(0, dice.randrange(10**18)))
+    return place
+
+
+def copied(place, dice):
+    return shutil.copytree(place, place.with_name(f'copied {dice.random()}'))
+
+
+def back(place, dice):
+    """Another one of the directories that are there."""
+    return dice.choice(sorted(place.parent.iterdir()))
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_rows_are_reused_wherever_a_file_of_its_name_size_time_and_fit_was_decoded(
+    tmp_path, cache, decoded, seed
+):
+    dice = random.Random(seed)
+    place = tmp_path / 'photos'
+    place.mkdir()
+    for _ in range(4):
+        added(place, dice)
+    kept = {}  # what each index holds
+    for _ in range(15):
+        change = dice.choice([moved, added, deleted, renamed, touched, copied, back])
+        place = change(place, dice)
+        size, fit = dice.choice([16, 16, 24]), dice.choice(['crop', 'crop', 'pad'])
+        keys = {}
+        for path in sorted(place.iterdir()):
+            about = path.stat()
+            keys[path.name] = path.name, about.st_size, about.st_mtime_ns, size, fit
+        known = set().union(*kept.values())
+        decoded.clear()
+        images = load(place, size, fit=fit).train
+        assert sorted(decoded) == [name for name in keys if keys[name] not in known], change
+        kept[place, size, fit] = set(keys.values())
+        expected = [decoding.decode(place / name, size, fit).pixels for name in keys]
+        assert np.array_equal(images, np.stack(expected))
+    assert len(list(cache.glob('*/*.rows'))) == len(kept)
+
+
+def test_rows_that_a_process_maps_stay_as_they_are_when_the_folder_changes(root):
+    first = load(root).train
+    before = first.clone()
+    Image.new('RGB', (40, 40), (50, 50, 50)).save(root / 'A.png')  # the first row from now on
+    assert load(root).train[0].unique().tolist() == [50]
+    assert torch.equal(first, before)
+
+
+def test_of_two_at_once_one_decodes_and_the_other_waits(root, decoded):
+    for i in range(20):
+        shutil.copy(root / 'a.png', root / f'{i}.png')
+    begin = threading.Barrier(2)
+    found = []
+
+    def start():
+        begin.wait()
+        found.append(load(root).train)
+
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(decoded) == 21
+    assert torch.equal(*found)
 
 
 def test_rows_stay_with_their_files_where_others_are_damaged(root, decoded):
@@ -350,23 +597,47 @@ def test_images_that_keep_their_size_are_decoded_again_when_the_size_changes(roo
     assert load(root, size=0).train.shape == (2, 3, 96, 96)
 
 
-def test_a_damaged_file_is_noticed_and_made_again(root, decoded, monkeypatch):
-    monkeypatch.setattr(decoding, 'SAMPLE', 0)  # this file is checked whole
-    first = load(root).train.clone()
-    good = file_of(root).read_bytes()
-    rows = range(128, 128 + 3 * 24**2)
-    damages = {'cut': good[:-1], 'empty': b'', 'text': b'hello', 'no table': good[: rows.stop]}
-    for i in range(0, len(good), 37):
-        damages[i] = good[:i] + bytes([good[i] ^ 16]) + good[i + 1 :]
-    for where, content in damages.items():
-        decoded.clear()
-        file_of(root).write_bytes(content)
-        assert torch.equal(load(root).train, first), where
-        if where in rows or isinstance(where, str):  # a zip archive has idle bytes
-            assert decoded == ['a.png'], where
+def test_a_damaged_file_is_noticed_and_made_again(root, cache, decoded, monkeypatch):
+    """The index or the rows: cut, of another kind, missing, or with a bit turned, as in a digit."""
+    monkeypatch.setattr(decoding, 'SAMPLE', 0)  # these files are checked whole
+    (root / 'b.png').write_bytes(b'')
+
+    def loaded():
+        data = load(root, skip_damaged=True)
+        return data.digest, data.damaged, data.train.tolist()
+
+    first = loaded()
+    for which, step in ((0, 5), (1, 71)):
+        good = files_of(cache)[which].read_bytes()
+        damages = {'cut': good[:-1], 'empty': b'', 'text': b'hello', 'list': b'[1, 2]'}
+        for i in range(0, len(good), step):
+            damages[i] = good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :]
+        for where, content in damages.items():
+            decoded.clear()
+            files_of(cache)[which].write_bytes(content)
+            assert loaded() == first, where
+            assert 'a.png' in decoded, where
+        files_of(cache)[which].unlink()
+        for name in list(cache.glob('*/*.rows')):  # as a run leaves them that was killed
+            shutil.copy(name, name.with_name('24-crop-killed.rows'))
+        assert loaded() == first
+        assert len(files_of(cache)) == 2
 
 
-def test_of_a_large_file_random_rows_are_checked(root, decoded, monkeypatch):
+def test_a_damaged_row_of_an_earlier_file_is_not_copied(root, cache, decoded):
+    shutil.copy(root / 'a.png', root / 'b.png')
+    load(root)
+    _, rows = files_of(cache)
+    content = bytearray(rows.read_bytes())
+    content[5] = 1
+    rows.write_bytes(content)
+    decoded.clear()
+    shutil.copy(root / 'a.png', root / 'c.png')
+    assert load(root).train.unique().tolist() == [0]
+    assert sorted(decoded) == ['a.png', 'c.png']
+
+
+def test_of_a_large_file_random_rows_are_checked(root, cache, decoded, monkeypatch):
     for i in range(9):
         shutil.copy(root / 'a.png', root / f'{i}.png')
     load(root)
@@ -375,43 +646,67 @@ def test_of_a_large_file_random_rows_are_checked(root, decoded, monkeypatch):
     decoded.clear()
     load(root)
     assert decoded == []
-    content = bytearray(file_of(root).read_bytes())
+    _, rows = files_of(cache)
+    content = bytearray(rows.read_bytes())
     for i in range(8):  # of 10: one of any three rows
-        content[128 + i * 3 * 24**2] = 1
-    file_of(root).write_bytes(content)
+        content[i * 3 * 24**2] = 1
+    rows.write_bytes(content)
     assert load(root).train.unique().tolist() == [0]
-    assert len(decoded) == 10
+    assert len(decoded) == 8
 
 
-def test_where_the_file_lies(root, tmp_path_factory, monkeypatch):
-    other = tmp_path_factory.mktemp('other')
+def test_where_the_file_lies(root, cache, tmp_path_factory, monkeypatch):
+    """In --cache_dir, $XDG_CACHE_HOME or else the home directory: the first that can be written."""
+    other, home = (tmp_path_factory.mktemp(name) for name in ('other', 'home'))
+    monkeypatch.setenv('HOME', str(home))
     load(root, cache_dir=other)
-    assert len(list(other.glob(f'{root.name}-*/24-crop.npy'))) == 1
-    assert not (root / '.decoded').exists()
-    access = os.access
-    monkeypatch.setattr(os, 'access', lambda path, mode: path != root and access(path, mode))
+    assert len(list(other.glob(f'{root.name}-*/24-crop.json'))) == 1
+    assert not cache.exists()
     load(root)
-    assert not (root / '.decoded').exists()
-    user = Path(os.environ['XDG_CACHE_HOME'])
-    assert len(list(user.glob(f'contrastive/{root.name}-*/24-crop.npy'))) == 1
+    assert len(list(cache.glob(f'{root.name}-*/24-crop.json'))) == 1
+    assert list(home.iterdir()) == []
+    for variable in ('/proc/nowhere', 'relative', ''):
+        monkeypatch.setenv('XDG_CACHE_HOME', variable)
+        load(root)
+        assert len(list(home.glob(f'.cache/hardneg/{root.name}-*/24-crop.json'))) == 1
+        shutil.rmtree(home / '.cache')
     (other / 'file').write_text('')
-    with pytest.raises(UserError, match=r'cannot write .*24-crop.npy .*another --cache_dir'):
+    with pytest.raises(UserError, match=r'cannot write in .*file/.*another --cache_dir'):
         load(root, cache_dir=other / 'file')
 
 
-def test_without_a_home_directory_a_folder_that_cannot_be_written_needs_cache_dir(
-    root, monkeypatch
-):
-    def refuse(path):
+@pytest.mark.parametrize('home', ['/proc/nowhere', None])
+def test_without_a_place_that_can_be_written_one_line_names_cache_dir(root, monkeypatch, home):
+    def no_home():
         raise RuntimeError('Could not determine home directory.')
 
-    monkeypatch.setattr(os, 'access', lambda path, mode: False)
-    monkeypatch.setattr(Path, 'expanduser', refuse)
-    with pytest.raises(UserError, match=r'cannot be written, and there is no home .*--cache_dir'):
+    monkeypatch.setenv('XDG_CACHE_HOME', '/proc/elsewhere')
+    if home:
+        monkeypatch.setenv('HOME', home)
+    else:
+        monkeypatch.setattr(Path, 'home', no_home)
+    with pytest.raises(UserError, match=r'^/proc/elsewhere.* cannot be written: .*--cache_dir'):
         load(root)
 
 
-def test_disk_space_is_checked_first_and_a_full_disk_leaves_nothing(root, monkeypatch):
+def test_size_and_place_are_said_before_the_file_is_made(root, cache, monkeypatch, capsys):
+    said = []
+
+    def decode(*args):
+        said.append(capsys.readouterr().out)
+        return 'damaged'
+
+    for i in range(9):
+        shutil.copy(root / 'a.png', root / f'{i}.png')
+    monkeypatch.setattr(decoding, 'decode_or_why', decode)
+    with pytest.raises(UserError, match='10 images damaged'):
+        load(root, 1000)
+    told = f'{root}: 10 images of 1000 px take 0.03 GB in {cache}/{root.name}-'
+    assert told in said[0]
+    assert 'Another place: --cache_dir' in said[0]
+
+
+def test_disk_space_is_checked_first_and_a_full_disk_leaves_nothing(root, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(0, 0, 1000))
         with pytest.raises(UserError, match=r'takes 0.0 GB at 24 px, and 0.0 GB are free in .*'):
@@ -423,16 +718,17 @@ def test_disk_space_is_checked_first_and_a_full_disk_leaves_nothing(root, monkey
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(UserError, match=r'cannot write .*No space left on device.*--cache_dir'):
         load(root)
-    assert {path.name for path in (root / '.decoded').iterdir()} <= {'.lock'}
+    assert {path.name for path in cache.glob('*/*')} <= {'24-crop.lock'}
 
 
-def test_images_are_mapped_read_only_and_shared(root):
+def test_images_are_mapped_read_only_and_shared(root, cache):
     images = load(root).train
+    _, rows = files_of(cache)
     address = images.data_ptr()
     for line in open('/proc/self/maps'):
         start, end = (int(x, 16) for x in line.split()[0].split('-'))
         if start <= address < end:
             assert 'r--s' in line
-            assert line.rstrip().endswith('24-crop.npy')
+            assert line.rstrip().endswith(str(rows))
             return
     raise AssertionError('the images are in no mapping')

@@ -100,6 +100,6 @@ def test_damaged_images_end_a_run_before_training(tiny, run, tmp_path):
     command = [*tiny, '--root', tmp_path / 'data', '--results_dir', tmp_path / 'r']
     job = run('main.py', command)
     assert job.code == 1
-    assert '4 damaged images' in job.err
+    assert '4 images damaged or too large' in job.err
     assert 'Traceback' not in job.err
     assert not (tmp_path / 'r').exists()

@@ -85,16 +85,47 @@ def test_sizes_are_the_runs_unless_a_flag_says_otherwise(encoder, tree, tmp_path
     assert found == [(24, 'pad', 12), (24, 'squeeze', 0)]
 
 
-def test_damaged_images_are_left_out_and_named(encoder, tmp_path, capsys):
-    for i in range(3):
-        Image.new('RGB', (16, 16), (80 * i, 0, 0)).save(tmp_path / f'{i}.png')
-    (tmp_path / '1.png').write_bytes(b'no image')
-    run(encoder, tmp_path, tmp_path / 'f.npz')
-    found = np.load(tmp_path / 'f.npz')
-    assert found['names'].tolist() == ['0.png', '2.png']
-    assert found['features'].shape == (2, 128)
+@pytest.mark.parametrize('form', ['npz', 'csv'])
+def test_damaged_and_too_large_images_are_left_out_and_all_named(
+    encoder, tmp_path, form, monkeypatch, capsys
+):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 4_000_000)  # Pillow refuses twice as many
+    for i in range(5):
+        Image.new('RGB', (16, 16), (50 * i, 0, 0)).save(tmp_path / f'{i}.png')
+    for name in '1.png', '3.png':
+        (tmp_path / name).write_bytes(b'no image')
+    Image.new('1', (3000, 3000)).save(tmp_path / 'large.png')
+    out = tmp_path / f'f.{form}'
+    run(encoder, tmp_path, out)
+    if form == 'npz':
+        found = np.load(out)
+        names, about = found['names'].tolist(), json.loads(str(found['about']))
+        assert found['features'].shape == (3, 128)
+    else:
+        names = pd.read_csv(out)['name'].tolist()
+        about = json.loads(out.with_suffix('.json').read_text())
+    assert names == ['0.png', '2.png', '4.png']
+    assert about['damaged'] == ['1.png', '3.png', 'large.png']
     said = capsys.readouterr().out
-    assert f'1 images damaged and left out, such as {tmp_path}/1.png: empty, or not an' in said
+    first = f'such as {tmp_path}/1.png: empty, or not an image'
+    assert f'3 images damaged or too large and left out, {first}' in said
+
+
+def test_nothing_but_the_file_is_written_among_the_images_and_runs_are_left_out(
+    encoder, tmp_path, capsys
+):
+    place = tmp_path / 'photos'
+    for name in 'a.png', 'results/mine/curves.png':
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (16, 16)).save(place / name)
+    config = {name: kind() for name, kind in runs.CONFIG.items()}
+    write_json(place / 'results' / 'mine' / 'config.json', config)
+    for _ in range(2):
+        run(encoder, place, place / 'f.npz')
+        assert np.load(place / 'f.npz')['names'].tolist() == ['a.png']
+    assert sorted(path.name for path in place.iterdir()) == ['a.png', 'f.npz', 'results']
+    said = capsys.readouterr().out
+    assert f'{place}: left out 1 with a run in it, such as {place}/results/mine' in said
 
 
 def test_pairs_of_files_are_listed_with_their_cosines(encoder, tmp_path, capsys):

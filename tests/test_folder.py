@@ -2,16 +2,21 @@
 
 import hashlib
 import os
+import random
 import unicodedata
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from hardneg import flags
-from hardneg.folder import find_folder, held_out
+from hardneg.files import write_json
+from hardneg.folder import Listing, find_folder, held_out
+from hardneg.runs import CONFIG
 from hardneg.runtime import UserError
+from utils import load_data
 
 
 @pytest.fixture
@@ -30,6 +35,12 @@ def make(root, *directories):
     """An image x.png in each of the directories."""
     for directory in directories:
         save(root / directory / 'x.png')
+
+
+def make_run(directory):
+    """A run of which a picture was drawn."""
+    save(directory / 'curves.png')
+    write_json(directory / 'config.json', {name: kind() for name, kind in CONFIG.items()})
 
 
 def names(found):
@@ -79,15 +90,145 @@ def test_what_is_left_out_is_counted_with_an_example(root, name, put, why, capsy
     assert capsys.readouterr().out == f'{root}: left out 1 {why}, such as {root / name}\n'
 
 
-def test_the_directory_of_decoded_images_is_left_out_in_silence(root, capsys):
-    a_directory(root / '.decoded')
+RUNS = 'with a run in it'
+
+
+@pytest.mark.parametrize('place', ['results', 'results/mine', 'deep/er/results', 'results/a/b'])
+def test_directories_that_hold_a_run_are_left_out_with_all_below(root, place, capsys):
+    make_run(root / place)
+    save(root / place / 'pictures' / 'x.png')
     assert names(find_folder(root)) == ['a.png']
-    make(root, 'b', 'c')
-    (root / 'a.png').unlink()
-    save(root / 'b' / 'y.png')
-    save(root / 'c' / 'y.png')
-    find_folder(root, holdout=0.1)
+    told = f'left out 1 {RUNS}, such as {root / place}\n'
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('place', ['results', 'results/mine', 'sweep/deep/er'])
+@pytest.mark.parametrize('top', ['', 'train'])
+def test_directories_of_runs_alone_are_no_classes(tmp_path, place, top, capsys):
+    for name in 'ab':
+        make(tmp_path / top, f'{name}/deep', name)
+    make(tmp_path, 'unlabeled')
+    before = find_folder(tmp_path, holdout=0.5)
+    make_run(tmp_path / top / place)
+    (tmp_path / top / place).with_name('table.md').write_text('hello')
+    found = find_folder(tmp_path, holdout=0.5)
+    assert (
+        (found.classes, found.files) == (before.classes, before.files) == (['a', 'b'], found.files)
+    )
+    kind = Path(place).parts[0]
+    assert f'1 {RUNS}, such as {tmp_path / top / kind}' in capsys.readouterr().out
+
+
+def test_a_class_with_a_run_among_its_images_stays_one(tmp_path):
+    make(tmp_path, 'a', 'a/x', 'b', 'b/x')
+    make_run(tmp_path / 'b' / 'results')
+    found = find_folder(tmp_path, holdout=0.5)
+    assert found.classes == ['a', 'b']
+    assert sorted(names(found)) == ['a/x.png', 'a/x/x.png', 'b/x.png', 'b/x/x.png']
+
+
+@pytest.mark.parametrize(
+    'content',
+    ['{}', '[]', '', 'hello', '{"settings": {', '{"settings": {}}', '{"model_type": "vit"}', '\0'],
+)
+def test_another_programs_config_hides_no_photos(root, content, capsys):
+    make(root, 'photos')
+    (root / 'photos' / 'config.json').write_text(content)
+    (root / 'config.json').symlink_to('nowhere')
+    assert names(find_folder(root)) == ['a.png', 'photos/x.png']
+    assert RUNS not in capsys.readouterr().out
+
+
+def test_a_run_in_the_given_directory_itself_hides_nothing(tmp_path):
+    """It is the user's choice to keep the two together."""
+    make_run(tmp_path)
+    save(tmp_path / 'a' / 'x.png')
+    assert names(find_folder(tmp_path)) == ['a/x.png', 'curves.png']
+
+
+def test_names_are_below_root_where_root_is_that_of_the_file_system(tmp_path):
+    make(tmp_path, 'deep')
+    with tqdm(disable=True) as bar:
+        (file,) = Listing(Path('/')).images(tmp_path, bar)
+    assert file[0] == f'{tmp_path}/deep/x.png'[1:]
+
+
+SUFFIXES = sorted(Image.registered_extensions())
+
+
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_a_file_counts_by_what_opens_it(tmp_path, suffix, capsys):
+    """A JPEG under any suffix that Pillow knows, but not where Ghostscript would run the file."""
+    for name in f'a{suffix}', f'B{suffix.upper()}':
+        Image.new('RGB', (8, 8)).save(tmp_path / name, format='JPEG')
+    if suffix in ('.eps', '.ps'):
+        with pytest.raises(UserError, match='no image in it'):
+            find_folder(tmp_path)
+        return
+    found = find_folder(tmp_path)
+    assert names(found) == [f'B{suffix.upper()}', f'a{suffix}']
     assert capsys.readouterr().out == ''
+    assert len(load_data('folder', tmp_path, store_size=8).train) == 2
+
+
+OTHERS = [  # how files of other kinds begin, whose suffixes Pillow knows
+    ('a.pdf', b'%PDF-1.7\n'),
+    ('a.h5', b'\x89HDF\r\n\x1a\n'),
+    ('a.hdf', b'\x89HDF\r\n\x1a\n'),
+    ('a.mpg', b'\x00\x00\x01\xba\x44\x00\x04\x00\x04\x01\x89\xc3\xf8\xf8\x00\x00\x01\xe0'),
+    ('a.mpeg', b'\x00\x00\x01\xba\x21\x00\x01\x00\x01\x80\x1b\x91\x00\x00\x01\xbb\x00\x0c'),
+    ('a.wmf', b'\xd7\xcd\xc6\x9a\x00\x00'),
+    ('a.emf', b'\x01\x00\x00\x00\x6c\x00\x00\x00'),
+    ('a.grib', b'GRIB\x00\x00\x00\x02'),
+    ('a.bufr', b'BUFR\x00\x00\x00\x04'),
+    ('a.palm', b'\x00\xa0\x00\xa0\x00\xa0\x40\x00\x08\x01'),
+]
+
+
+@pytest.mark.parametrize('name, start', OTHERS)
+def test_a_file_of_another_kind_is_no_damaged_image(root, name, start, capsys):
+    for i in range(20):
+        (root / f'{i}{name}').write_bytes(start + random.Random(i).randbytes(1000))
+    assert names(find_folder(root)) == ['a.png']
+    assert f'left out 20 {NAME}, such as {root}/' in capsys.readouterr().out
+
+
+def test_a_damaged_mpo_is_a_damaged_image(tmp_path):
+    two = dict(save_all=True, append_images=[Image.new('RGB', (8, 8))])
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.mpo', **two)
+    (tmp_path / 'b.mpo').write_bytes(b'')
+    with pytest.raises(UserError, match=r'1 images damaged .*\n.*b.mpo: empty, or not an image'):
+        load_data('folder', tmp_path)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_what_vanishes_while_it_is_listed_is_skipped(tmp_path, tmp_path_factory, seed, monkeypatch):
+    """Files and directories, before or after they are looked at."""
+    dice = random.Random(seed)
+    places = ['.', 'a', 'a/b', 'a/b/c', 'd', 'd/e']
+    for place in places:
+        for i in range(3):
+            save(tmp_path / place / f'{i}.png')
+    paths = [str(path) for path in sorted(tmp_path.rglob('*'))]
+    vanishing = dice.sample(paths, 5)
+    elsewhere = tmp_path_factory.mktemp('elsewhere')
+
+    def vanish_before(function):
+        def call(path, *args, **kwargs):
+            if str(path) in vanishing and dice.random() < 0.6:
+                vanishing.remove(str(path))
+                os.rename(path, elsewhere / str(len(vanishing)))
+            return function(path, *args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ('scandir', 'stat', 'lstat'):
+            patch.setattr(os, name, vanish_before(getattr(os, name)))
+        found = names(find_folder(tmp_path))
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob('*.png')]
+    assert set(left) <= set(found)
+    assert len(vanishing) < 5
 
 
 def test_links_to_files_and_directories_are_followed(root, tmp_path_factory):
@@ -198,6 +339,14 @@ def test_files_and_directories_beside_the_classes_are_told(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f'not read beside train: {tmp_path}/testing (known: train, test or val' in said
     assert f'1 outside the classes, such as {tmp_path}/train/x.png' in said
+    make(tmp_path, '.', 'test')
+    a_text(tmp_path / 'test' / 'notes.txt')
+    assert len(find_folder(tmp_path).files) == 4
+    said = capsys.readouterr().out
+    told = f'not read beside train: {tmp_path}/testing, 1 images, such as {tmp_path}/x.png (known'
+    assert told in said
+    assert f'2 outside the classes, such as {tmp_path}/train/x.png' in said
+    assert f'1 {NAME}, such as {tmp_path}/test/notes.txt' in said
     assert f'1 {HIDDEN}, such as {tmp_path}/train/.git' in said
 
 
@@ -225,6 +374,10 @@ def test_wrong_folders_are_explained(tmp_path):
     make(tmp_path, 'test/b', 'train/a', 'train/b')
     (tmp_path / 'test' / 'extra').mkdir()
     with pytest.raises(UserError, match=r"only in .*train: none; only in .*test: \['extra'\]"):
+        find_folder(tmp_path)
+    save(tmp_path / 'test' / 'y.png')
+    told = f'outside the classes: 1 images, such as {tmp_path}/test/y.png'
+    with pytest.raises(UserError, match=told):
         find_folder(tmp_path)
     (tmp_path / 'train' / 'extra').mkdir()
     problems = '2 problems:\n.*train/extra: no image in it\n.*test/extra: no image in it'

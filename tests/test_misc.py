@@ -149,6 +149,20 @@ def test_a_table_refuses_what_would_count_twice(logs):
         table_of(logs)
 
 
+@pytest.mark.parametrize('seed', range(3))
+def test_linked_runs_count_once_and_loops_of_links_end(logs, tmp_path, seed):
+    """Two links to each run, and one to each directory of the links, anywhere among them."""
+    dice = random.Random(seed)
+    places = [tmp_path / 'links' / name for name in ('', 'a', 'a/b', 'c')]
+    targets = [*logs.iterdir(), *logs.iterdir(), *places]
+    expected = table_of(logs)
+    for place in places:
+        place.mkdir()
+    for i, target in enumerate(targets):
+        (dice.choice(places) / f'link {i}').symlink_to(target)
+    pd.testing.assert_frame_equal(table_of(places[0]), expected)
+
+
 def test_a_directory_without_finished_runs_is_refused(tmp_path):
     with pytest.raises(UserError, match='holds no finished run'):
         table_of(tmp_path)

@@ -106,6 +106,26 @@ def test_images_without_labels_train_and_are_watched_by_label_free_measures(resu
     assert config['images'] == dict(train=23, test=0, damaged=1, damaged_files=['7.png'])
 
 
+@pytest.mark.parametrize('place', ['results', 'results/mine'])
+def test_a_run_and_its_pictures_may_lie_below_the_images(tmp_path, monkeypatch, place, capsys):
+    """Another picture does not make the images another set: the same command continues the run."""
+    for i in range(9):
+        image = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        image.save(tmp_path / f'{i}.png')
+    monkeypatch.chdir(tmp_path)
+    words = '--dataset_name folder --root . --image_size 8 --batch_size 8 --epochs 1'
+    words = [*words.split(), '--arch', 'resnet18', '--width', '0.25', '--results_dir', place]
+    main.main(words)
+    plot.main(['curves', place])
+    before = {path.name for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    main.main(words)
+    said = capsys.readouterr().out
+    assert f'left out 1 with a run in it, such as {tmp_path / place}' in said
+    assert f'{place} holds this run, finished' in said
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
 def test_an_objective_by_labels_needs_labels(flags, tmp_path):
     with pytest.raises(UserError, match='has no labels'):
         main.main([*flags, '--skip_damaged', '--oracle', '--results_dir', str(tmp_path)])

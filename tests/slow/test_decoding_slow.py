@@ -13,9 +13,15 @@ import torch
 from conftest import HOME, Job
 from PIL import Image
 
+from hardneg.decoding import index_file
 from utils import load_data
 
 SMALL = '--image_size 8 --test_size 8 --batch_size 64 --arch resnet18 --width 0.25'
+
+
+def rows_of(root, size):
+    """The files of rows of a folder, which may be half-written."""
+    return list(index_file(root, size, 'crop').parent.glob(f'{size}-crop-*.rows'))
 
 
 def photographs(root, n, size=256):
@@ -34,8 +40,8 @@ def photographs(root, n, size=256):
         ('hardneg.decoding.decode_or_why', 1),
         ('hardneg.decoding.decode_or_why', 60),
         ('hardneg.decoding.decode_or_why', 200),
-        ('numpy.savez', 1),
         ('os.fsync', 1),
+        ('os.fsync', 2),
         ('os.replace', 1),
     ],
 )
@@ -45,10 +51,11 @@ def test_killed_anywhere_in_decoding_nothing_is_taken_for_whole(tmp_path, call, 
     strike = call, nth, signal.SIGKILL
     job = Job('main.py', [*flags, '--results_dir', tmp_path], strike=strike).finish()
     assert job.code == -signal.SIGKILL
-    assert not list(root.glob('.decoded/*.npy'))
+    assert not index_file(root, 48, 'crop').exists()
     whole = load_data('folder', root, store_size=48, cache_dir=tmp_path / 'whole').train
     assert torch.equal(load_data('folder', root, store_size=48).train, whole)
-    assert not (root / '.decoded' / '48-crop.part').exists()
+    (rows,) = rows_of(root, 48)
+    assert rows.stat().st_size == whole.numel()
 
 
 LIMITED = """
@@ -81,7 +88,8 @@ def test_five_times_more_images_than_memory_train_to_the_end(tmp_path):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert 'Finished' in run.stdout
-    assert (root / '.decoded' / '144-crop.npy').stat().st_size > size
+    (rows,) = rows_of(root, 144)
+    assert rows.stat().st_size == size
 
 
 def children(pid):
@@ -102,16 +110,17 @@ def test_two_ranks_decode_once_and_hold_one_copy(tmp_path):
         if log.exists():
             epochs = log.read_text().count('\n') - 2  # without the header and the epoch 0
     ranks = children(job.process.pid)
+    (rows,) = rows_of(root, 128)
     held = 0
     for pid in ranks:
         smaps = open(f'/proc/{pid}/smaps').read()
-        share = re.search(r'128-crop\.npy\n(?:.*\n)*?Pss: +(\d+) kB', smaps)
+        share = re.search(rf'{rows.name}\n(?:.*\n)*?Pss: +(\d+) kB', smaps)
         assert share, 'the rank does not map the file'
         held += 1024 * int(share[1])
     job.process.send_signal(signal.SIGTERM)
     job.finish()
     assert len(ranks) == 2
-    size = (root / '.decoded' / '128-crop.npy').stat().st_size
+    size = rows.stat().st_size
     assert 0.9 * size < held < 1.2 * size
 
 
@@ -126,7 +135,7 @@ def test_decoding_that_is_killed_leaves_no_process_behind(tmp_path):
     root = photographs(tmp_path / 'x', 600)
     command = [sys.executable, '-c', LOAD, root]
     with subprocess.Popen(command, cwd=HOME, stdout=subprocess.DEVNULL) as process:
-        while not (root / '.decoded' / '128-crop.part').exists():
+        while not rows_of(root, 128):
             assert process.poll() is None
             time.sleep(0.001)
         started = children(process.pid)
