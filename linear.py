@@ -29,7 +29,6 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from hardneg import flags, runs, runtime
-from hardneg.augment import normalize
 from hardneg.batches import Batches, DeviceViews, seeded
 from hardneg.evaluate import Evaluator, hits
 from hardneg.files import crc, lock, write_json, write_table, write_tensors
@@ -362,7 +361,7 @@ def features_of_views(net, batches, labels, autocast, drift):
     for (x,), index in batches:
         net.train(drift and len(x) > 1)  # BatchNorm needs more than one image
         with autocast:
-            feature = net.f(normalize(x)).flatten(1).float()  # (b, 3, h, w) -> (b, F)
+            feature = net.f(net.normalize(x)).flatten(1).float()  # (b, 3, h, w) -> (b, F)
         yield runtime.gather(feature), runtime.gather(labels[index])
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from hardneg.augment import MEAN, STD, normalize
+from hardneg.augment import MEAN, STD, standardize
 from hardneg.files import read_checkpoint
 from hardneg.runtime import UserError
 
@@ -102,12 +102,16 @@ class Model(nn.Module):
     def forward(self, x):
         """Images (B, 3, H, W) -> features (B, F) and embeddings (B, D), both of unit length.
 
-        Images are uint8, or normalised as augment.normalize() does it.
+        Images are uint8, or what normalize() makes of them.
         """
         if x.dtype == torch.uint8:
-            x = normalize(x)
+            x = self.normalize(x)
         feature = self.f(x).flatten(1)  # (B, F, 1, 1) -> (B, F)
         return unit(feature), self.embed(feature)
+
+    def normalize(self, x):
+        """Grey levels (B, 3, H, W), from 0 to 255 in any type -> what f takes, channels last."""
+        return standardize(x)
 
     def embed(self, feature):
         """f's features (B, F) -> embeddings (B, D) of unit length."""

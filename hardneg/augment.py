@@ -183,11 +183,14 @@ def normalize(images):
     return standardize(images)
 
 
-def standardize(x):
-    """normalize() for grey levels of any type, such as those of resized images."""
+def standardize(x, mean=MEAN, std=STD):
+    """normalize() for grey levels of any type, such as those of resized images.
+
+    mean and std are of the three channels, in [0, 1].
+    """
     channels = []
-    for c, (mean, std) in enumerate(zip(MEAN, STD)):
-        channels.append((x[:, c] / 255 - mean) / std)
+    for c in range(3):
+        channels.append((x[:, c] / 255 - mean[c]) / std[c])
     x = torch.stack(channels, 1)  # 3 x (n, h, w) -> (n, 3, h, w)
     return x.contiguous(memory_format=torch.channels_last)
 

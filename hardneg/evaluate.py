@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hardneg.augment import draw, standardize, transform
+from hardneg.augment import draw, transform
 from hardneg.batches import seeded
 from hardneg.runtime import no_bar, ranks, sum_ranks
 
@@ -72,7 +72,8 @@ class Evaluator:
         features = []
         with self.autocast:
             for part in images.split(some):
-                features.append(self.net.f(resized(part, size)).flatten(1))  # -> (b, F)
+                x = self.net.normalize(resized(part, size))
+                features.append(self.net.f(x).flatten(1))  # -> (b, F)
         return torch.cat(features)
 
     def _pixels(self):
@@ -95,14 +96,14 @@ class Evaluator:
 
 
 def resized(images, size):
-    """(n, 3, H, W) uint8 -> (n, 3, size, size), resized with antialiasing and normalised.
+    """(n, 3, H, W) uint8 -> grey levels (n, 3, size, size), resized with antialiasing.
 
     With size 0 images keep their own size.
     """
     x = images.float()
     if size not in (0, x.shape[2]):
         x = F.interpolate(x, (size, size), mode='bilinear', antialias=True)
-    return standardize(x)
+    return x
 
 
 def label_free(evaluator, images, view_size, size, recipe, n=1024):

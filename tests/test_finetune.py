@@ -110,7 +110,8 @@ def test_encoder_and_classifier_learn(checkpoint, shapes, tmp_path, capsys, monk
     assert not torch.equal(weights['f.5.0.conv1.weight'], before['f.5.0.conv1.weight'])
     net = load_model(f'{out}.pth', head=False).eval()
     with torch.no_grad():  # the file holds what was tested
-        features = net.f(resized(shapes.test, 24)).flatten(1)  # (n, F, 1, 1) -> (n, F)
+        x = net.normalize(resized(shapes.test, 24))
+        features = net.f(x).flatten(1)  # (n, F, 1, 1) -> (n, F)
     scores = features @ weights['fc.weight'].T + weights['fc.bias']
     right = (scores.argmax(1) == shapes.test_labels).double().mean().item()
     assert first == pytest.approx(100 * right)

@@ -130,7 +130,7 @@ def test_training_is_the_plain_loop(tiny, tmp_path, monkeypatch):
         return losses[-1]
 
     monkeypatch.setattr(main, 'contrastive_loss', loss)
-    monkeypatch.setattr(model, 'normalize', normalized)
+    monkeypatch.setattr(model, 'standardize', normalized)
     train([*tiny, '--epochs', '4', '--knn_every', '0'], tmp_path)
     (net,) = plain
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-6, foreach=False)
@@ -455,15 +455,6 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
     assert_same_outcome(tmp_path / 'parts', outcome(tmp_path / 'whole'))
 
 
-@pytest.mark.parametrize(
-    'flags',
-    [
-        '--optimizer sgd --schedule cosine --warmup 1 --lr 0.05',
-        '--positives label --views 3 --micro_batch 4',
-        '--precision fp16 --optimizer sgd',
-        '--anneal down --oracle --beta 1',
-    ],
-)
 def test_a_thread_trains_to_the_same_bits(finished, tiny, tmp_path, capsys):
     flags = [*tiny, '--epochs', '3', '--results_dir', str(tmp_path)]
     thread = threading.Thread(target=main.main, args=[flags])
@@ -499,6 +490,15 @@ def test_flips_of_an_earlier_config_may_be_true_or_false(tiny, tmp_path, capsys)
     assert 'holds this run, finished' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    'flags',
+    [
+        '--optimizer sgd --schedule cosine --warmup 1 --lr 0.05',
+        '--positives label --views 3 --micro_batch 4',
+        '--precision fp16 --optimizer sgd',
+        '--anneal down --oracle --beta 1',
+    ],
+)
 def test_variants_resume_to_the_same_bits(tiny, tmp_path, flags, monkeypatch):
     # With this scale some steps of fp16 overflow.
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**16, growth_interval=2)
