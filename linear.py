@@ -13,7 +13,8 @@ weights and classes in a .pth, beside the checkpoint. With the flags above the n
 linear_bn_train, linear_cached, logistic and linear_0.01; with another data set they have its name.
 An earlier probe's files are replaced only when the new probe has ended. The result is that of the
 last epoch, not the best on the test set. If the encoder before training, model_0.pth, lies beside
-the checkpoint, it is probed too, once for all probes with the same flags and data.
+the checkpoint, it is probed too, once for all probes with the same flags and data. --prefix takes
+one encoder of a checkpoint that holds several, as MoCo's do.
 """
 
 import math
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from hardneg import flags, runs, runtime
 from hardneg.batches import Batches, DeviceViews, seeded
 from hardneg.evaluate import Evaluator, hits
-from hardneg.files import crc, lock, write_json, write_table, write_tensors
+from hardneg.files import crc, lock, write_table, write_tensors
 from hardneg.runtime import UsageError, UserError, ranks, say
 from model import load_model
 from utils import Data, load
@@ -45,6 +46,7 @@ def make_parser():
         default='results/model_400.pth',
         help='checkpoint (%(default)s)',
     )
+    flags.add_prefix(parser)
     flags.add_data_flags(parser, 'data set (default: as in the config.json beside the checkpoint)')
     probe = parser.add_argument_group('probe')
     add_label_fraction(probe)
@@ -135,7 +137,7 @@ def main(argv=None):
     args = arguments(argv)
     runtime.check_machine(args.precision)
     path = Path(args.model_path)
-    net = load_model(path, head=False)
+    net = load_model(path, head=False, prefix=args.prefix)
     knn = runs.accuracies(path)
     data, settings, own = labelled_data(args, path)
     device = runtime.start()
@@ -157,7 +159,8 @@ def main(argv=None):
     if untrained.exists() and untrained != path:
         accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
         if accuracy is None:
-            accuracy, _ = probe_encoder(probe, untrained, load_model(untrained, head=False))
+            start = load_model(untrained, head=False, prefix=args.prefix)
+            accuracy, _ = probe_encoder(probe, untrained, start)
         before = 'untrained'
         if settings.get('init'):
             before = 'before training'
@@ -171,13 +174,8 @@ def labelled_data(args, path):
     Flags of data that were not given get the run's values. With --label_fraction the training
     images are that part.
     """
-    file = path.with_name('config.json')
-    config, settings = {}, {}
-    if file.exists():
-        config = runs.read_config(file)
-        settings = config['settings']
-    if args.dataset_name is None and not settings:
-        say(f'No config.json beside {path}: taking stl10, as published')
+    config = runs.read_config(path.with_name('config.json')) or {}
+    settings = config.get('settings', {})
     flags.fill_data_flags(args, settings)
     data = load(args, unlabeled=False)
     own = args.dataset_name == 'stl10'
@@ -344,7 +342,7 @@ def replace_files(out, weights, about):
     Path(f'{out}.json').unlink(missing_ok=True)
     write_tensors(f'{out}.pth', weights)
     Path(f'{out}.partial.csv').replace(f'{out}.csv')
-    write_json(f'{out}.json', about)
+    runs.write_config(f'{out}.json', about)
 
 
 def cached_pairs(features, labels, batches):

@@ -15,6 +15,8 @@ and the training step stand in main().
 
 import argparse
 import math
+import os
+import shlex
 import time
 from functools import partial
 from pathlib import Path
@@ -123,6 +125,7 @@ def make_parser():
         type=flags.path,
         help="weights that f starts from: a checkpoint, or torchvision's ImageNet file",
     )
+    flags.add_prefix(model)
 
     # --tau_plus, --beta and --anneal get their values from flags.resolve_objective().
     objective = parser.add_argument_group('objective')
@@ -280,9 +283,10 @@ def arguments(argv=None):
     args = parse(argv)
     # A run that is continued keeps what another machine would choose otherwise.
     before = {}
-    config = Path(args.results_dir, 'config.json')
-    if config.exists():
-        before = runs.read_config(config)['settings']
+    config = runs.config_of(Path(args.results_dir))
+    if config:
+        before = config['settings']
+    flags.tell_root(args, before)
     flags.fill_precision(args, before)
     flags.fill(args, dict(compile=torch.cuda.is_available()), before)
     runtime.check_machine(args.precision)
@@ -335,11 +339,15 @@ def check_flags(args):
 
 
 def starting_weights(args):
-    """The Model in --init, or None. The setting becomes the file's name and CRC."""
+    """The Model in --init, or None. The setting becomes the file's name, CRC and any --prefix."""
+    prefix = args.prefix
+    del args.prefix
     if not args.init:
+        if prefix is not None:
+            raise UsageError('--prefix tells which encoder of --init to take: give both or none')
         return None
     path = Path(args.init)
-    net = load_model(path, head=False)
+    net = load_model(path, head=False, prefix=prefix)
     if args.stem is None:
         args.stem = net.backbone['stem']
     differ = []
@@ -349,6 +357,8 @@ def starting_weights(args):
     if differ:
         raise UsageError(f'--init {path} holds another network: give {" ".join(differ)}')
     args.init = f'{path.name}, CRC {crc(path):08x}'
+    if prefix is not None:
+        args.init += f', prefix {prefix}'
     return net
 
 
@@ -476,11 +486,17 @@ def main(argv=None):
     finally:
         bar.close()
         saver.wait()
-    encoder = f'--model_path {results}/model_{args.epochs}.pth'
-    if data.classes:
-        say(f'Finished. Next: python linear.py {encoder}')
-    else:
-        say(f'Finished. Next: python misc/embed.py {encoder} --root {args.root} --out features.npz')
+    say(f'Finished. Next: {next_command(args, data)}')
+
+
+def next_command(args, data):
+    """The command that probes the encoder or, without labels, embeds the images, to be pasted."""
+    script, rest = 'linear.py', []
+    if not data.classes:
+        script, rest = 'misc/embed.py', ['--root', args.root, '--out', 'features.npz']
+    place = os.path.relpath(Path(__file__).parent / script)
+    encoder = Path(args.results_dir, f'model_{args.epochs}.pth')
+    return shlex.join(['python', place, '--model_path', str(encoder), *rest])
 
 
 def network(args):

@@ -25,7 +25,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from hardneg.files import cache_directory, read_json, write
+from hardneg.files import cache_directory, write
 from hardneg.folder import FORMATS, own_size
 from hardneg.runtime import UserError, cores, ranks, say, say_anywhere
 
@@ -158,7 +158,7 @@ def _read_index(index):
     It is None, too, if the file of the images is missing or too short.
     """
     try:
-        about = read_json(index)
+        about = json.loads(index.read_text())
         if about.pop('checksum', None) != _checksum(about):
             return None
         shape = len(about['checksums']), 3, about['size'], about['size']

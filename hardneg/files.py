@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import tempfile
 import zipfile
 import zlib
@@ -18,7 +19,8 @@ import torch
 
 from hardneg.runtime import UserError
 
-KEYS_OF_RUN = {'settings', 'data_digest'}  # by which a config.json is known as a run's
+# What every JSON file of a run or a probe holds, and no other program's
+MARK = 'data_digest'
 _locks = []  # held until the process ends
 
 
@@ -137,48 +139,61 @@ def cache_directory():
 def is_run(directory):
     """Whether the config.json in a directory is a run's. Other programs have files of this name."""
     try:
-        return read_json(Path(directory, 'config.json')).keys() >= KEYS_OF_RUN
+        return read_json(Path(directory, 'config.json')) is not None
     except UserError:
         return False
 
 
 def read_json(path):
-    """The dict in a JSON file that a script wrote; it may have been edited since.
+    """The dict in a JSON file that a script wrote for a run; it may have been edited since.
+
+    None: there is no such file, or it is another program's, as it has no MARK.
 
     Raises:
-        UserError: the file cannot be read, or holds no dict.
+        UserError: the file cannot be read, or is no JSON.
     """
     try:
         content = json.loads(Path(path).read_text('utf-8-sig'))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, RecursionError) as error:
-        reason = f'{type(error).__name__}: {error!s:.80}'
-        raise UserError(f'{path} is damaged or not of a run ({reason})') from None
-    if not isinstance(content, dict):
-        raise UserError(f'{path} is damaged or not of a run')
+        raise _damaged(path, error) from None
+    if not isinstance(content, dict) or MARK not in content:
+        return None
     return content
 
 
 def read_table(path, columns, optional=()):
     """The numbers of a CSV file, as a DataFrame with these columns, whose epochs count up.
 
-    A column in optional that the file lacks is empty.
+    A column in optional that the file lacks is empty. None: there is no such file, or it is another
+    program's, as it has none of the columns. The first one, epoch, does not count for that.
 
     Raises:
-        UserError: the file cannot be read, or is another one.
+        UserError: the file cannot be read, or lacks a column.
     """
     try:
+        found = pd.read_csv(path, encoding='utf-8-sig', nrows=0)
+        if not set(found) & set(columns[1:]):
+            return None
         table = pd.read_csv(path, encoding='utf-8-sig')
         for name in optional:
             if name not in table:
                 table[name] = math.nan
         table = table[list(columns)].astype(float)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, KeyError, pd.errors.ParserError) as error:
-        reason = f'{type(error).__name__}: {error!s:.60}'
-        raise UserError(f'{path} is damaged or not of a run ({reason})') from None
+        raise _damaged(path, error) from None
     epochs = table['epoch']
     if (epochs.diff()[1:] != 1).any() or not epochs[:1].isin([0, 1]).all():
         raise UserError(f'{path} is damaged or not of a run: its epochs do not count up')
     return table
+
+
+def _damaged(path, error):
+    reason = f'{type(error).__name__}: {" ".join(str(error).split()):.80}'
+    return UserError(f'{path} is damaged or not of a run ({reason})')
 
 
 def read_checkpoint(path):
@@ -197,14 +212,15 @@ def read_checkpoint(path):
                 raise zipfile.BadZipFile(f'checksum of {damaged} does not match')
         content = torch.load(path, map_location='cpu', weights_only=True)
         for name, x in tensors(content):
-            _check_plain(path, name, x)
+            _check_plain(path, name or 'it', x)
     except UserError:
         raise
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(_what_is_there(Path(path))) from None
     except pickle.UnpicklingError as error:
         raise UserError(
-            f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run'
+            f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run. If '
+            f'you trust the file, save its tensors alone: {_saving_tensors(Path(path))}'
         ) from error
     except Exception as error:  # torch.load and zipfile raise many kinds for a damaged file
         reason = ''
@@ -214,17 +230,35 @@ def read_checkpoint(path):
     return content
 
 
-def tensors(content, name='it'):
-    """Yield every (name, tensor) in nested dicts, lists and tuples."""
+def tensors(content, name=''):
+    """Yield every (name, tensor) in nested dicts, lists, tuples and modules.
+
+    A name is the keys on the way to the tensor, joined by dots.
+    """
     items = ()
     if isinstance(content, torch.Tensor):
         yield name, content
+    elif isinstance(content, torch.nn.Module):
+        items = content.state_dict().items()
     elif isinstance(content, dict):
         items = content.items()
     elif isinstance(content, (list, tuple)):
         items = enumerate(content)
     for key, value in items:
-        yield from tensors(value, str(key))
+        inner = str(key)
+        if name:
+            inner = f'{name}.{key}'
+        yield from tensors(value, inner)
+
+
+def _saving_tensors(path):
+    """The command that unpickles a file and saves the tensors in it."""
+    old, new = json.dumps(str(path)), json.dumps(str(path.with_suffix('.tensors.pth')))
+    code = (
+        'import torch; from hardneg.files import tensors; '
+        f'torch.save(dict(tensors(torch.load({old}, "cpu", weights_only=False))), {new})'
+    )
+    return shlex.join(['python', '-c', code])
 
 
 def _check_plain(path, name, x):

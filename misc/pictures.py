@@ -20,7 +20,7 @@ from hardneg.batches import seeded
 from hardneg.decoding import decode_or_why
 from hardneg.evaluate import Evaluator
 from hardneg.losses import contrastive_loss
-from hardneg.runs import OBJECTIVE, data_name, name_data, read_run
+from hardneg.runs import OBJECTIVE, data_name, find_run, name_data
 from hardneg.runtime import UserError
 from main import defaults
 from model import load_model, unit
@@ -75,13 +75,14 @@ def names(runs, but=()):
     if len(set(objectives)) == len(objectives):
         return objectives
     settings = pd.DataFrame([run['identity'] for run in runs])
-    settings = settings.drop(columns=['objective', *OBJECTIVE, *but])
+    settings = settings.drop(columns=['objective', *OBJECTIVE, *but], errors='ignore')
     differ = [name for name in settings if settings[name].nunique(dropna=False) > 1]
     found = []
     for run in runs:
         parts = [run['objective']]
         for name in differ:
-            parts.append(f'{name} {run["identity"][name]}')
+            if name in run['identity']:  # another program's encoder has none
+                parts.append(f'{name} {run["identity"][name]}')
         found.append(', '.join(parts))
     return found
 
@@ -102,12 +103,22 @@ def colours(titles):
     return [colour or spare.pop(0) for colour in chosen]
 
 
-def open_checkpoint(path, args, unlabeled=False):
-    """The encoder in a checkpoint, the run that wrote it, and data: the run's, or as flags name."""
-    net = load_model(path).eval()
-    run = read_run(path.parent, defaults())
+def open_checkpoint(path, args, unlabeled=False, head=False):
+    """The encoder in a checkpoint, the run that wrote it, and data: the run's, or as flags name.
+
+    Without a config.json of a run beside it, the run has the name of the file and main.py's default
+    settings, but no number of epochs. head tells whether the encoder needs its head.
+    """
+    net = load_model(path, head, args.prefix).eval()
+    run = find_run(path.parent, defaults())
+    known = {}
+    if run:
+        known = run['settings']
+    else:
+        run = dict(settings=defaults(), objective=str(path), identity={})
+        del run['settings']['epochs']
     named = copy.copy(args)
-    flags.fill_data_flags(named, run['settings'])
+    flags.fill_data_flags(named, known)
     for name in flags.DATA:
         run['settings'][name] = getattr(named, name)
     data = load(named, unlabeled)
@@ -133,7 +144,10 @@ def some(n, count, seed):
 
 @torch.no_grad()
 def similarity(args):
-    """Cosine similarities of pairs of images of one class and of two, as histograms."""
+    """Cosine similarities of pairs of images of one class and of two, as histograms.
+
+    Encoders without a head have no embeddings z.
+    """
     opened = [open_checkpoint(path, args) for path in args.paths]
     width = max(4, 2.7 * len(opened))
     figure, axes = plt.subplots(2, len(opened), figsize=(width, 5), sharex=True, squeeze=False)
@@ -148,14 +162,18 @@ def similarity(args):
                 f'{run["data"]}: its test images have no two of one class and two of different ones'
             )
         f = features(net, data.test, chosen, run)  # (n, F)
-        z = net.cpu().embed(f)  # (n, D)
-        for panel, what, x in (column[0], 'f', unit(f)), (column[1], 'z', z):
+        rows = dict(f=unit(f))
+        if net.g is None:
+            column[1].axis('off')
+        else:
+            rows['z'] = net.cpu().embed(f)  # (n, D)
+        for panel, (what, x) in zip(column, rows.items()):
             cosine = (x @ x.T)[i, j].clamp(-1, 1)  # (pairs,)
             histograms(panel, cosine, same)
             area = f'{what}: area under ROC {roc_auc_score(same, cosine):.3f}'
             panel.set_title(area, fontsize=9)
         column[0].set_title(f'{shown(name)}\n{column[0].get_title()}', fontsize=9)
-        column[1].set_xlabel('cosine similarity')
+        column[len(rows) - 1].set_xlabel('cosine similarity')
     axes[0, 0].set_ylabel('density of pairs, features f')
     axes[1, 0].set_ylabel('density of pairs, embeddings z')
     handles, texts = axes[0, 0].get_legend_handles_labels()
@@ -304,7 +322,7 @@ def push(views, **objective):
 @torch.no_grad()
 def negatives(args):
     """Which negatives of one image each objective pushes away, and how strongly."""
-    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True)
+    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True, head=True)
     settings, query = run['settings'], args.query
     images, labels = data.train, data.train_labels
     if data.classes:
@@ -342,8 +360,10 @@ def negatives(args):
     x = cosine[negative].numpy()
     figure, axes = plt.subplots(figsize=(8, 5.2))
     draw_pushes(axes, x, pushes, same.numpy())
-    title = f'encoder: {run["objective"]}, {settings["epochs"]} epochs; objectives at t = {t:g}'
-    axes.set_title(shown(title), fontsize=9)
+    encoder = run['objective']
+    if 'epochs' in settings:
+        encoder += f', {settings["epochs"]} epochs'
+    axes.set_title(shown(f'encoder: {encoder}; objectives at t = {t:g}'), fontsize=9)
     text = f'query, {data.classes[labels[query]]}' if data.classes else 'query'
     picture(axes.inset_axes([0.01, 0.74, 0.14, 0.22]), seen[query], text, '#000000')
     low, high = axes.get_xlim()
