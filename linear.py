@@ -32,7 +32,7 @@ from hardneg import flags, runs, runtime
 from hardneg.augment import normalize
 from hardneg.batches import Batches, DeviceViews, seeded
 from hardneg.evaluate import Evaluator, hits
-from hardneg.files import crc, lock, write_json, write_table, write_tensors
+from hardneg.files import crc, lock, write_table, write_tensors
 from hardneg.runtime import UsageError, UserError, ranks, say
 from model import load_model
 from utils import Data, load
@@ -172,13 +172,8 @@ def labelled_data(args, path):
     Flags of data that were not given get the run's values. With --label_fraction the training
     images are that part.
     """
-    file = path.with_name('config.json')
-    config, settings = {}, {}
-    if file.exists():
-        config = runs.read_config(file)
-        settings = config['settings']
-    if args.dataset_name is None and not settings:
-        say(f'No config.json beside {path}: taking stl10, as published')
+    config = runs.read_config(path.with_name('config.json')) or {}
+    settings = config.get('settings', {})
     flags.fill_data_flags(args, settings)
     data = load(args, unlabeled=False)
     own = args.dataset_name == 'stl10'
@@ -345,7 +340,7 @@ def replace_files(out, weights, about):
     Path(f'{out}.json').unlink(missing_ok=True)
     write_tensors(f'{out}.pth', weights)
     Path(f'{out}.partial.csv').replace(f'{out}.csv')
-    write_json(f'{out}.json', about)
+    runs.write_config(f'{out}.json', about)
 
 
 def cached_pairs(features, labels, batches):

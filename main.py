@@ -13,6 +13,8 @@ The flags come first. The epochs and the training step stand in main().
 """
 
 import math
+import os
+import shlex
 import time
 from functools import partial
 from pathlib import Path
@@ -249,9 +251,10 @@ def arguments(argv=None):
     args = parse(argv)
     # A run that is continued keeps what another machine would choose otherwise.
     before = {}
-    config = Path(args.results_dir, 'config.json')
-    if config.exists():
-        before = runs.read_config(config)['settings']
+    config = runs.config_of(Path(args.results_dir))
+    if config:
+        before = config['settings']
+    flags.tell_root(args, before)
     flags.fill_precision(args, before)
     flags.fill(args, dict(compile=torch.cuda.is_available()), before)
     runtime.check_machine(args.precision)
@@ -453,11 +456,17 @@ def main(argv=None):
     finally:
         bar.close()
         saver.wait()
-    encoder = f'--model_path {results}/model_{args.epochs}.pth'
-    if data.classes:
-        say(f'Finished. Next: python linear.py {encoder}')
-    else:
-        say(f'Finished. Next: python misc/embed.py {encoder} --root {args.root} --out features.npz')
+    say(f'Finished. Next: {next_command(args, data)}')
+
+
+def next_command(args, data):
+    """The command that probes the encoder or, without labels, embeds the images, to be pasted."""
+    script, rest = 'linear.py', []
+    if not data.classes:
+        script, rest = 'misc/embed.py', ['--root', args.root, '--out', 'features.npz']
+    place = os.path.relpath(Path(__file__).parent / script)
+    encoder = Path(args.results_dir, f'model_{args.epochs}.pth')
+    return shlex.join(['python', place, '--model_path', str(encoder), *rest])
 
 
 def network(args):

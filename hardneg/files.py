@@ -17,6 +17,8 @@ import torch
 
 from hardneg.runtime import UserError
 
+# What every JSON file of a run or a probe holds, and no other program's
+MARK = 'data_digest'
 _locks = []  # held until the process ends
 
 
@@ -98,42 +100,55 @@ def lock(directory, name='.lock', wait=False):
 
 
 def read_json(path):
-    """The dict in a JSON file that a script wrote; it may have been edited since.
+    """The dict in a JSON file that a script wrote for a run; it may have been edited since.
+
+    None: there is no such file, or it is another program's, as it has no MARK.
 
     Raises:
-        UserError: the file cannot be read, or holds no dict.
+        UserError: the file cannot be read, or is no JSON.
     """
     try:
         content = json.loads(Path(path).read_text('utf-8-sig'))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, RecursionError) as error:
-        reason = f'{type(error).__name__}: {error!s:.80}'
-        raise UserError(f'{path} is damaged or not of a run ({reason})') from None
-    if not isinstance(content, dict):
-        raise UserError(f'{path} is damaged or not of a run')
+        raise _damaged(path, error) from None
+    if not isinstance(content, dict) or MARK not in content:
+        return None
     return content
 
 
 def read_table(path, columns, optional=()):
     """The numbers of a CSV file, as a DataFrame with these columns, whose epochs count up.
 
-    A column in optional that the file lacks is empty.
+    A column in optional that the file lacks is empty. None: there is no such file, or it is another
+    program's, as it has none of the columns. The first one, epoch, does not count for that.
 
     Raises:
-        UserError: the file cannot be read, or is another one.
+        UserError: the file cannot be read, or lacks a column.
     """
     try:
+        found = pd.read_csv(path, encoding='utf-8-sig', nrows=0)
+        if not set(found) & set(columns[1:]):
+            return None
         table = pd.read_csv(path, encoding='utf-8-sig')
         for name in optional:
             if name not in table:
                 table[name] = math.nan
         table = table[list(columns)].astype(float)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, KeyError, pd.errors.ParserError) as error:
-        reason = f'{type(error).__name__}: {error!s:.60}'
-        raise UserError(f'{path} is damaged or not of a run ({reason})') from None
+        raise _damaged(path, error) from None
     epochs = table['epoch']
     if (epochs.diff()[1:] != 1).any() or not epochs[:1].isin([0, 1]).all():
         raise UserError(f'{path} is damaged or not of a run: its epochs do not count up')
     return table
+
+
+def _damaged(path, error):
+    reason = f'{type(error).__name__}: {" ".join(str(error).split()):.80}'
+    return UserError(f'{path} is damaged or not of a run ({reason})')
 
 
 def read_checkpoint(path):

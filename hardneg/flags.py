@@ -244,11 +244,31 @@ def fill_data_flags(args, settings):
 
     Sizes, and what makes images square, are the encoder's and so always taken from the run. The
     others describe the run's data set alone.
+
+    Args:
+        settings: those of the run, as runs.read_config() gives them, or {}.
     """
+    if args.dataset_name is None and not settings:
+        say(
+            "No config.json beside the checkpoint, or another program's: taking stl10, as published"
+        )
+    taken = settings
     if args.dataset_name not in (None, settings.get('dataset_name')):
         encoders = 'image_size', 'test_size', 'store_size', 'fit'
-        settings = {name: settings[name] for name in encoders if name in settings}
-    fill(args, DATA, settings)
+        taken = {name: settings[name] for name in encoders if name in settings}
+    fill(args, DATA, taken)
+    tell_root(args, settings)
+
+
+def tell_root(args, settings):
+    """Say where the data are looked for, if the run with these settings had its data elsewhere."""
+    without_files = 'shapes' in (args.dataset_name, settings.get('dataset_name'))
+    if without_files or not settings.get('root'):
+        return
+    here = os.path.abspath(args.root)
+    there = os.path.abspath(settings['root'])
+    if here != there:
+        say(f'Looking for {args.dataset_name} in {here}; the data of the run were in {there}')
 
 
 def recipe(settings):

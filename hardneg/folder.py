@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import random
+import shlex
 import statistics
 import unicodedata
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def find_folder(root, unlabeled=True, holdout=0.0):
     Raises:
         UserError: directories or images are missing, or cannot be read. It names all of them.
     """
-    root = in_any_form(Path(root)).absolute()
+    root = Path(os.path.abspath(in_any_form(Path(root))))  # one name from any directory
     listing = Listing(root)
     classes, groups = _layout(listing, unlabeled, holdout)
     files, parts, labels = [], [], []
@@ -209,7 +210,8 @@ def _check_test(train, test, classes, test_classes):
     if not test.is_dir():
         raise UserError(
             f'{train} has classes, and {test} is not a directory. Give --holdout 0.1 to test with '
-            f'a tenth of the images, or, to train without labels, --root {train}'
+            'a tenth of the images, or, to train without labels, --root '
+            f'{shlex.quote(str(train))}'
         )
     if classes != test_classes:
         only_train = sorted(set(classes) - set(test_classes))

@@ -1,5 +1,6 @@
 """What a run writes, and how it is read back: config.json, log.csv, checkpoints, probes."""
 
+import os
 import platform
 import re
 import shlex
@@ -57,6 +58,9 @@ PROBES = {  # by the names of their files
 }
 # Settings that may change while a run goes on
 FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')
+# Settings that are directories. A relative one is relative to the working directory and, in a JSON
+# file, to the directory of the file, so that the file says from anywhere where the data lie.
+PLACES = ('root', 'cache_dir')
 OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
 # What a config.json and the .json of a probe hold
 CONFIG = dict(
@@ -139,8 +143,9 @@ def open_run(results, settings, defaults, data, device):
     trained = _trained(results)
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
     differ = ''
-    if config_file.exists():
-        differ = difference(results, read_config(config_file), config, defaults)
+    before = config_of(results)
+    if before:
+        differ = difference(results, before, config, defaults)
     if trained and missing:
         if differ:
             raise UserError(differ)
@@ -163,7 +168,7 @@ def open_run(results, settings, defaults, data, device):
         if differ:
             raise UserError(differ)
     else:
-        write_json(config_file, config)
+        write_config(config_file, config)
     return saved
 
 
@@ -358,7 +363,7 @@ def device_name(device):
 
 
 def read_config(path, kinds=CONFIG):
-    """The config.json of a run, as a dict.
+    """The config.json of a run, as a dict, or None as read_json() gives it.
 
     Args:
         kinds: the type of what must be in it, by name.
@@ -367,12 +372,49 @@ def read_config(path, kinds=CONFIG):
         UserError: something is missing or of another type.
     """
     config = read_json(path)
+    if config is None:
+        return None
     for name, kind in kinds.items():
         if name not in config or not isinstance(config[name], kind):
             raise UserError(f'{path} is damaged or not of a run: {name} is missing or wrong')
     for name, value in config['settings'].items():
         if isinstance(value, (dict, list)):
             raise UserError(f'{path} is damaged or not of a run: {name} is no setting')
+    for name in PLACES:
+        if not isinstance(config['settings'].get(name, ''), (str, type(None))):
+            raise UserError(f'{path} is damaged or not of a run: {name} is no directory')
+    config['settings'] = _moved(config['settings'], Path(path).parent, '.')
+    return config
+
+
+def write_config(path, config):
+    """Write a dict with settings as the JSON file that read_config() reads."""
+    settings = _moved(config['settings'], '.', Path(path).parent)
+    write_json(path, {**config, 'settings': settings})
+
+
+def _moved(settings, old, new):
+    """The settings, with PLACES that are relative to the directory old relative to new."""
+    moved = dict(settings)
+    for name in PLACES:
+        place = settings.get(name)
+        if place and not os.path.isabs(place):
+            # The directory above a linked one is that above where the link leads.
+            place = os.path.join(os.path.realpath(old), place)
+            moved[name] = os.path.relpath(place, os.path.realpath(new))
+    return moved
+
+
+def config_of(results):
+    """The config.json of the run in a directory, or None if no run is there.
+
+    Raises:
+        UserError: it is damaged, or another program's, which a run must not replace.
+    """
+    file = results / 'config.json'
+    config = read_config(file)
+    if config is None and file.exists():
+        raise UserError(f"{file} is damaged or another program's: choose another --results_dir")
     return config
 
 
@@ -383,22 +425,42 @@ def read_run(directory, defaults=None):
         directory: Path.
         defaults: dict of the values of settings that an earlier config.json may lack.
 
+    Returns what find_run() does, and in it
+        log: the log as a DataFrame.
+
+    Raises:
+        UserError: it names what is missing or not of a run.
+    """
+    run = find_run(directory, defaults)
+    log = read_table(directory / 'log.csv', LOG, LOG[2:])
+    for name, found in (('config.json', run), ('log.csv', log)):
+        if found is None:
+            raise UserError(
+                f"{directory} is not the directory of a run: {name} is missing or another program's"
+            )
+    return run | dict(log=log)
+
+
+def find_run(directory, defaults=None):
+    """The run whose config.json lies in a directory, or None as read_config() gives it.
+
+    Args:
+        directory: Path.
+        defaults: dict of the values of settings that an earlier config.json may lack.
+
     Returns the dict in config.json, and in it
-        log: the log as a DataFrame,
         objective, data: their names as people write them,
         identity: the settings that decide results. Runs whose identities differ in the seed alone
             form a row of a table.
 
     Raises:
-        UserError: it names what is missing or not of a run.
+        UserError: it is damaged.
     """
-    for name in ('config.json', 'log.csv'):
-        if not (directory / name).is_file():
-            raise UserError(f'{directory} is not the directory of a run: {name} is missing')
     run = read_config(directory / 'config.json')
+    if run is None:
+        return None
     try:
         settings = run['settings'] = {**(defaults or {}), **run['settings']}
-        run['log'] = read_table(directory / 'log.csv', LOG, LOG[2:])
         run['objective'] = objective_name(settings)
         run['data'] = data_name(settings)
         run['identity'] = deciding(settings) | dict(
@@ -438,7 +500,7 @@ def name_data(runs):
 def data_name(settings):
     """A data set as people call it: a folder by its own name."""
     if settings['dataset_name'] == 'folder':
-        return Path(settings['root']).absolute().name
+        return os.path.basename(os.path.abspath(settings['root']))
     return settings['dataset_name']
 
 
@@ -467,10 +529,10 @@ def read_probe(directory, epochs, name, data_digest=None):
     checkpoint = directory / f'model_{epochs}.pth'
     table = directory / f'model_{epochs}_{name}.csv'
     about_file = table.with_suffix('.json')
-    if not table.exists() or not about_file.exists():
-        return None, None
     about = read_config(about_file, ABOUT)
     rows = read_table(table, PROBE)
+    if about is None or rows is None:
+        return None, None
     if checkpoint.exists() and about['encoder'] != crc(checkpoint):
         return None, None
     if data_digest and about['data_digest'] != data_digest:
@@ -484,16 +546,21 @@ def read_probe(directory, epochs, name, data_digest=None):
 def accuracies(checkpoint):
     """The kNN accuracy (percent) of each encoder, by file name, in the log beside a checkpoint.
 
+    A log without a run's config.json beside it is another program's.
+
     Raises:
         UserError: the log is damaged.
     """
-    file = checkpoint.with_name('log.csv')
-    found = {}
-    if file.exists():
-        measured = read_table(file, LOG, LOG[2:]).dropna(subset='test_acc@1')
-        for epoch, accuracy in zip(measured['epoch'], measured['test_acc@1']):
-            found[f'model_{epoch:.0f}.pth'] = accuracy
-    return found
+    if read_config(checkpoint.with_name('config.json')) is None:
+        return {}
+    log = read_table(checkpoint.with_name('log.csv'), LOG, LOG[2:])
+    if log is None:
+        return {}
+    measured = log.dropna(subset='test_acc@1')
+    return {
+        f'model_{epoch:.0f}.pth': accuracy
+        for epoch, accuracy in zip(measured['epoch'], measured['test_acc@1'])
+    }
 
 
 def markdown(rows):

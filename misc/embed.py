@@ -89,11 +89,9 @@ def main(argv=None):
     runtime.check_machine(args.precision)
     path, out = Path(args.model_path), Path(args.out)
     net = load_model(path, head=False)
-    settings = {}
-    if path.with_name('config.json').exists():
-        settings = runs.read_config(path.with_name('config.json'))['settings']
+    config = runs.read_config(path.with_name('config.json')) or {}
     sizes = {name: flags.DATA[name] for name in ('store_size', 'fit', 'test_size')}
-    flags.fill(args, sizes, settings)
+    flags.fill(args, sizes, config.get('settings'))
     root = in_any_form(Path(args.root)).absolute()
     files = image_files(root)
     found = [name for name, *_ in files]

@@ -10,6 +10,7 @@ reads the same file. With --fold, its inputs have ImageNet's mean and standard d
 CIFAR-10's as here; main.py --init takes only such a file. It takes seconds and no GPU.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.what == 'hcl':
         write_tensors(args.out, hcl_weights(args.path))
-        print(f"{args.out}: for HCL's and DCL's linear.py --model_path")
+        print(f"For HCL's and DCL's scripts: linear.py --model_path {shlex.quote(args.out)}")
         return
     net = load_model(args.path, head=False)
     write_tensors(args.out, torchvision_weights(net, args.path, args.fold))

@@ -20,7 +20,7 @@ from hardneg.batches import seeded
 from hardneg.decoding import decode_or_why
 from hardneg.evaluate import Evaluator
 from hardneg.losses import contrastive_loss
-from hardneg.runs import OBJECTIVE, data_name, name_data, read_run
+from hardneg.runs import OBJECTIVE, data_name, find_run, name_data
 from hardneg.runtime import UserError
 from main import defaults
 from model import load_model, unit
@@ -75,13 +75,14 @@ def names(runs, but=()):
     if len(set(objectives)) == len(objectives):
         return objectives
     settings = pd.DataFrame([run['identity'] for run in runs])
-    settings = settings.drop(columns=['objective', *OBJECTIVE, *but])
+    settings = settings.drop(columns=['objective', *OBJECTIVE, *but], errors='ignore')
     differ = [name for name in settings if settings[name].nunique(dropna=False) > 1]
     found = []
     for run in runs:
         parts = [run['objective']]
         for name in differ:
-            parts.append(f'{name} {run["identity"][name]}')
+            if name in run['identity']:  # another program's encoder has none
+                parts.append(f'{name} {run["identity"][name]}')
         found.append(', '.join(parts))
     return found
 
@@ -103,11 +104,21 @@ def colours(titles):
 
 
 def open_checkpoint(path, args, unlabeled=False):
-    """The encoder in a checkpoint, the run that wrote it, and data: the run's, or as flags name."""
+    """The encoder in a checkpoint, the run that wrote it, and data: the run's, or as flags name.
+
+    Without a config.json of a run beside it, the run has the name of the file and main.py's default
+    settings, but no number of epochs.
+    """
     net = load_model(path).eval()
-    run = read_run(path.parent, defaults())
+    run = find_run(path.parent, defaults())
+    known = {}
+    if run:
+        known = run['settings']
+    else:
+        run = dict(settings=defaults(), objective=str(path), identity={})
+        del run['settings']['epochs']
     named = copy.copy(args)
-    flags.fill_data_flags(named, run['settings'])
+    flags.fill_data_flags(named, known)
     for name in flags.DATA:
         run['settings'][name] = getattr(named, name)
     data = load(named, unlabeled)
@@ -342,8 +353,10 @@ def negatives(args):
     x = cosine[negative].numpy()
     figure, axes = plt.subplots(figsize=(8, 5.2))
     draw_pushes(axes, x, pushes, same.numpy())
-    title = f'encoder: {run["objective"]}, {settings["epochs"]} epochs; objectives at t = {t:g}'
-    axes.set_title(shown(title), fontsize=9)
+    encoder = run['objective']
+    if 'epochs' in settings:
+        encoder += f', {settings["epochs"]} epochs'
+    axes.set_title(shown(f'encoder: {encoder}; objectives at t = {t:g}'), fontsize=9)
     text = f'query, {data.classes[labels[query]]}' if data.classes else 'query'
     picture(axes.inset_axes([0.01, 0.74, 0.14, 0.22]), seen[query], text, '#000000')
     low, high = axes.get_xlim()

@@ -7,10 +7,10 @@
     python misc/plot.py negatives results/model_400.pth          # which negatives are pushed away
     python misc/plot.py graphs results/graphs                    # accuracies of misc/graphs.py
 
-Data set and sizes come from the config.json beside a checkpoint. Runs whose settings differ in the
-seed alone are drawn as one line of means and a band of one standard deviation. The picture is
-written to --out, or beside the first run or checkpoint. On a CPU, neighbours takes minutes for
-large data sets, the others seconds.
+Data set and sizes come from the config.json beside a checkpoint unless a flag says otherwise. Runs
+whose settings differ in the seed alone are drawn as one line of means and a band of one standard
+deviation. The picture is written to --out, or beside the first run or checkpoint. On a CPU,
+neighbours takes minutes for large data sets, the others seconds.
 """
 
 import io

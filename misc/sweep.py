@@ -155,8 +155,10 @@ def precision_of(words, results):
         flag, _, value = word.partition('=')
         if flag == '--precision':
             return value or ''.join(words[i + 1 : i + 2])
-    for config in sorted(results.glob('*/config.json')):
-        return runs.read_config(config)['settings']['precision']
+    for file in sorted(results.glob('*/config.json')):
+        config = runs.read_config(file)
+        if config:
+            return config['settings']['precision']
     return runtime.default_precision()
 
 
@@ -230,12 +232,14 @@ class Sweep:
         """Train a run and probe its last encoder, unless that is done. Returns what happened."""
         self.call('main.py', [*words, '--results_dir', str(directory)])
         epochs = runs.read_config(directory / 'config.json')['settings']['epochs']
-        wanted = ['--model_path', str(directory / f'model_{epochs}.pth'), *self.probe]
         for name in runs.PROBES:
             settings, _ = runs.read_probe(directory, epochs, name)
-            if settings and shlex.split(settings['command'])[1:] == wanted:
+            # After linear.py --model_path FILE, which has another name in another directory
+            if settings and shlex.split(settings['command'])[3:] == self.probe:
                 return f'{directory}: probed before'
-        return f'{directory}: {self.call("linear.py", wanted)}'
+        encoder = str(directory / f'model_{epochs}.pth')
+        words = ['--model_path', encoder, *self.probe]
+        return f'{directory}: {self.call("linear.py", words)}'
 
     def call(self, script, words):
         """Run a script to its end and return the last line that it printed."""
@@ -272,6 +276,9 @@ def finished_runs(results):
     """The directories below results of finished runs, and the runs."""
     found = []
     for directory in sorted(path.parent for path in results.rglob('config.json')):
+        if runs.read_config(directory / 'config.json') is None:
+            print(f"{directory}: config.json is another program's, left out", file=sys.stderr)
+            continue
         if not (directory / 'log.csv').exists():
             print(f'{directory}: no log.csv, left out', file=sys.stderr)
             continue

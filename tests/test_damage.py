@@ -175,12 +175,18 @@ def test_a_damaged_table_or_setting_is_read_or_named(finished, tmp_path, name, d
 
 
 @pytest.mark.parametrize('name', ['config.json', 'model_2_linear_cached.json'])
-@pytest.mark.parametrize('part', ['settings', 'data_digest'])
-def test_a_json_without_what_a_run_writes_is_named(copied, name, part):
+def test_a_json_without_what_a_run_writes_is_named(copied, name):
     content = read_json(copied / name)
-    del content[part]
+    del content['settings']
     (copied / name).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f'{name} is damaged or not of a run: {part} is missing'):
+    with pytest.raises(UserError, match=f'{name} is damaged or not of a run: settings is missing'):
+        read_all(copied)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'log.csv'])
+def test_what_lies_in_the_place_of_a_runs_file_is_named(copied, name):
+    (copied / name).write_text('{"a": 1}')
+    with pytest.raises(UserError, match=f"{name} is missing or another program's"):
         read_all(copied)
 
 
