@@ -13,7 +13,8 @@ weights and classes in a .pth, beside the checkpoint. With the flags above the n
 linear_bn_train, linear_cached, logistic and linear_0.01; with another data set they have its name.
 An earlier probe's files are replaced only when the new probe has ended. The result is that of the
 last epoch, not the best on the test set. If the encoder before training, model_0.pth, lies beside
-the checkpoint, it is probed too, once for all probes with the same flags and data.
+the checkpoint, it is probed too, once for all probes with the same flags and data. --prefix takes
+one encoder of a checkpoint that holds several, as MoCo's do.
 """
 
 import math
@@ -46,6 +47,7 @@ def make_parser():
         default='results/model_400.pth',
         help='checkpoint (%(default)s)',
     )
+    flags.add_prefix(parser)
     flags.add_data_flags(parser, 'data set (default: as in the config.json beside the checkpoint)')
     probe = parser.add_argument_group('probe')
     add_label_fraction(probe)
@@ -136,7 +138,7 @@ def main(argv=None):
     args = arguments(argv)
     runtime.check_machine(args.precision)
     path = Path(args.model_path)
-    net = load_model(path, head=False)
+    net = load_model(path, head=False, prefix=args.prefix)
     knn = runs.accuracies(path)
     data, settings, own = labelled_data(args, path)
     device = runtime.start()
@@ -158,7 +160,8 @@ def main(argv=None):
     if untrained.exists() and untrained != path:
         accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
         if accuracy is None:
-            accuracy, _ = probe_encoder(probe, untrained, load_model(untrained, head=False))
+            start = load_model(untrained, head=False, prefix=args.prefix)
+            accuracy, _ = probe_encoder(probe, untrained, start)
         before = 'untrained'
         if settings.get('init'):
             before = 'before training'

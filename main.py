@@ -94,6 +94,7 @@ def make_parser():
         type=flags.path,
         help="weights that f starts from: a checkpoint, or torchvision's ImageNet file",
     )
+    flags.add_prefix(model)
 
     # --tau_plus, --beta and --anneal get their values from flags.resolve_objective().
     objective = parser.add_argument_group('objective')
@@ -307,11 +308,15 @@ def check_flags(args):
 
 
 def starting_weights(args):
-    """The Model in --init, or None. The setting becomes the file's name and CRC."""
+    """The Model in --init, or None. The setting becomes the file's name, CRC and any --prefix."""
+    prefix = args.prefix
+    del args.prefix
     if not args.init:
+        if prefix is not None:
+            raise UsageError('--prefix tells which encoder of --init to take: give both or none')
         return None
     path = Path(args.init)
-    net = load_model(path, head=False)
+    net = load_model(path, head=False, prefix=prefix)
     if args.stem is None:
         args.stem = net.backbone['stem']
     differ = []
@@ -321,6 +326,8 @@ def starting_weights(args):
     if differ:
         raise UsageError(f'--init {path} holds another network: give {" ".join(differ)}')
     args.init = f'{path.name}, CRC {crc(path):08x}'
+    if prefix is not None:
+        args.init += f', prefix {prefix}'
     return net
 
 

@@ -4,6 +4,7 @@ Layers have the names of the published checkpoints of HCL, DCL and leftthomas/Si
 """
 
 import re
+import shlex
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from hardneg.augment import MEAN, STD, normalize
-from hardneg.files import read_checkpoint
-from hardneg.runtime import UserError
+from hardneg.files import read_checkpoint, tensors
+from hardneg.runtime import UserError, say
 
 ARCHS = {  # the block, and the number of blocks in each stage
     'resnet18': (BasicBlock, (2, 2, 2, 2)),
@@ -119,38 +120,39 @@ def unit(x):
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
-def load_model(path, head=True):
+def load_model(path, head=True, prefix=None):
     """The Model in a checkpoint, whose architecture and widths are read off the tensors.
 
-    The checkpoint is from here, a published one, or torchvision's ImageNet weights, which
-    renormalize() changes to take our inputs. Prefixes of wrappers (module., _orig_mod.) and
-    counters that profilers leave are dropped. All other names must fit exactly, since an encoder
-    with some random weights would go unnoticed.
+    The checkpoint is from here, a published one, or any other that holds a ResNet by our names of
+    its layers or torchvision's. A prefix may stand before them, as encoder_q. in MoCo's files. A
+    line then says which, and what else in the file is left out. Weights in half precision become
+    float32. All names and shapes of the ResNet must fit exactly, since an encoder with some random
+    weights would go unnoticed.
+
+    Weights by torchvision's names are taken to expect images normalised by ImageNet's mean and
+    standard deviation, as torchvision's do, and renormalize() changes them to take ours.
 
     Args:
-        head: whether g is needed. If not, a checkpoint without it loads, with g None. A classifier
-            fc, which torchvision's weights and leftthomas's linear_model.pth have instead of g, is
-            dropped then.
+        head: whether g is needed. If not, a checkpoint without a head like ours loads, with g None.
+        prefix: that of the encoder to take; None: there is one.
 
     Raises:
-        UserError: it names the file and the first tensor that is missing, unexpected, not finite or
-            of another shape.
+        UserError: the file holds no ResNet with that prefix, or several; or it names the first
+            tensor that is missing, unexpected, not finite or of another shape.
     """
-    state = _named_tensors(path, read_checkpoint(path))
-    from_torchvision = 'conv1.weight' in state
-    if from_torchvision:
-        state = _with_our_names(state)
-    headless = not head and not any(name.startswith('g.') for name in state)
-    if headless:
-        state = {name: x for name, x in state.items() if not name.startswith('fc.')}
-    model = _matching_model(path, state, headless)
-    if from_torchvision:
-        for name, x in model.state_dict().items():
-            if name.endswith('num_batches_tracked') and name not in state:  # as in its oldest files
-                state[name] = torch.zeros(x.shape, dtype=x.dtype)
+    named = _named_tensors(read_checkpoint(path))
+    found = _prefix_of_encoder(path, named, prefix)
+    from_torchvision = f'{found}layer1.0.conv1.weight' in named
+    state, left = _parts(named, found, from_torchvision)
+    model = _matching_model(path, state, head)
+    if model.g is None and any(name.startswith('g.') for name in state):
+        state = {name: x for name, x in state.items() if name.startswith('f.')}
+        left.append(f'{found}g')
     for name, x in model.state_dict().items():
-        if name in state and (state[name].dtype != x.dtype or not state[name].isfinite().all()):
-            raise UserError(f'{path}: {name} is not finite, or not of {x.dtype}')
+        if from_torchvision and name.endswith('num_batches_tracked'):
+            state.setdefault(name, torch.zeros(x.shape, dtype=x.dtype))  # not in its oldest files
+        if name in state:
+            state[name] = _finite(path, name, state[name], x.dtype)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -158,55 +160,143 @@ def load_model(path, head=True):
         raise UserError(f'{path}: not a {model.backbone["arch"]}: {wrong:.300}') from None
     if from_torchvision:
         renormalize(model, IMAGENET, OURS)
+    _tell(path, model, found, left)
     return model
 
 
-def _named_tensors(path, state):
-    """The state_dict in what a checkpoint holds, without prefixes and counters."""
-    for key in 'model', 'state_dict':
-        while isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict):
-        raise UserError(f'{path}: no model weights in it')
+def _named_tensors(content):
+    """The tensors in what a checkpoint holds, by name, without prefixes and counters of wrappers.
+
+    Names are as in files.tensors().
+    """
     named = {}
-    for name, x in state.items():
-        if not isinstance(name, str) or not isinstance(x, torch.Tensor):
-            raise UserError(f'{path}: no model weights in it')
+    for name, x in tensors(_state_dict(content)):
         if name.rpartition('.')[2] not in ('total_ops', 'total_params'):
-            named[re.sub(r'^(module\.|_orig_mod\.)+', '', name)] = x
+            named[_unwrapped(name)] = x
     return named
 
 
-def _with_our_names(state):
-    """A state_dict of torchvision's ResNet by our names of its layers; others stay."""
-    renamed = {}
-    for name, x in state.items():
-        layer, dot, rest = name.partition('.')
-        renamed[LAYERS.get(layer, layer) + dot + rest] = x
-    return renamed
+def _state_dict(content):
+    """What a checkpoint holds as its model's state_dict, or all of it."""
+    for key in 'model', 'state_dict':
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            return _state_dict(content[key])
+    return content
 
 
-def _matching_model(path, state, headless):
-    """A Model without memory, on the meta device, of the sizes of the tensors in state."""
-    needed = {'f.0.weight': 4}
-    if not headless:
-        needed |= {'g.0.weight': 2, 'g.3.weight': 2}
-    for name, ndim in needed.items():
-        if name not in state or state[name].ndim != ndim:
-            raise UserError(
-                f'{path}: not a checkpoint of this encoder: {name} is missing or has another shape'
-            )
-    arch = _architecture(path, state)
-    channels, _, kernel, _ = state['f.0.weight'].shape
-    stem = 'imagenet' if kernel == 7 else 'cifar'
-    hidden_dim = feature_dim = 1
-    if not headless:
-        hidden_dim, feature_dim = len(state['g.0.weight']), len(state['g.3.weight'])
+def _unwrapped(name):
+    """The name without what DataParallel, DistributedDataParallel and torch.compile() put in it."""
+    return re.sub(r'(?<![^.])(module|_orig_mod)\.', '', name)
+
+
+def _prefix_of_encoder(path, named, wanted):
+    """The prefix of the ResNet among the tensors: the one that is wanted, or the only one."""
+    found = []
+    for name in named:
+        match = re.fullmatch(r'(|.*\.)(f\.3|layer1)\.0\.conv1\.weight', name)
+        if match:
+            found.append(match[1])
+    if not found:
+        raise UserError(
+            f'{path}: no model weights of a ResNet in it: no name ends in f.3.0.conv1.weight or, '
+            'as in torchvision, in layer1.0.conv1.weight'
+        )
+    choice = ' or '.join(f'--prefix {shlex.quote(prefix)}' for prefix in found)
+    if wanted is None:
+        if len(found) > 1:
+            raise UserError(f'{path} holds {len(found)} encoders: choose one by {choice}')
+        return found[0]
+    prefix = wanted
+    if wanted and not wanted.endswith('.'):
+        prefix += '.'
+    prefix = _unwrapped(prefix)
+    if prefix not in found:
+        raise UserError(f'{path} has no encoder of prefix {wanted!r}: give {choice}')
+    return prefix
+
+
+def _parts(named, prefix, from_torchvision):
+    """The tensors of f and g by our names, and the names of the other parts of a checkpoint.
+
+    What is numbered as torchvision's layers are but is none of them, such as conv2, stays with f,
+    since it makes another network.
+    """
+    own = 'f|g'
+    if from_torchvision:
+        own = r'(conv|bn|layer)\d+|g'
+    state, left = {}, []
+    for name, x in named.items():
+        layer, dot, rest = name[len(prefix) :].partition('.')
+        if name.startswith(prefix) and re.fullmatch(own, layer):
+            state[LAYERS.get(layer, layer) + dot + rest] = x
+            continue
+        part = _beyond(prefix, name)
+        if part not in left:
+            left.append(part)
+    return state, left
+
+
+def _beyond(prefix, name):
+    """The name up to and including its first step that is not the prefix's."""
+    taken = []
+    for step, other in zip(name.split('.'), prefix.split('.')):
+        taken.append(step)
+        if step != other:
+            break
+    return '.'.join(taken)
+
+
+def _matching_model(path, state, head):
+    """A Model without memory, on the meta device, of the sizes of the tensors in state.
+
+    g is None if it is not needed, and the tensors have none or another.
+    """
+    kernel = state.get('f.0.weight')
+    if kernel is None or kernel.ndim != 4:
+        raise UserError(
+            f'{path}: a ResNet whose stem is not one convolution: f.0.weight is missing or has '
+            "another shape (torchvision's conv1.weight)"
+        )
+    stem = 'imagenet' if kernel.shape[3] == 7 else 'cifar'
+    sizes = {}
+    for name in 'g.0.weight', 'g.3.weight':
+        if name in state and state[name].ndim == 2:
+            sizes[name] = len(state[name])
+        elif head:
+            raise UserError(f'{path}: no head g like ours: {name} is missing or has another shape')
+    hidden_dim = sizes.get('g.0.weight', 1)
+    feature_dim = sizes.get('g.3.weight', 1)
     with torch.device('meta'):
-        model = Model(feature_dim, arch, hidden_dim, stem, channels / 64)
-    if headless:
+        model = Model(feature_dim, _architecture(path, state), hidden_dim, stem, len(kernel) / 64)
+    needed = {name: x.shape for name, x in model.g.state_dict(prefix='g.').items()}
+    there = {name: x.shape for name, x in state.items() if name.startswith('g.')}
+    if not head and needed != there:
         model.g = None
     return model
+
+
+def _finite(path, name, x, dtype):
+    """A tensor of weights as numbers of this dtype, from floating-point numbers of any other."""
+    if x.is_floating_point():
+        x = x.to(dtype)
+    if x.dtype != dtype or not x.isfinite().all():
+        raise UserError(f'{path}: {name} is not finite, or not of {dtype}')
+    return x
+
+
+def _tell(path, model, prefix, left):
+    """Say where in a checkpoint the encoder was, and what was left out, if anyone could doubt it.
+
+    A classifier fc is nothing to tell: torchvision's weights and leftthomas's linear_model.pth have
+    one.
+    """
+    text = f'{path}: took the {model.backbone["arch"]}'
+    if prefix:
+        text += f' of prefix {prefix}'
+    if left:
+        text += f', left out {", ".join(left):.300}'
+    if prefix or left not in ([], ['fc']):
+        say(text)
 
 
 def _architecture(path, state):

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import zipfile
 import zlib
 from pathlib import Path
@@ -167,14 +168,15 @@ def read_checkpoint(path):
                 raise zipfile.BadZipFile(f'checksum of {damaged} does not match')
         content = torch.load(path, map_location='cpu', weights_only=True)
         for name, x in tensors(content):
-            _check_plain(path, name, x)
+            _check_plain(path, name or 'it', x)
     except UserError:
         raise
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(_what_is_there(Path(path))) from None
     except pickle.UnpicklingError as error:
         raise UserError(
-            f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run'
+            f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run. If '
+            f'you trust the file, save its tensors alone: {_saving_tensors(Path(path))}'
         ) from error
     except Exception as error:  # torch.load and zipfile raise many kinds for a damaged file
         reason = ''
@@ -184,17 +186,35 @@ def read_checkpoint(path):
     return content
 
 
-def tensors(content, name='it'):
-    """Yield every (name, tensor) in nested dicts, lists and tuples."""
+def tensors(content, name=''):
+    """Yield every (name, tensor) in nested dicts, lists, tuples and modules.
+
+    A name is the keys on the way to the tensor, joined by dots.
+    """
     items = ()
     if isinstance(content, torch.Tensor):
         yield name, content
+    elif isinstance(content, torch.nn.Module):
+        items = content.state_dict().items()
     elif isinstance(content, dict):
         items = content.items()
     elif isinstance(content, (list, tuple)):
         items = enumerate(content)
     for key, value in items:
-        yield from tensors(value, str(key))
+        inner = str(key)
+        if name:
+            inner = f'{name}.{key}'
+        yield from tensors(value, inner)
+
+
+def _saving_tensors(path):
+    """The command that unpickles a file and saves the tensors in it."""
+    old, new = json.dumps(str(path)), json.dumps(str(path.with_suffix('.tensors.pth')))
+    code = (
+        'import torch; from hardneg.files import tensors; '
+        f'torch.save(dict(tensors(torch.load({old}, "cpu", weights_only=False))), {new})'
+    )
+    return shlex.join(['python', '-c', code])
 
 
 def _check_plain(path, name, x):

@@ -180,6 +180,14 @@ def add_data_flags(parser, title):
     )
 
 
+def add_prefix(group):
+    group.add_argument(
+        '--prefix',
+        help='which encoder to take from a checkpoint that holds several: the prefix of its names '
+        "in the state_dict, such as MoCo's encoder_q. (the only encoder's)",
+    )
+
+
 def add_view_flags(parser, title):
     """Add the flags of the random views, and return their group. Each is None if not given."""
     group = parser.add_argument_group(title)

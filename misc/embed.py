@@ -44,6 +44,7 @@ def arguments(argv=None):
         default='results/model_400.pth',
         help='checkpoint (%(default)s)',
     )
+    flags.add_prefix(parser)
     parser.add_argument(
         '--root',
         type=flags.path,
@@ -88,7 +89,7 @@ def main(argv=None):
     args = arguments(argv)
     runtime.check_machine(args.precision)
     path, out = Path(args.model_path), Path(args.out)
-    net = load_model(path, head=False)
+    net = load_model(path, head=False, prefix=args.prefix)
     config = runs.read_config(path.with_name('config.json')) or {}
     sizes = {name: flags.DATA[name] for name in ('store_size', 'fit', 'test_size')}
     flags.fill(args, sizes, config.get('settings'))

@@ -31,6 +31,7 @@ def main(argv=None):
     hcl = formats.add_parser('hcl', help="HCL's and DCL's names: f and g")
     for command in torchvision, hcl:
         command.add_argument('path', type=flags.path, help='checkpoint')
+        flags.add_prefix(command)
         command.add_argument('--out', type=flags.path, required=True, help='file to write')
     torchvision.add_argument(
         '--fold',
@@ -39,10 +40,11 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     if args.what == 'hcl':
-        write_tensors(args.out, hcl_weights(args.path))
+        net = load_model(args.path, prefix=args.prefix)
+        write_tensors(args.out, hcl_weights(net, args.path))
         print(f"For HCL's and DCL's scripts: linear.py --model_path {shlex.quote(args.out)}")
         return
-    net = load_model(args.path, head=False)
+    net = load_model(args.path, head=False, prefix=args.prefix)
     write_tensors(args.out, torchvision_weights(net, args.path, args.fold))
     print(usage(args.out, args.fold, net.backbone))
 
@@ -68,13 +70,12 @@ def torchvision_weights(net, path, fold):
     return weights
 
 
-def hcl_weights(path):
+def hcl_weights(net, path):
     """The weights by HCL's names, which are those of a network in DataParallel.
 
     Raises:
         UserError: HCL's scripts build another network.
     """
-    net = load_model(path)
     found = dict(net.backbone, hidden_dim=net.g[0].out_features, feature_dim=net.g[3].out_features)
     differ = []
     for name, value in found.items():

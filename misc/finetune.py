@@ -49,6 +49,7 @@ def make_parser():
         type=flags.path,
         help='checkpoint whose network, data and views --model_path none takes',
     )
+    flags.add_prefix(encoder)
     beside = '(default: as in the config.json beside the checkpoint)'
     flags.add_data_flags(parser, f'data set {beside}')
     flags.add_view_flags(parser, f'random views {beside}')
@@ -116,7 +117,7 @@ def main(argv=None):
     args = arguments(argv)
     runtime.check_machine(args.precision)
     path = Path(args.like or args.model_path)
-    net = load_model(path, head=False)
+    net = load_model(path, head=False, prefix=args.prefix)
     data, settings, own = labelled_data(args, path)
     flags.fill(args, flags.VIEWS, settings)
     device = runtime.start()

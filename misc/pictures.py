@@ -103,13 +103,13 @@ def colours(titles):
     return [colour or spare.pop(0) for colour in chosen]
 
 
-def open_checkpoint(path, args, unlabeled=False):
+def open_checkpoint(path, args, unlabeled=False, head=False):
     """The encoder in a checkpoint, the run that wrote it, and data: the run's, or as flags name.
 
     Without a config.json of a run beside it, the run has the name of the file and main.py's default
-    settings, but no number of epochs.
+    settings, but no number of epochs. head tells whether the encoder needs its head.
     """
-    net = load_model(path).eval()
+    net = load_model(path, head, args.prefix).eval()
     run = find_run(path.parent, defaults())
     known = {}
     if run:
@@ -144,7 +144,10 @@ def some(n, count, seed):
 
 @torch.no_grad()
 def similarity(args):
-    """Cosine similarities of pairs of images of one class and of two, as histograms."""
+    """Cosine similarities of pairs of images of one class and of two, as histograms.
+
+    Encoders without a head have no embeddings z.
+    """
     opened = [open_checkpoint(path, args) for path in args.paths]
     width = max(4, 2.7 * len(opened))
     figure, axes = plt.subplots(2, len(opened), figsize=(width, 5), sharex=True, squeeze=False)
@@ -159,14 +162,18 @@ def similarity(args):
                 f'{run["data"]}: its test images have no two of one class and two of different ones'
             )
         f = features(net, data.test, chosen, run)  # (n, F)
-        z = net.cpu().embed(f)  # (n, D)
-        for panel, what, x in (column[0], 'f', unit(f)), (column[1], 'z', z):
+        rows = dict(f=unit(f))
+        if net.g is None:
+            column[1].axis('off')
+        else:
+            rows['z'] = net.cpu().embed(f)  # (n, D)
+        for panel, (what, x) in zip(column, rows.items()):
             cosine = (x @ x.T)[i, j].clamp(-1, 1)  # (pairs,)
             histograms(panel, cosine, same)
             area = f'{what}: area under ROC {roc_auc_score(same, cosine):.3f}'
             panel.set_title(area, fontsize=9)
         column[0].set_title(f'{shown(name)}\n{column[0].get_title()}', fontsize=9)
-        column[1].set_xlabel('cosine similarity')
+        column[len(rows) - 1].set_xlabel('cosine similarity')
     axes[0, 0].set_ylabel('density of pairs, features f')
     axes[1, 0].set_ylabel('density of pairs, embeddings z')
     handles, texts = axes[0, 0].get_legend_handles_labels()
@@ -315,7 +322,7 @@ def push(views, **objective):
 @torch.no_grad()
 def negatives(args):
     """Which negatives of one image each objective pushes away, and how strongly."""
-    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True)
+    net, run, data = open_checkpoint(args.paths[0], args, unlabeled=True, head=True)
     settings, query = run['settings'], args.query
     images, labels = data.train, data.train_labels
     if data.classes:

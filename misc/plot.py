@@ -59,6 +59,7 @@ def make_parser():
             '--out', type=flags.path, help=f'file to write ({name}.png in the first {where})'
         )
         if name not in OF_DIRECTORIES:
+            flags.add_prefix(command)
             flags.add_data_flags(command, 'data set (default: as in config.json)')
             command.add_argument(
                 '--seed',

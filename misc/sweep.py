@@ -319,7 +319,7 @@ def how(settings):
     values = runs.deciding(defaults | settings)
     texts = []
     for name in sorted(values):
-        if name != 'model_path':
+        if name not in ('model_path', 'prefix'):
             texts.append(f'{name} {values[name]}')
     return ', '.join(texts)
 

@@ -177,12 +177,22 @@ def test_tensors_that_are_not_plain_finite_weights_are_named(tmp_path, small, te
             lambda s: s.update({'f.1.weight': torch.zeros(63)}),
             r'not a resnet18: size mismatch for f\.1\.weight',
         ),
-        (lambda s: s.update(extra=torch.zeros(1)), 'not a resnet18: Unexpected key.*extra'),
+        (
+            lambda s: s.update({'f.0.bias': torch.zeros(1)}),
+            r'not a resnet18: Unexpected key.*f\.0\.bias',
+        ),
+        (
+            lambda s: s.update({'g.0.bias': torch.zeros(1)}),
+            r'not a resnet18: Unexpected key.*g\.0\.bias',
+        ),
         (
             lambda s: s.update({'f.6.2.conv1.weight': torch.zeros(1)}),
             r'have \(2, 2, 2, 3\) blocks, which is none of',
         ),
-        (lambda s: s.clear(), r'f\.0\.weight is missing'),
+        (
+            lambda s: s.clear(),
+            r'no model weights of a ResNet in it: no name ends in f\.3\.0\.conv1',
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, small, change, message):
