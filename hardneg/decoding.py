@@ -159,7 +159,7 @@ def _read_index(index):
     """
     try:
         about = json.loads(index.read_text())
-        if about.pop('checksum', None) != _checksum(about):
+        if not isinstance(about, dict) or about.pop('checksum', None) != _checksum(about):
             return None
         shape = len(about['checksums']), 3, about['size'], about['size']
         if shape[0] == 0:  # an empty file cannot be mapped

@@ -393,6 +393,8 @@ def read_config(path, kinds=CONFIG):
     for name, kind in kinds.items():
         if name not in config or not isinstance(config[name], kind):
             raise UserError(f'{path} is damaged or not of a run: {name} is missing or wrong')
+    if not isinstance(config.get('code', ''), str):
+        raise UserError(f'{path} is damaged or not of a run: code is no digest')
     for name, value in config['settings'].items():
         if isinstance(value, (dict, list)):
             raise UserError(f'{path} is damaged or not of a run: {name} is no setting')
