@@ -29,12 +29,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from hardneg import flags, runs, runtime
+from hardneg import flags, runs, runtime, timm_models
 from hardneg.batches import Batches, DeviceViews, seeded
 from hardneg.evaluate import Evaluator, hits
-from hardneg.files import crc, lock, write_table, write_tensors
+from hardneg.files import lock, write_table, write_tensors
 from hardneg.runtime import UsageError, UserError, ranks, say
-from model import load_model
+from hardneg.timm_models import encoder_crc
+from model import load_encoder
 from utils import Data, load
 
 
@@ -44,9 +45,14 @@ def make_parser():
         '--model_path',
         type=flags.path,
         default='results/model_400.pth',
-        help='checkpoint (%(default)s)',
+        help="checkpoint, or timm/NAME: timm's weights (%(default)s)",
     )
-    flags.add_prefix(parser)
+    flags.add_encoder(parser)
+    parser.add_argument(
+        '--results_dir',
+        type=flags.path,
+        help='directory of what a probe of timm/NAME writes (results/NAME)',
+    )
     flags.add_data_flags(parser, 'data set (default: as in the config.json beside the checkpoint)')
     probe = parser.add_argument_group('probe')
     add_label_fraction(probe)
@@ -118,7 +124,8 @@ def arguments(argv=None):
             f'--batch_size {args.batch_size} leaves a rank less than it needs: 1 image, 2 with '
             '--bn train'
         )
-    flags.fill_precision(args)
+    if args.results_dir and not timm_models.names_weights(args.model_path):
+        raise UsageError('--results_dir is for timm/NAME: what a checkpoint gives lies beside it')
     return args
 
 
@@ -135,11 +142,13 @@ class Probe:
 
 def main(argv=None):
     args = arguments(argv)
-    runtime.check_machine(args.precision)
-    path = Path(args.model_path)
-    net = load_model(path, head=False, prefix=args.prefix)
+    runtime.check_machine(args.precision or runtime.default_precision())
+    net = load_encoder(args.model_path, args.prefix, args.arch)
+    flags.fill_precision(args, arch=net.backbone['arch'])
+    path = timm_models.place(args.model_path, args.results_dir)
     knn = runs.accuracies(path)
-    data, settings, own = labelled_data(args, path)
+    data, settings, own = labelled_data(args, path, net)
+    check_sizes(args, data, net)
     device = runtime.start()
     name = probe_name(args, data, own, kind(args))
     # Probes of one kind share that of model_0.pth. Other ranks would give up waiting.
@@ -153,14 +162,14 @@ def main(argv=None):
             text = f'kNN {knn[checkpoint.name]:.2f} %, {text}'
         return text
 
-    first, five = probe_encoder(probe, path, net)
+    first, five = probe_encoder(probe, path, net, encoder_crc(args.model_path, net))
     text = f'{told(path, first)} (@5 {five:.2f} %)'
     untrained = path.with_name('model_0.pth')
     if untrained.exists() and untrained != path:
         accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
         if accuracy is None:
-            start = load_model(untrained, head=False, prefix=args.prefix)
-            accuracy, _ = probe_encoder(probe, untrained, start)
+            start = load_encoder(untrained, args.prefix, args.arch)
+            accuracy, _ = probe_encoder(probe, untrained, start, encoder_crc(untrained, start))
         before = 'untrained'
         if settings.get('init'):
             before = 'before training'
@@ -168,14 +177,20 @@ def main(argv=None):
     say(f'{text}; files in {path.parent}')
 
 
-def labelled_data(args, path):
+def check_sizes(args, data, net):
+    """Raise UsageError if the encoder takes no images of the size of views, or of tests."""
+    for size in {args.image_size, args.test_size or data.test.shape[2]}:
+        timm_models.check_size(net.backbone['arch'], size)
+
+
+def labelled_data(args, path, net):
     """The labelled data, the settings of the run beside the checkpoint, whether they are its data.
 
     Flags of data that were not given get the run's values. With --label_fraction the training
     images are that part.
     """
     config = runs.read_config(path.with_name('config.json')) or {}
-    settings = config.get('settings', {})
+    settings = config.get('settings') or net.sizes()
     flags.fill_data_flags(args, settings)
     data = load(args, unlabeled=False)
     own = args.dataset_name == 'stl10'
@@ -234,22 +249,26 @@ def probed_before(probe, path):
     return last['test_acc@1']
 
 
-def probe_encoder(probe, path, net):
+def probe_encoder(probe, path, net, crc):
     """Train and test the probe of an encoder and write its files.
 
     Args:
         probe: Probe.
         path: Path of the encoder's checkpoint.
         net: model.Model in it.
+        crc: that of the encoder.
 
     Returns the test accuracies @1 and @5 in percent.
     """
     args, data, device = probe.args, probe.data, probe.device
+    source = str(path)
+    if timm_models.names_weights(args.model_path):
+        source = args.model_path
     about = dict(
-        settings={**vars(args), 'model_path': str(path)},
+        settings={**vars(args), 'model_path': source},
         **runs.provenance(device),
         data_digest=data.digest,
-        encoder=crc(path),
+        encoder=crc,
     )
     out = path.with_name(f'{path.stem}_{probe.name}')
     torch.manual_seed(args.seed)

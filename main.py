@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from hardneg import flags, runs, runtime
+from hardneg import flags, runs, runtime, timm_models
 from hardneg.batches import Batches, DeviceViews
 from hardneg.evaluate import Evaluator, knn, label_free
 from hardneg.files import crc, write_table
@@ -32,7 +32,8 @@ from hardneg.folder import find_folder
 from hardneg.losses import SIDE, contrastive_loss
 from hardneg.micro_batch import MicroBatches, kept_bytes, set_momentum
 from hardneg.runtime import UsageError, UserError, ranks, say
-from model import ARCHS, WIDTHS, Embeddings, Model, load_model
+from hardneg.timm_models import is_timm
+from model import ARCHS, WIDTHS, Embeddings, Model, load_model, pretrained_model
 from utils import ReferenceViews, load
 
 
@@ -65,6 +66,13 @@ OBJECTIVES = {
 }
 
 
+def backbone(value):
+    """An argparse type: one of ARCHS, or timm/NAME."""
+    if value in ARCHS or is_timm(value):
+        return value
+    raise argparse.ArgumentTypeError(f'must be {", ".join(ARCHS)} or timm/NAME, got {value!r}')
+
+
 def make_parser():
     parser = flags.Parser(prog='main.py', description=__doc__.partition('\n')[0])
     flags.add_data_flags(parser, 'data set (default in brackets)')
@@ -95,7 +103,12 @@ def make_parser():
     )
 
     model = parser.add_argument_group('model')
-    model.add_argument('--arch', choices=ARCHS, default='resnet50', help='backbone f (%(default)s)')
+    model.add_argument(
+        '--arch',
+        type=backbone,
+        default='resnet50',
+        help=f'backbone f: {", ".join(ARCHS)}, or timm/NAME, any model of timm (%(default)s)',
+    )
     model.add_argument(
         '--width',
         type=float,
@@ -123,7 +136,8 @@ def make_parser():
     model.add_argument(
         '--init',
         type=flags.path,
-        help="weights that f starts from: a checkpoint, or torchvision's ImageNet file",
+        help="weights that f starts from: a checkpoint, torchvision's ImageNet file, or timm for "
+        'those of --arch timm/NAME, which timm downloads',
     )
     flags.add_prefix(model)
 
@@ -287,10 +301,10 @@ def arguments(argv=None):
     if config:
         before = config['settings']
     flags.tell_root(args, before)
-    flags.fill_precision(args, before)
+    flags.fill_precision(args, before, args.arch)
     flags.fill(args, dict(compile=torch.cuda.is_available()), before)
     runtime.check_machine(args.precision)
-    init = starting_weights(args)
+    init = starting_weights(args, before)
     found = None
     if args.dataset_name == 'folder':
         found = find_folder(args.root, needs_no_labels(args), args.holdout)
@@ -305,6 +319,11 @@ def parse(argv=None):
         UsageError: flags do not fit each other.
     """
     args = make_parser().parse_args(argv)
+    if is_timm(args.arch):
+        args.arch = timm_models.full_name(args.arch)
+        if args.width != 1 or args.stem:
+            raise UsageError(f'--width and --stem are of ResNets, not of {args.arch}')
+        args.stem = 'none'
     flags.resolve_objective(args)
     flags.fill(args, flags.VIEWS)
     for name in ('root', 'dataset_name', 'fit', 'holdout', 'skip_damaged'):
@@ -338,16 +357,24 @@ def check_flags(args):
         raise UsageError(f'--warmup {args.warmup} must be less than --epochs {args.epochs}')
 
 
-def starting_weights(args):
-    """The Model in --init, or None. The setting becomes the file's name, CRC and any --prefix."""
+def starting_weights(args, before):
+    """The Model in --init, or None. The setting becomes the file's name, CRC and any --prefix.
+
+    before are the settings of the run that --results_dir holds.
+    """
     prefix = args.prefix
     del args.prefix
+    if prefix is not None and args.init in (None, 'timm'):
+        raise UsageError('--prefix tells which encoder of an --init FILE to take')
     if not args.init:
-        if prefix is not None:
-            raise UsageError('--prefix tells which encoder of --init to take: give both or none')
         return None
+    if args.init == 'timm':
+        return timm_weights(args, before)
     path = Path(args.init)
-    net = load_model(path, head=False, prefix=prefix)
+    arch = args.arch if is_timm(args.arch) else None
+    net = load_model(path, head=False, prefix=prefix, arch=arch)
+    if is_timm(net.backbone['arch']) and not arch:
+        raise UsageError(f'--init {path} is a {net.backbone["arch"]}: give it by --arch')
     if args.stem is None:
         args.stem = net.backbone['stem']
     differ = []
@@ -359,6 +386,25 @@ def starting_weights(args):
     args.init = f'{path.name}, CRC {crc(path):08x}'
     if prefix is not None:
         args.init += f', prefix {prefix}'
+    return net
+
+
+def timm_weights(args, before):
+    """The Model of --init timm, or None where a run goes on, which needs no weights.
+
+    The setting becomes the full name of the weights, and their CRC.
+    """
+    if not is_timm(args.arch):
+        raise UsageError(
+            '--init timm takes the weights of one of its models: give --arch timm/NAME'
+        )
+    recorded = before.get('init') or ''
+    goes_on = Path(args.results_dir, 'last.pth').exists()
+    if goes_on and recorded.startswith(f'{args.arch}, CRC '):
+        args.init = recorded
+        return None
+    net = pretrained_model(args.arch)
+    args.init = f'{args.arch}, CRC {timm_models.tensors_crc(net.f):08x}'
     return net
 
 
@@ -510,7 +556,10 @@ def build_network(args, init=None):
         net.f.load_state_dict(init.f.state_dict())
     if args.micro_batch:
         set_momentum(net, args.batch_size // ranks().world // args.micro_batch)
-    if args.sync_bn:
+    if args.sync_bn and is_timm(args.arch):
+        # torch's own would drop the activations of timm's layers.
+        net = timm_models.library().layers.convert_sync_batchnorm(net)
+    elif args.sync_bn:
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net
 
@@ -719,6 +768,8 @@ def check_data(args, data):
             f'--stem imagenet leaves less than a pixel of views of {args.image_size} px: choose '
             'cifar'
         )
+    for size in {args.image_size, args.test_size or data.train.shape[2]}:
+        timm_models.check_size(args.arch, size)
     if args.batch_size > len(data.train):
         raise UsageError(
             f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} '

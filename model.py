@@ -5,15 +5,19 @@ Layers have the names of the published checkpoints of HCL, DCL and leftthomas/Si
 
 import re
 import shlex
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from hardneg import timm_models
 from hardneg.augment import MEAN, STD, standardize
 from hardneg.files import read_checkpoint, tensors
+from hardneg.runs import read_config
 from hardneg.runtime import UserError, say
+from hardneg.timm_models import is_timm
 
 ARCHS = {  # the block, and the number of blocks in each stage
     'resnet18': (BasicBlock, (2, 2, 2, 2)),
@@ -54,15 +58,38 @@ class ScaledResNet(ResNet):
         return super()._make_layer(block, int(planes * self.width), *args, **kwargs)
 
 
+def resnet(arch, stem, width):
+    """f: (B, 3, H, W) -> (B, F, 1, 1). F is 2048, or 512 for ResNet-18 and 34, times width."""
+    block, blocks = ARCHS[arch]
+    scaled = ScaledResNet(block, blocks, width)
+    channels = int(64 * width)
+    if stem == 'cifar':
+        conv = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
+        relu = scaled.relu
+    else:
+        conv = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+        # one module, so that f.3 to f.6 keep their names
+        relu = nn.Sequential(scaled.relu, scaled.maxpool)
+    return nn.Sequential(
+        conv,
+        nn.BatchNorm2d(channels),
+        relu,
+        scaled.layer1,
+        scaled.layer2,
+        scaled.layer3,
+        scaled.layer4,
+        scaled.avgpool,
+    )
+
+
 class Model(nn.Module):
     """SimCLR's network as HCL publishes it: a ResNet with a 3x3 stem of stride 1 and no max-pool.
 
-    f: (B, 3, H, W) -> (B, features, 1, 1), where features is 2048 (512 for ResNet-18 and 34) times
-    width; g: features -> hidden_dim -> feature_dim.
+    f is the backbone, whose features F are its own; g: F -> hidden_dim -> feature_dim.
 
     Args:
         feature_dim: dimension D of the embedding z that the loss sees.
-        arch: one of ARCHS.
+        arch: one of ARCHS, or timm/NAME, to which stem and width do not apply.
         hidden_dim: dimension between the two layers of g; 0: 512 times width.
         stem: 'cifar', the published one, or 'imagenet': 7x7 of stride 2 and a max-pool.
         width: factor on all numbers of channels of f.
@@ -71,27 +98,14 @@ class Model(nn.Module):
     def __init__(self, feature_dim=128, arch='resnet50', hidden_dim=0, stem='cifar', width=1):
         super().__init__()
         self.backbone = dict(arch=arch, stem=stem, width=width)
-        block, blocks = ARCHS[arch]
-        resnet = ScaledResNet(block, blocks, width)
-        channels = int(64 * width)
-        if stem == 'cifar':
-            conv = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
-            relu = resnet.relu
+        if is_timm(arch):
+            self.f = timm_models.create(arch)  # (B, 3, H, W) -> (B, F)
+            self.features = self.f.head_hidden_size
+            self.mean_and_std = timm_models.mean_and_std(arch)
         else:
-            conv = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
-            # one module, so that f.3 to f.6 keep their names
-            relu = nn.Sequential(resnet.relu, resnet.maxpool)
-        self.f = nn.Sequential(
-            conv,
-            nn.BatchNorm2d(channels),
-            relu,
-            resnet.layer1,
-            resnet.layer2,
-            resnet.layer3,
-            resnet.layer4,
-            resnet.avgpool,
-        )
-        self.features = int(512 * width) * block.expansion
+            self.f = resnet(arch, stem, width)
+            self.features = int(512 * width) * ARCHS[arch][0].expansion
+            self.mean_and_std = OURS
         hidden_dim = hidden_dim or int(512 * width)
         self.g = nn.Sequential(
             nn.Linear(self.features, hidden_dim, bias=False),
@@ -110,9 +124,17 @@ class Model(nn.Module):
         feature = self.f(x).flatten(1)  # (B, F, 1, 1) -> (B, F)
         return unit(feature), self.embed(feature)
 
+    def sizes(self):
+        """Sizes of images, as settings, where no run tells them: those of timm's weights."""
+        arch = self.backbone['arch']
+        if not is_timm(arch):
+            return {}
+        size = timm_models.configuration(arch).input_size[-1]
+        return dict(image_size=size, test_size=size, store_size=size)
+
     def normalize(self, x):
         """Grey levels (B, 3, H, W), from 0 to 255 in any type -> what f takes, channels last."""
-        return standardize(x)
+        return standardize(x, *self.mean_and_std)
 
     def embed(self, feature):
         """f's features (B, F) -> embeddings (B, D) of unit length."""
@@ -146,7 +168,29 @@ def unit(x):
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
-def load_model(path, head=True, prefix=None):
+def load_encoder(source, prefix=None, arch=None):
+    """The Model of a checkpoint or, where no file has this name, timm/NAME with timm's weights.
+
+    Its f is needed alone: g is None where the weights have no head like ours.
+
+    Args:
+        source: path, or timm/NAME.
+        prefix, arch: as load_model() takes them.
+    """
+    if timm_models.names_weights(source):
+        return pretrained_model(timm_models.full_name(source))
+    return load_model(source, False, prefix, arch)
+
+
+def pretrained_model(arch):
+    """The Model timm/NAME with timm's weights, without g."""
+    model = Model(arch=arch, stem='none')
+    model.f = timm_models.pretrained(arch)
+    model.g = None
+    return model
+
+
+def load_model(path, head=True, prefix=None, arch=None):
     """The Model in a checkpoint, whose architecture and widths are read off the tensors.
 
     The checkpoint is from here, a published one, or any other that holds a ResNet by our names of
@@ -161,12 +205,17 @@ def load_model(path, head=True, prefix=None):
     Args:
         head: whether g is needed. If not, a checkpoint without a head like ours loads, with g None.
         prefix: that of the encoder to take; None: there is one.
+        arch: timm/NAME, of a state_dict by timm's names or by ours. None: that of the run whose
+            config.json lies beside the checkpoint, if it is timm's, or else a ResNet.
 
     Raises:
         UserError: the file holds no ResNet with that prefix, or several; or it names the first
             tensor that is missing, unexpected, not finite or of another shape.
     """
     named = _named_tensors(read_checkpoint(path))
+    arch = arch or _arch_beside(path)
+    if arch and is_timm(arch):
+        return _timm_model(path, named, timm_models.full_name(arch), head)
     found = _prefix_of_encoder(path, named, prefix)
     from_torchvision = f'{found}layer1.0.conv1.weight' in named
     state, left = _parts(named, found, from_torchvision)
@@ -187,6 +236,42 @@ def load_model(path, head=True, prefix=None):
     if from_torchvision:
         renormalize(model, IMAGENET, OURS)
     _tell(path, model, found, left)
+    return model
+
+
+def _arch_beside(path):
+    """The architecture of the run in a checkpoint's directory, or None."""
+    config = read_config(Path(path).with_name('config.json')) or {}
+    return config.get('settings', {}).get('arch')
+
+
+def _timm_model(path, named, arch, head):
+    """The Model timm/NAME whose tensors have timm's names or, after f. and g., ours."""
+    if not any(name.startswith('f.') for name in named):
+        named = {f'f.{name}': x for name, x in named.items()}
+    sizes = [1, 1]
+    has_head = named.keys() >= {'g.0.weight', 'g.3.weight'}
+    if has_head:
+        sizes = [len(named['g.3.weight']), len(named['g.0.weight'])]
+    elif head:
+        raise UserError(f'{path}: no head g like ours: g.0.weight or g.3.weight is missing')
+    feature_dim, hidden_dim = sizes
+    model = Model(feature_dim, arch, hidden_dim, 'none')
+    if not has_head:
+        model.g = None
+    classifiers = [f'f.{name}.' for name in timm_models.classifiers(arch)]
+    state = {}
+    for name, x in named.items():
+        if not name.startswith(('fc.', *classifiers)):
+            state[name] = x
+    for name, x in model.state_dict().items():
+        if name in state:
+            state[name] = _finite(path, name, state[name], x.dtype)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        wrong = str(error).splitlines()[1].strip()
+        raise UserError(f'{path}: not a {arch}: {wrong:.300}') from None
     return model
 
 
@@ -225,7 +310,7 @@ def _prefix_of_encoder(path, named, wanted):
     if not found:
         raise UserError(
             f'{path}: no model weights of a ResNet in it: no name ends in f.3.0.conv1.weight or, '
-            'as in torchvision, in layer1.0.conv1.weight'
+            'as in torchvision, in layer1.0.conv1.weight. For one of timm, give --arch timm/NAME'
         )
     choice = ' or '.join(f'--prefix {shlex.quote(prefix)}' for prefix in found)
     if wanted is None:

@@ -4,10 +4,13 @@ import argparse
 import os
 import sys
 
+import torch
+
 from hardneg import runtime
 from hardneg.decoding import FITS
 from hardneg.folder import TEST, own_size, short_side
 from hardneg.runtime import UsageError, UserError, ranks, say
+from hardneg.timm_models import is_timm
 
 PUBLISHED = ('standard', 'debiased', 'hard')  # SimCLR, DCL and HCL
 DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
@@ -188,6 +191,23 @@ def add_data_flags(parser, title):
     )
 
 
+def add_encoder(group):
+    """The flags that tell which encoder a checkpoint holds."""
+    group.add_argument(
+        '--arch',
+        type=timm_name,
+        help="timm/NAME, of a file of timm's weights (as in the config.json beside the checkpoint)",
+    )
+    add_prefix(group)
+
+
+def timm_name(value):
+    """An argparse type: timm/NAME."""
+    if is_timm(value):
+        return value
+    raise argparse.ArgumentTypeError(f'must be timm/NAME, got {value!r}')
+
+
 def add_prefix(group):
     group.add_argument(
         '--prefix',
@@ -241,10 +261,16 @@ def add_precision(group, what):
     )
 
 
-def fill_precision(args, settings=None):
-    """Give --precision, where not given, its value in settings or this machine's, and say so."""
+def fill_precision(args, settings=None, arch=''):
+    """Give --precision, where not given, its value in settings or this machine's, and say so.
+
+    On CPUs many of timm's models are slower in bf16 than in fp32.
+    """
     if args.precision is None:
-        fill(args, dict(precision=runtime.default_precision()), settings)
+        default = runtime.default_precision()
+        if is_timm(arch) and not torch.cuda.is_available():
+            default = 'fp32'
+        fill(args, dict(precision=default), settings)
         say(f'Precision: {args.precision} (another one by --precision)')
 
 

@@ -27,13 +27,14 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hardneg import flags, runs, runtime
+from hardneg import flags, runs, runtime, timm_models
 from hardneg.decoding import FITS, decode_or_why
 from hardneg.evaluate import Evaluator
-from hardneg.files import cache_directory, crc, lock, write, write_json, write_table
+from hardneg.files import cache_directory, lock, write, write_json, write_table
 from hardneg.folder import Listing, in_any_form, own_size
 from hardneg.runtime import UserError, ranks, say
-from model import load_model, unit
+from hardneg.timm_models import encoder_crc
+from model import load_encoder, unit
 
 BLOCK = 256  # images that a rank decodes while it encodes the block before
 PAIRS = 1_000_000  # near-duplicates that are listed at most
@@ -45,9 +46,9 @@ def arguments(argv=None):
         '--model_path',
         type=flags.path,
         default='results/model_400.pth',
-        help='checkpoint (%(default)s)',
+        help="checkpoint, or timm/NAME: timm's weights (%(default)s)",
     )
-    flags.add_prefix(parser)
+    flags.add_encoder(parser)
     parser.add_argument(
         '--root',
         type=flags.path,
@@ -84,22 +85,24 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if Path(args.out).suffix not in ('.npz', '.csv'):
         parser.error(f'--out {args.out}: its name must end in .npz or .csv')
-    flags.fill_precision(args)
     return args
 
 
 def main(argv=None):
     args = arguments(argv)
-    runtime.check_machine(args.precision)
-    path, out = Path(args.model_path), Path(args.out)
-    net = load_model(path, head=False, prefix=args.prefix)
-    config = runs.read_config(path.with_name('config.json')) or {}
+    runtime.check_machine(args.precision or runtime.default_precision())
+    out = Path(args.out)
+    net = load_encoder(args.model_path, args.prefix, args.arch)
+    encoder = encoder_crc(args.model_path, net)
+    flags.fill_precision(args, arch=net.backbone['arch'])
+    config = runs.read_config(Path(args.model_path).with_name('config.json')) or {}
     sizes = {name: flags.DATA[name] for name in ('store_size', 'fit', 'test_size')}
-    flags.fill(args, sizes, config.get('settings'))
+    flags.fill(args, sizes, config.get('settings') or net.sizes())
     root = in_any_form(Path(args.root)).absolute()
     files = image_files(root)
     found = [name for name, *_ in files]
     size = args.store_size or own_size(root, files)
+    timm_models.check_size(net.backbone['arch'], args.test_size or size)
     device = runtime.start()
     # It also tells, before hours of work, that the directory cannot be written.
     runtime.on_rank0(lambda: lock_output(out))
@@ -124,7 +127,7 @@ def main(argv=None):
         root=str(root),
         size=size,
         damaged=damaged,
-        encoder=crc(path),
+        encoder=encoder,
         **runs.provenance(device),
     )
     save(out, names, features, about)

@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hardneg import flags, runtime
+from hardneg import flags, runtime, timm_models
 from hardneg.files import write_tensors
 from hardneg.runtime import UserError
-from model import IMAGENET, LAYERS, OURS, load_model, renormalize
+from hardneg.timm_models import is_timm
+from model import IMAGENET, LAYERS, OURS, load_encoder, load_model, renormalize
 
 # The network that HCL's and DCL's scripts build
 THEIRS = dict(arch='resnet50', stem='cifar', width=1, hidden_dim=512, feature_dim=128)
@@ -31,7 +32,7 @@ def main(argv=None):
     hcl = formats.add_parser('hcl', help="HCL's and DCL's names: f and g")
     for command in torchvision, hcl:
         command.add_argument('path', type=flags.path, help='checkpoint')
-        flags.add_prefix(command)
+        flags.add_encoder(command)
         command.add_argument('--out', type=flags.path, required=True, help='file to write')
     torchvision.add_argument(
         '--fold',
@@ -40,13 +41,13 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     if args.what == 'hcl':
-        net = load_model(args.path, prefix=args.prefix)
+        net = load_model(args.path, prefix=args.prefix, arch=args.arch)
         write_tensors(args.out, hcl_weights(net, args.path))
         print(f"For HCL's and DCL's scripts: linear.py --model_path {shlex.quote(args.out)}")
         return
-    net = load_model(args.path, head=False, prefix=args.prefix)
+    net = load_encoder(args.path, args.prefix, args.arch)
     write_tensors(args.out, torchvision_weights(net, args.path, args.fold))
-    print(usage(args.out, args.fold, net.backbone))
+    print(usage(args.out, args.fold, net))
 
 
 def torchvision_weights(net, path, fold):
@@ -55,7 +56,11 @@ def torchvision_weights(net, path, fold):
     Raises:
         UserError: torchvision has no network of this width.
     """
-    width = net.backbone['width']
+    arch, width = net.backbone['arch'], net.backbone['width']
+    if is_timm(arch) and fold:
+        raise UserError(f'{path}: {arch} takes inputs as timm has it: leave out --fold')
+    if is_timm(arch):
+        return net.f.state_dict()
     if width != 1:
         raise UserError(
             f'{path}: torchvision and timm have width 1 alone, and this is width {width:g}'
@@ -88,17 +93,22 @@ def hcl_weights(net, path):
     return {f'module.{name}': x for name, x in net.state_dict().items()}
 
 
-def usage(file, fold, backbone):
-    """The lines of Python that load a file of torchvision's names, and what the model takes."""
-    mean, std = IMAGENET if fold else OURS
-    lines = [f'model = torchvision.models.{backbone["arch"]}()']
-    if backbone['stem'] == 'cifar':
-        lines += [
-            'model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)',
-            'model.maxpool = torch.nn.Identity()',
-        ]
+def usage(file, fold, net):
+    """The lines of Python that load a file of f's weights, and what the model takes."""
+    arch = net.backbone['arch']
+    mean, std = IMAGENET if fold else net.mean_and_std
+    if is_timm(arch):
+        name = arch.removeprefix(timm_models.PREFIX)
+        lines = [f'model = timm.create_model({name!r}, num_classes=0)']
+    else:
+        lines = [f'model = torchvision.models.{arch}()']
+        if net.backbone['stem'] == 'cifar':
+            lines += [
+                'model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)',
+                'model.maxpool = torch.nn.Identity()',
+            ]
+        lines.append('model.fc = torch.nn.Identity()')
     lines += [
-        'model.fc = torch.nn.Identity()',
         f'model.load_state_dict(torch.load({str(file)!r}))',
         f'# inputs: torchvision.transforms.Normalize({mean}, {std}) of RGB in [0, 1]',
     ]

@@ -19,20 +19,22 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hardneg import flags, runs, runtime
+from hardneg import flags, runs, runtime, timm_models
 from hardneg.batches import Batches, DeviceViews
 from hardneg.evaluate import Evaluator
-from hardneg.files import crc, lock, write_table
+from hardneg.files import lock, write_table
 from hardneg.runtime import UserError, ranks, say
+from hardneg.timm_models import encoder_crc
 from linear import (
     add_label_fraction,
+    check_sizes,
     features_of_views,
     labelled_data,
     one_epoch,
     probe_name,
     replace_files,
 )
-from model import Model, load_model
+from model import Model, load_encoder
 
 
 def make_parser():
@@ -49,7 +51,7 @@ def make_parser():
         type=flags.path,
         help='checkpoint whose network, data and views --model_path none takes',
     )
-    flags.add_prefix(encoder)
+    flags.add_encoder(encoder)
     beside = '(default: as in the config.json beside the checkpoint)'
     flags.add_data_flags(parser, f'data set {beside}')
     flags.add_view_flags(parser, f'random views {beside}')
@@ -109,16 +111,19 @@ def arguments(argv=None):
         parser.error('it runs as one process: start it by python')
     if args.encoder_lr is None:
         args.encoder_lr = args.lr if args.like else 1e-4
-    flags.fill_precision(args)
     return args
 
 
 def main(argv=None):
     args = arguments(argv)
-    runtime.check_machine(args.precision)
-    path = Path(args.like or args.model_path)
-    net = load_model(path, head=False, prefix=args.prefix)
-    data, settings, own = labelled_data(args, path)
+    runtime.check_machine(args.precision or runtime.default_precision())
+    source = args.like or args.model_path
+    net = load_encoder(source, args.prefix, args.arch)
+    encoder = encoder_crc(source, net)
+    flags.fill_precision(args, arch=net.backbone['arch'])
+    path = timm_models.place(source, args.results_dir)
+    data, settings, own = labelled_data(args, path, net)
+    check_sizes(args, data, net)
     flags.fill(args, flags.VIEWS, settings)
     device = runtime.start()
     torch.manual_seed(args.seed)
@@ -126,7 +131,7 @@ def main(argv=None):
         kind, start, encoder = 'scratch', 'from random weights', None
         net = Model(**net.backbone)
     else:
-        kind, start, encoder = 'finetune', 'fine-tuned', crc(path)
+        kind, start = 'finetune', 'fine-tuned'
     directory = Path(args.results_dir or path.parent)
     name = f'{path.stem}_{probe_name(args, data, own, kind)}'
     lock(directory, f'.{name}.lock')
@@ -158,7 +163,7 @@ def finetune(args, net, data, out, about):
 
     Returns the test accuracies @1 and @5 in percent.
     """
-    device = net.f[0].weight.device
+    device = next(net.parameters()).device
     classifier = torch.nn.Linear(net.features, len(data.classes), device=device)
     groups = [
         dict(params=net.f.parameters(), lr=args.encoder_lr),

@@ -23,7 +23,7 @@ from hardneg.losses import contrastive_loss
 from hardneg.runs import OBJECTIVE, data_name, find_run, name_data
 from hardneg.runtime import UserError
 from main import defaults
-from model import load_model, unit
+from model import load_encoder, load_model, unit
 from utils import load
 
 # Okabe and Ito's colours
@@ -109,9 +109,12 @@ def open_checkpoint(path, args, unlabeled=False, head=False):
     Without a config.json of a run beside it, the run has the name of the file and main.py's default
     settings, but no number of epochs. head tells whether the encoder needs its head.
     """
-    net = load_model(path, head, args.prefix).eval()
+    if head:
+        net = load_model(path, head, args.prefix, args.arch).eval()
+    else:
+        net = load_encoder(str(path), args.prefix, args.arch).eval()
     run = find_run(path.parent, defaults())
-    known = {}
+    known = net.sizes()
     if run:
         known = run['settings']
     else:

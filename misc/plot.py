@@ -24,7 +24,7 @@ import pictures
 from pictures import COLOURS, GREY, MARKERS, colours, names, plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hardneg import flags, runtime
+from hardneg import flags, runtime, timm_models
 from hardneg.files import write
 from hardneg.runs import PROBES, name_data, read_probe, read_run
 from hardneg.runtime import UserError
@@ -59,7 +59,12 @@ def make_parser():
             '--out', type=flags.path, help=f'file to write ({name}.png in the first {where})'
         )
         if name not in OF_DIRECTORIES:
-            flags.add_prefix(command)
+            flags.add_encoder(command)
+            command.add_argument(
+                '--results_dir',
+                type=flags.path,
+                help='directory of a picture of timm/NAME (results/NAME)',
+            )
             flags.add_data_flags(command, 'data set (default: as in config.json)')
             command.add_argument(
                 '--seed',
@@ -71,14 +76,14 @@ def make_parser():
 
     add(curves, 'directories of runs')
     add(temperature, 'directories of runs')
-    similarity = add(pictures.similarity, 'checkpoints')
+    similarity = add(pictures.similarity, 'checkpoints, or timm/NAME')
     similarity.add_argument(
         '--images',
         type=flags.integer(100, 5000),
         default=2000,
         help='test images, at most, drawn at random (%(default)s)',
     )
-    neighbours = add(pictures.neighbours, 'checkpoints')
+    neighbours = add(pictures.neighbours, 'checkpoints, or timm/NAME')
     neighbours.add_argument(
         '--query', nargs='+', type=flags.path, help='image files to search for (some test images)'
     )
@@ -106,7 +111,8 @@ def main(argv=None):
     if args.out is None:
         directory = args.paths[0]
         if args.what not in OF_DIRECTORIES:
-            directory = directory.parent
+            directory = timm_models.place(str(directory), args.results_dir).parent
+        directory.mkdir(parents=True, exist_ok=True)
         args.out = directory / f'{args.what}.png'
     if Path(args.out).suffix != '.png':
         parser.error(f'--out {args.out}: pictures are PNG files, their names end in .png')

@@ -339,7 +339,7 @@ def how(settings):
     values = runs.deciding(defaults | settings)
     texts = []
     for name in sorted(values):
-        if name not in ('model_path', 'prefix'):
+        if name not in ('model_path', 'prefix', 'arch'):
             texts.append(f'{name} {values[name]}')
     return ', '.join(texts)
 

@@ -81,13 +81,13 @@ def test_a_probe_says_what_its_files_and_the_log_hold(finished, capsys, bn, name
 def test_a_probe_leaves_the_encoder_as_it_was(copied, monkeypatch, flags):
     """Its file and its tensors; with --bn train all but BatchNorm's statistics."""
     nets = []
-    load_model = linear.load_model
+    load_encoder = linear.load_encoder
 
     def load(*args, **options):
-        nets.append(load_model(*args, **options))
+        nets.append(load_encoder(*args, **options))
         return nets[-1]
 
-    monkeypatch.setattr(linear, 'load_model', load)
+    monkeypatch.setattr(linear, 'load_encoder', load)
     before = (copied / 'model_3.pth').read_bytes()
     weights = read_checkpoint(copied / 'model_3.pth')
     probe(copied, '--epochs', '2', *flags)

@@ -35,7 +35,8 @@ def start(request, monkeypatch):
             request.param.main(list(flags))
 
     monkeypatch.setattr(request.param, 'load', read)
-    monkeypatch.setattr(request.param, 'load_model', read)
+    for name in ('load_model', 'load_encoder'):
+        monkeypatch.setattr(request.param, name, read, raising=False)
     return start
 
 
