@@ -35,7 +35,7 @@ from hardneg.evaluate import Evaluator, hits
 from hardneg.files import lock, write_table, write_tensors
 from hardneg.runtime import UsageError, UserError, ranks, say
 from hardneg.timm_models import encoder_crc
-from model import load_encoder
+from model import load_encoder, load_model
 from utils import Data, load
 
 
@@ -168,7 +168,7 @@ def main(argv=None):
     if untrained.exists() and untrained != path:
         accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
         if accuracy is None:
-            start = load_encoder(untrained, args.prefix, args.arch)
+            start = load_model(untrained, head=False)
             accuracy, _ = probe_encoder(probe, untrained, start, encoder_crc(untrained, start))
         before = 'untrained'
         if settings.get('init'):
@@ -243,8 +243,8 @@ def probed_before(probe, path):
     settings, last = runs.read_probe(path.parent, 0, probe.name, probe.data.digest)
     if settings is None:
         return None
-    for flag, value in vars(probe.args).items():
-        if flag != 'model_path' and settings.get(flag) != value:
+    for flag, value in runs.deciding(vars(probe.args)).items():
+        if flag not in ('model_path', 'prefix', 'arch') and settings.get(flag) != value:
             return None
     return last['test_acc@1']
 

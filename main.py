@@ -9,8 +9,8 @@ continues a run that was stopped. It needs a CPU, or a GPU with CUDA or ROCm; Ap
 used. On two CPU cores a ResNet-18 takes about 180 views of 16 px a second; ResNet-50 at 32 px needs
 a GPU.
 
-The objectives come first, where a method of your own is an entry more; then the flags. The epochs
-and the training step stand in main().
+The objectives come first; to add a method of your own, add a function and its name there. The flags
+follow. The epochs and the training step stand in main().
 """
 
 import argparse
@@ -240,7 +240,8 @@ def make_parser():
         nargs='?',
         const=True,
         type=flags.boolean,
-        help='True or False: compile views and, without --sync_bn, the network (True on CUDA)',
+        help='True or False: compile views, loss and, without --sync_bn, the network (True on '
+        'CUDA)',
     )
 
     results = parser.add_argument_group('monitor and results')
@@ -444,13 +445,13 @@ def main(argv=None):
     embed = Embeddings(net, args.joint_views)
     objective = OBJECTIVES[args.estimator]
     if args.compile:
-        say('Compiling views, network and loss takes one to three minutes, before the first step')
-        objective = compiled(args, net, embed)
+        say('Compiling takes one to three minutes, before the first step')
+        objective = compiled(args, objective, net, embed, device)
     embed = runtime.distributed(embed, device)
     loader = training_views(args, data, device)
     labels = data.train_labels.to(device)
     settings = argparse.Namespace(**vars(args))
-    micro_batches = MicroBatches(embed, args.micro_batch, args.joint_views, autocast)
+    micro_batches = MicroBatches(embed, args.micro_batch, autocast)
     identity = dict(settings=vars(args), data_digest=data.digest)
     saver = runs.Saver(results, identity, net, optimizer, scaler)
     look_every = 20 if device.type == 'cuda' else 1  # a look waits for the device
@@ -473,7 +474,10 @@ def main(argv=None):
                 began = time.monotonic() - progress.seconds
 
                 # A run that is continued goes on after the steps of the epoch that it has taken.
-                for views, index in signals.awaited(loader.epoch(epoch, progress.step)):
+                batches = loader.epoch(epoch, progress.step)
+                if args.augment == 'pil':  # a worker may stand still
+                    batches = signals.awaited(batches)
+                for views, index in batches:
                     for group in optimizer.param_groups:
                         group['lr'] = learning_rate(args, epoch - 1 + progress.step / steps)
                     optimizer.zero_grad()
@@ -564,25 +568,25 @@ def build_network(args, init=None):
     return net
 
 
-def compiled(args, net, embed):
+def compiled(args, objective, net, embed, device):
     """Let torch.compile() compile the network, in place.
 
     Args:
+        objective: function of OBJECTIVES.
         net: Model.
         embed: Embeddings of it.
 
     Returns the objective, compiled if that pays.
     """
     runtime.compiles_or_goes_on()
-    # One graph of both views casts the weights once, and sums the views' gradients. A graph of more
-    # views would take long to compile.
+    # One graph of both views casts the weights once, and sums the views' gradients. (Under
+    # DistributedDataParallel torch cuts it.) A graph of more views would take long to compile.
     one_graph = embed if args.views == 2 else net
     if not args.sync_bn:  # which torch compiles in too many pieces
         one_graph.compile(dynamic=False)
     # Many tiles, or many values of beta, would take long to compile.
-    one_tile = args.views * args.batch_size <= SIDE['cuda']
-    objective = OBJECTIVES[args.estimator]
-    if one_tile and args.anneal == 'none':
+    few_tiles = args.views == 2 and args.batch_size <= SIDE[device.type]
+    if few_tiles and args.anneal == 'none':
         objective = torch.compile(objective, dynamic=False)
     return objective
 

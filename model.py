@@ -212,7 +212,7 @@ def load_model(path, head=True, prefix=None, arch=None):
         UserError: the file holds no ResNet with that prefix, or several; or it names the first
             tensor that is missing, unexpected, not finite or of another shape.
     """
-    named = _named_tensors(read_checkpoint(path))
+    named = _named_tensors(path, read_checkpoint(path))
     arch = arch or _arch_beside(path)
     if arch and is_timm(arch):
         return _timm_model(path, named, timm_models.full_name(arch), head)
@@ -275,15 +275,19 @@ def _timm_model(path, named, arch, head):
     return model
 
 
-def _named_tensors(content):
+def _named_tensors(path, content):
     """The tensors in what a checkpoint holds, by name, without prefixes and counters of wrappers.
 
     Names are as in files.tensors().
     """
     named = {}
     for name, x in tensors(_state_dict(content)):
-        if name.rpartition('.')[2] not in ('total_ops', 'total_params'):
-            named[_unwrapped(name)] = x
+        if name.rpartition('.')[2] in ('total_ops', 'total_params'):
+            continue
+        plain = _unwrapped(name)
+        if plain in named:
+            raise UserError(f"{path} holds {plain} twice, with and without a wrapper's prefix")
+        named[plain] = x
     return named
 
 
@@ -291,6 +295,9 @@ def _state_dict(content):
     """What a checkpoint holds as its model's state_dict, or all of it."""
     for key in 'model', 'state_dict':
         if isinstance(content, dict) and isinstance(content.get(key), dict):
+            others = {name: x for name, x in content.items() if name != key}
+            if _prefixes(name for name, _ in tensors(others)):
+                return content  # of several encoders, such as model_ema beside model
             return _state_dict(content[key])
     return content
 
@@ -300,13 +307,19 @@ def _unwrapped(name):
     return re.sub(r'(?<![^.])(module|_orig_mod)\.', '', name)
 
 
-def _prefix_of_encoder(path, named, wanted):
-    """The prefix of the ResNet among the tensors: the one that is wanted, or the only one."""
+def _prefixes(names):
+    """The prefixes of the ResNets among names of tensors."""
     found = []
-    for name in named:
+    for name in names:
         match = re.fullmatch(r'(|.*\.)(f\.3|layer1)\.0\.conv1\.weight', name)
         if match:
             found.append(match[1])
+    return found
+
+
+def _prefix_of_encoder(path, named, wanted):
+    """The prefix of the ResNet among the tensors: the one that is wanted, or the only one."""
+    found = _prefixes(named)
     if not found:
         raise UserError(
             f'{path}: no model weights of a ResNet in it: no name ends in f.3.0.conv1.weight or, '
@@ -322,6 +335,8 @@ def _prefix_of_encoder(path, named, wanted):
         prefix += '.'
     prefix = _unwrapped(prefix)
     if prefix not in found:
+        if found == ['']:
+            choice = 'no --prefix'
         raise UserError(f'{path} has no encoder of prefix {wanted!r}: give {choice}')
     return prefix
 
@@ -360,7 +375,7 @@ def _beyond(prefix, name):
 def _matching_model(path, state, head):
     """A Model without memory, on the meta device, of the sizes of the tensors in state.
 
-    g is None if it is not needed, and the tensors have none or another.
+    g is None if it is not needed and the tensors hold none like ours.
     """
     kernel = state.get('f.0.weight')
     if kernel is None or kernel.ndim != 4:

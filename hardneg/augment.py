@@ -188,6 +188,8 @@ def standardize(x, mean=MEAN, std=STD):
 
     mean and std are of the three channels, in [0, 1].
     """
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f'images must be (n, 3, H, W), got {tuple(x.shape)}')
     channels = []
     for c in range(3):
         channels.append((x[:, c] / 255 - mean[c]) / std[c])

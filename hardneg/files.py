@@ -220,7 +220,8 @@ def read_checkpoint(path):
     except pickle.UnpicklingError as error:
         raise UserError(
             f'{path}: not a checkpoint of tensors alone; refused, and nothing in it was run. If '
-            f'you trust the file, save its tensors alone: {_saving_tensors(Path(path))}'
+            'you trust the file, save its tensors alone in the clone of this project: '
+            f'{_saving_tensors(Path(path))}'
         ) from error
     except Exception as error:  # torch.load and zipfile raise many kinds for a damaged file
         reason = ''
@@ -252,7 +253,7 @@ def tensors(content, name=''):
 
 
 def _saving_tensors(path):
-    """The command that unpickles a file and saves the tensors in it."""
+    """The command that unpickles a file and saves the tensors in it, run in the clone."""
     old, new = json.dumps(str(path)), json.dumps(str(path.with_suffix('.tensors.pth')))
     code = (
         'import torch; from hardneg.files import tensors; '

@@ -301,7 +301,8 @@ def fill_data_flags(args, settings):
     """
     if args.dataset_name is None and not settings:
         say(
-            "No config.json beside the checkpoint, or another program's: taking stl10, as published"
+            'No config.json of a run lies beside the checkpoint: the data set is stl10, as '
+            'published'
         )
     taken = settings
     if args.dataset_name not in (None, settings.get('dataset_name')):
@@ -377,6 +378,8 @@ def resolve_objective(args):
         )
     if estimator is None:
         estimator = _implied_estimator(args)
+    if estimator not in PUBLISHED and args.debiased is not None:
+        raise UsageError(f'--debiased has no meaning for --estimator {estimator}')
     args.estimator = estimator
     del args.debiased
     if estimator not in PUBLISHED:  # a method of the user's own, which gets what was given

@@ -18,14 +18,13 @@ class MicroBatches:
 
     Args:
         embed: model.Embeddings, perhaps under DistributedDataParallel.
-        size: images m that go through the network at once.
-        joint: whether all views of these go through it at once; else one view after the other.
+        size: images m that go through the network at once, with all their views if these are
+            joint.
         autocast: what runtime.autocast() gives.
     """
 
     embed: torch.nn.Module
     size: int
-    joint: bool
     autocast: Any
 
     def backward(self, views, loss_of, scaler):
@@ -49,10 +48,11 @@ class MicroBatches:
 
     def _parts(self, views):
         """V x (b, ...) -> what goes through the network at once: tuples of one or V (m, ...)."""
+        embed = getattr(self.embed, 'module', self.embed)  # under DistributedDataParallel
         split = [x.split(self.size) for x in views]
         parts = []
         for own in zip(*split):  # V x (m, ...)
-            if self.joint:
+            if embed.joint:
                 parts.append(own)
             else:
                 parts.extend((x,) for x in own)

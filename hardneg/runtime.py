@@ -45,7 +45,7 @@ def say(text):
 
 
 def say_anywhere(text):
-    """Print a line on this rank, which does for all what the line tells."""
+    """Print a line on this rank, which alone does what the line tells."""
     tqdm.write(text)
     sys.stdout.flush()
 
@@ -135,12 +135,10 @@ def start():
 
 def _tell_of_waiting():
     place = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
-    print(
-        f'Rank {ranks().rank} is waiting for the other ranks at {place}; unset RANK and WORLD_SIZE '
-        'to run alone',
-        file=sys.stderr,
-        flush=True,
-    )
+    advice = ''
+    if not dist.is_torchelastic_launched():  # which sets the variables itself
+        advice = '; unset RANK and WORLD_SIZE to run alone'
+    print(f'Rank {ranks().rank} is waiting for the other ranks at {place}{advice}', file=sys.stderr)
 
 
 def on_rank0(function):
@@ -397,7 +395,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             self.before = {signum: signal.signal(signum, self.catch) for signum in stop_signals()}
         else:
-            say('Signals are not caught, as this is not the main thread: they save nothing')
+            say('Not in the main thread: a signal will end the run without saving')
         return self
 
     def __exit__(self, *error):
@@ -412,17 +410,18 @@ class Signals:
             raise Stopped(signum)
 
     def awaited(self, batches):
-        """Yield the batches. A single process stops at once if a signal comes before the next one.
+        """Yield batches that other processes make.
 
-        Several ranks have to agree, by check().
+        A single process stops at once if a signal comes before the next one. Several ranks have to
+        agree, by check().
         """
         batches = iter(batches)
         alone = ranks().world == 1
         while True:
-            if alone and self.caught:
-                raise Stopped(self.caught)
             self.waiting = alone
             try:
+                if alone and self.caught:
+                    raise Stopped(self.caught)
                 batch = next(batches)
             except StopIteration:
                 return

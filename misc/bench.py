@@ -378,9 +378,9 @@ def training_step(args, device):
     embed = Embeddings(net, args.joint_views)
     objective = OBJECTIVES[args.estimator]
     if args.compile:
-        objective = compiled(args, net, embed)
+        objective = compiled(args, objective, net, embed, device)
     loss_of = partial(objective, labels=labels, settings=args)
-    micro_batches = MicroBatches(embed, args.micro_batch, args.joint_views, autocast)
+    micro_batches = MicroBatches(embed, args.micro_batch, autocast)
 
     def step(views):
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_losses import random_case
 from torch.multiprocessing import start_processes
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 import linear
@@ -180,7 +181,7 @@ def weights_after_steps(rank, world):
         net = main.build_network(args).double()
         optimizer = main.build_optimizer(args, net)
         ddp = runtime.distributed(Embeddings(net, joint), CPU)
-        parts = MicroBatches(ddp, m, joint, NO_AUTOCAST)
+        parts = MicroBatches(ddp, m, NO_AUTOCAST)
         for views in steps:
             own = [x.chunk(world)[rank] for x in views]
             optimizer.zero_grad()
@@ -232,6 +233,25 @@ def features():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('hardneg.evaluate.BLOCK', 5)
         return Evaluator(net, CPU, NO_AUTOCAST).features(images, torch.arange(23), 0)
+
+
+def gradient_of_a_step(rank, compiled):
+    """The gradient of two views in float64 under DistributedDataParallel with small buckets."""
+    torch.manual_seed(0)
+    net = Model(8, 'resnet18', 8, width=0.25).double()
+    embed = Embeddings(net)
+    if compiled:
+        embed.compile(dynamic=False, backend='aot_eager')
+    ddp = DistributedDataParallel(embed, bucket_cap_mb=1.1, broadcast_buffers=False)
+    generator = torch.Generator().manual_seed(rank)
+    views = torch.randn(2, 8, 3, 8, 8, dtype=torch.float64, generator=generator)
+    contrastive_loss(*ddp(*views)).backward()
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+def gradients_of_a_step(rank, world):
+    """Eager and compiled."""
+    return [gradient_of_a_step(rank, compiled) for compiled in (False, True)]
 
 
 class LateCollectives(TorchFunctionMode):

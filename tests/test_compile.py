@@ -67,7 +67,7 @@ def test_running_out_of_memory_is_not_hidden(dynamo):
         ('', []),
         ('--compile no', []),
         ('--compile', ['Embeddings', 'contrastive', 'random_views']),
-        ('--compile --views 3', ['Model', 'contrastive', 'random_views']),
+        ('--compile --views 3', ['Model', 'random_views']),
         ('--compile --anneal down', ['Embeddings', 'random_views']),
     ],
 )
@@ -89,12 +89,22 @@ def test_the_flag_compiles_views_network_and_loss_once(
     assert sorted(calls) == compiled
 
 
-def test_a_loss_of_many_tiles_is_not_compiled(monkeypatch):
+@pytest.mark.parametrize(
+    'device, views, batch_size, compiled',
+    [
+        ('cuda', 2, 4096, True),
+        ('cuda', 2, 4097, False),
+        ('cuda', 16, 256, False),
+        ('cpu', 2, 256, True),
+        ('cpu', 2, 257, False),
+    ],
+)
+def test_a_loss_of_many_tiles_is_not_compiled(monkeypatch, device, views, batch_size, compiled):
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda net, **options: None)
-    for batch_size, compiled in ((2048, True), (2049, False)):
-        args = main.parse(['--batch_size', str(batch_size)])
-        objective = main.compiled(args, torch.nn.Identity(), torch.nn.Identity())
-        assert (objective is not main.contrastive) == compiled
+    args = main.parse(['--views', str(views), '--batch_size', str(batch_size)])
+    net = torch.nn.Identity()
+    objective = main.compiled(args, main.contrastive, net, net, torch.device(device))
+    assert (objective is not main.contrastive) == compiled
 
 
 def casts_of_a_step(flags):
@@ -123,7 +133,7 @@ def casts_of_a_step(flags):
         patch.setitem(ARCHS, 'resnet18', (BasicBlock, (1, 1, 1, 1)))
         net = main.build_network(args)
         embed = Embeddings(net, args.joint_views)
-        main.compiled(args, net, embed)
+        main.compiled(args, main.contrastive, net, embed, torch.device('cpu'))
     with torch.autocast('cpu', torch.bfloat16):
         embed(*torch.randint(256, (args.views, 4, 3, 8, 8), dtype=torch.uint8))
     torch.compiler.reset()
@@ -149,7 +159,7 @@ def first_step(compiled):
     embed = Embeddings(net)
     objective = main.contrastive
     if compiled:
-        objective = main.compiled(args, net, embed)
+        objective = main.compiled(args, objective, net, embed, torch.device('cpu'))
     z = embed(*torch.randn(2, 8, 3, 8, 8, dtype=torch.float64))
     loss = objective(z, labels=None, settings=args)
     loss.backward()

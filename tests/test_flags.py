@@ -358,6 +358,8 @@ def test_a_method_of_ones_own_gets_the_objectives_flags_as_given(monkeypatch, ca
         values.append((args.estimator, args.tau_plus, args.beta, args.anneal))
     assert values == [('mine', 0, 0, 'none'), ('mine', 0.2, 3, 'down'), ('mine', 0, 2, 'none')]
     assert capsys.readouterr().out == ''
+    with pytest.raises(UsageError, match='--debiased has no meaning for --estimator mine'):
+        main.parse(['--estimator', 'mine', '--debiased', 'True'])
 
 
 def test_views_of_a_run_without_the_views_flags_are_as_published():

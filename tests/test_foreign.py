@@ -309,7 +309,7 @@ def test_the_prefix_is_part_of_what_a_run_starts_from(moco):
         settings.append(args.init)
     assert not torch.equal(*starts)
     assert settings[0] != settings[1]
-    with pytest.raises(UsageError, match='--prefix tells which encoder of --init to take'):
+    with pytest.raises(UsageError, match='--prefix tells which encoder of an --init FILE to take'):
         main.arguments(['--prefix', 'encoder_q.'])
 
 
@@ -339,7 +339,9 @@ def test_the_command_told_for_a_pickle_saves_its_tensors(tmp_path, form):
     ) as error:
         load_model(path, head=False)
     assert '\n' not in str(error.value)
-    _, _, command = str(error.value).partition('save its tensors alone: ')
+    _, _, command = str(error.value).partition(
+        'save its tensors alone in the clone of this project: '
+    )
     python, flag, code = shlex.split(command)
     assert (python, flag) == ('python', '-c')
     exec(code, {})

@@ -59,7 +59,7 @@ def test_a_batch_in_parts_has_the_gradient_of_one_graph(V, joint, objective):
     def loss_of(z):
         return contrastive_loss(*z, **objective)
 
-    parts = MicroBatches(Embeddings(net, joint), 4, joint, NO_AUTOCAST)
+    parts = MicroBatches(Embeddings(net, joint), 4, NO_AUTOCAST)
     loss = parts.backward(views, loss_of, NO_SCALER)
     expected = in_one_graph(whole, views, loss_of, joint, 4)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
@@ -140,7 +140,7 @@ def peak_of_a_step(B, micro_batch=None):
     net, views = network(), byte_views(B)
     with Kept(net, views) as kept:
         if micro_batch:
-            parts = MicroBatches(Embeddings(net), micro_batch, False, NO_AUTOCAST)
+            parts = MicroBatches(Embeddings(net), micro_batch, NO_AUTOCAST)
             parts.backward(views, similarity_loss, NO_SCALER)
         else:
             similarity_loss([net(x)[1] for x in views]).backward()

@@ -10,6 +10,7 @@ from torch import nn
 
 from hardneg.augment import normalize
 from hardneg.files import read_checkpoint
+from hardneg.runtime import UserError
 from model import ARCHS, WIDTHS, Model, load_model
 
 
@@ -255,3 +256,24 @@ def test_statistics_of_averaged_weights_are_measured_by_update_bn():
     means = [net.f[0](normalize(x)).mean((0, 2, 3)) for x in batches]
     torch.testing.assert_close(net.f[1].running_mean, torch.stack(means).mean(0))
     assert net.f[1].momentum == 0.1
+
+
+@pytest.mark.parametrize('shape', [(2, 8, 8, 3), (2, 4, 8, 8), (3, 8, 8)])
+def test_images_of_another_shape_are_refused(small, shape):
+    with pytest.raises(ValueError, match='images must be'):
+        small(torch.zeros(shape, dtype=torch.uint8))
+
+
+def test_one_of_two_encoders_is_never_taken_silently(tmp_path):
+    states = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        states.append(Model(8, 'resnet18', 8, width=0.25).state_dict())
+    path = saved(tmp_path, {'model': states[0], 'model_ema': states[1]})
+    with pytest.raises(UserError, match=r'holds 2 encoders: .*--prefix model\. or .*model_ema\.'):
+        load_model(path)
+    found = load_model(path, prefix='model_ema')
+    assert torch.equal(found.f[0].weight, states[1]['f.0.weight'])
+    both = {**states[0], **{f'module.{name}': x for name, x in states[1].items()}}
+    with pytest.raises(UserError, match='twice, with and without a wrapper'):
+        load_model(saved(tmp_path, both))

@@ -301,7 +301,7 @@ def test_signals_outside_of_the_main_thread_are_left_alone_and_a_line_says_so(ha
     thread.start()
     thread.join()
     assert checked == [False]
-    assert capsys.readouterr().out.startswith('Signals are not caught')
+    assert capsys.readouterr().out.startswith('Not in the main thread')
     for signum, handler in handlers.items():
         assert signal.getsignal(signum) == handler
 

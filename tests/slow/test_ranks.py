@@ -6,7 +6,7 @@ import pandas as pd
 import psutil
 import pytest
 from conftest import Job, skip_if_not_compiled
-from ranks import everything, memory_of_the_loss, on_ranks
+from ranks import everything, gradients_of_a_step, memory_of_the_loss, on_ranks
 from test_distributed import (  # noqa: F401
     one,
     test_a_group_makes_the_batch,
@@ -53,6 +53,11 @@ def test_compiled_ranks_train_as_eager_ones(tiny, tmp_path, run):
         losses.append(pd.read_csv(tmp_path / compiled / 'log.csv')['train_loss'][1:].tolist())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] != losses[1]  # another order of sums
+
+
+def test_the_gradient_of_compiled_ranks_is_that_of_eager_ones(tmp_path):
+    for eager, compiled in on_ranks(2, gradients_of_a_step, tmp_path):
+        assert (compiled - eager).norm() < 1e-10 * eager.norm()
 
 
 def test_a_probe_under_torchrun_is_that_of_one_process(tiny, tmp_path, run):
