@@ -1,7 +1,8 @@
 """Image files decoded once, to a file of pixels that later runs and all ranks of a machine map.
 
 The file holds a row for each intact image. It lies in the user's cache, never among the images, and
-beside it an index in JSON: which files the rows are of, their checksums, which files are damaged.
+beside it an index: which files the rows are of, their checksums, which files are damaged. The first
+line of the index is the checksum of the rest, which is JSON.
 """
 
 import contextlib
@@ -10,13 +11,13 @@ import io
 import json
 import os
 import random
-import re
 import secrets
 import shutil
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,9 @@ TURNS = {  # what turns an image of this orientation upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+CHANNELS = 'L', 'LA', 'RGB', 'RGBX', 'RGBA', 'RGBa', 'CMYK'
+# Pillow's raw modes of 16 bits a channel, in any order of bytes. BGR;16 has 16 bits a pixel.
+SIXTEEN_BITS = {f'{channels};16{order}' for channels, order in product(CHANNELS, 'BLN')}
 CHECKED_WHOLE = 1e9  # bytes of rows: of larger files, SAMPLE random rows are checked
 SAMPLE = 4096
 # Pillow warns from 89 megapixels on, and refuses from 179 on.
@@ -63,7 +67,7 @@ class Decoded:
     """Decoded files.
 
     images (n, 3, size, size) uint8 are those of the intact files, mapped. keys (N) and digests (N,)
-    uint64 are of all files: a key tells of a change of the file's name, size or time, a digest of
+    uint64 are of all files: a key tells of a change of the file's name, size or times, a digest of
     its content. The digest of a damaged file is 0. damaged maps the names of files that are damaged
     or too large to what is wrong.
     """
@@ -79,7 +83,7 @@ def decoded(root, files, store_size, fit='crop', cache_dir=None):
 
     The first process decodes them to a file, and the others wait for it. Files that were decoded
     before, for this folder or another one of this cache, are not decoded again: they are known by
-    their names below root, sizes and times.
+    their content. Files of this folder that kept their name, size and times are not read either.
 
     Args:
         store_size: side of the decoded images in pixels; 0: folder.own_size().
@@ -114,12 +118,19 @@ def decoded(root, files, store_size, fit='crop', cache_dir=None):
 def index_file(root, store_size, fit, cache_dir=None):
     """The path of the index of a folder's decoded images."""
     directory = f'{root.name[:40]}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}'
-    name = f'{store_size or "own"}-{fit}.json'
+    name = f'{store_size or "own"}-{fit}.index'
     return Path(cache_dir or cache_directory(), directory, name)
 
 
 def _digest(content):
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'big')
+
+
+def _digest_of_file(path):
+    """The digest of a file's content, or None if it cannot be read: decoding tells of it."""
+    with contextlib.suppress(OSError):
+        return _digest(path.read_bytes())
+    return None
 
 
 # Reading
@@ -158,9 +169,10 @@ def _read_index(index):
     It is None, too, if the file of the images is missing or too short.
     """
     try:
-        about = json.loads(index.read_text())
-        if not isinstance(about, dict) or about.pop('checksum', None) != _checksum(about):
+        checksum, _, text = index.read_bytes().partition(b'\n')
+        if checksum != _checksum(text):
             return None
+        about = json.loads(text)
         shape = len(about['checksums']), 3, about['size'], about['size']
         if shape[0] == 0:  # an empty file cannot be mapped
             images = np.empty(shape, np.uint8)
@@ -171,8 +183,8 @@ def _read_index(index):
     return about | dict(images=images)
 
 
-def _checksum(about):
-    return zlib.crc32(json.dumps(about).encode())
+def _checksum(text):
+    return b'%08x' % zlib.crc32(text)
 
 
 def _checked_rows(images):
@@ -197,18 +209,18 @@ def _decode_to(index, root, names, keys, form):
         f'{root}: {len(names):,} images of {size} px take {_gigabytes(len(names), size):.2f} GB in '
         f'{index.parent}. Another place: --cache_dir'
     )
-    kept = _earlier_rows(index.parents[1], set(keys), form)
+    earlier = _earlier_rows(index, form)
     rows = index.with_name(f'{index.stem}-{secrets.token_hex(4)}.rows')
     try:
         # Plain writes: where a mapped file finds no room, the process ends.
         with open(rows, 'xb') as out:
-            found = _rows([root / name for name in names], keys, kept, form)
+            found = _rows([root / name for name in names], keys, earlier, form)
             bar = tqdm(found, f'Decoding {root}', len(names), unit='image', disable=None)
             about, dark = _write(out, names, bar)
             out.flush()
             os.fsync(out.fileno())
-        about = dict(rows=rows.name, size=size, keys=keys, **about)
-        write(index, json.dumps(about | dict(checksum=_checksum(about))).encode())
+        text = json.dumps(dict(rows=rows.name, size=size, keys=keys, **about)).encode()
+        write(index, _checksum(text) + b'\n' + text)
     except BaseException:
         rows.unlink(missing_ok=True)
         raise
@@ -235,30 +247,45 @@ def _check_space(root, directory, n, size):
         )
 
 
-def _earlier_rows(cache, wanted, form):
-    """The rows of wanted keys in all files of the cache of a form: (Row, its checksum) by key."""
+def _earlier_rows(index, form):
+    """What was decoded before in a form, and so need not be decoded again.
+
+    Returns:
+        digests: the digest of each key in the folder's own indexes. A key says nothing of another
+            folder: archives give files of one name the same size and time.
+        rows: by digest, the dict in an index of the cache and the number of the row.
+    """
     size, fit = form
-    rows = {}
-    for index in cache.glob(f'*/*-{fit}.json'):
-        about = _read_index(index)
+    digests, rows = {}, {}
+    for other in index.parents[1].glob(f'*/*-{fit}.index'):
+        about = _read_index(other)
         if about is None or about['size'] != size:
             continue
-        intact = [pair for pair in zip(about['keys'], about['digests']) if pair[1]]
-        for (key, digest), pixels, checksum in zip(intact, about['images'], about['checksums']):
-            if key in wanted:
-                # Whether it is dark was told when it was decoded.
-                rows[key] = Row(pixels, digest, dark=False), checksum
-    return rows
+        if other.parent == index.parent:
+            digests.update(zip(about['keys'], about['digests']))
+        intact = [digest for digest in about['digests'] if digest]
+        for i, digest in enumerate(intact):
+            rows[digest] = about, i
+    return digests, rows
 
 
-def _rows(paths, keys, kept, form):
-    """Yield the Row of each file, or what is wrong with it: the one in kept, or else decoded."""
+def _rows(paths, keys, earlier, form):
+    """Yield the Row of each file, or what is wrong with it: an earlier one, or else decoded.
+
+    earlier is as _earlier_rows() returns it.
+    """
+    digests, rows = earlier
 
     def row(path, key):
-        if key in kept:
-            earlier, checksum = kept[key]
-            if zlib.crc32(earlier.pixels) == checksum:
-                return earlier
+        digest = digests.get(key)
+        if digest is None:
+            digest = _digest_of_file(path)
+        if digest in rows:
+            about, i = rows[digest]
+            pixels = about['images'][i]
+            if zlib.crc32(pixels) == about['checksums'][i]:
+                # Whether it is dark was told when it was decoded.
+                return Row(pixels, digest, dark=False)
         return decode_or_why(path, *form)
 
     threads = cores() * ranks().local_world  # the other ranks wait
@@ -333,8 +360,15 @@ def _has_sixteen_bits(file, content):
     if file.format == 'JPEG2000':
         codestream = content.find(b'\xff\x4f\xff\x51')
         return content[codestream + 42] & 127 == 15  # Ssiz: the bits of a component, less one
-    # How the first part of the file is decoded, as in ('zip', …, 'RGB;16B')
-    return bool(re.search(';16|SGI16|ppm.*65535', str(file.tile[:1])))
+    if not file.tile:
+        return False
+    codec, _, _, args = file.tile[0]  # how the first part of the file is decoded
+    if codec in ('ppm', 'ppm_plain'):
+        return args[-1] == 65535  # the highest level
+    raw_mode = args
+    if isinstance(args, tuple) and args:
+        raw_mode = args[0]
+    return codec == 'SGI16' or raw_mode in SIXTEEN_BITS
 
 
 def _is_wide(image):

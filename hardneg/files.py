@@ -79,20 +79,19 @@ def crc(path):
     return zlib.crc32(Path(path).read_bytes())
 
 
-def lock(directory, name='.lock', wait=False, place=None):
+def lock(directory, name='.lock', wait=False):
     """Hold a lock of the directory until this process ends.
 
     Args:
         name: of the lock's file.
         wait: for another process to release it.
-        place: directory in which the lock's file lies; None: the directory itself.
 
     Raises:
-        UserError: another process holds it and wait is False, or a directory cannot be written.
+        UserError: another process holds it and wait is False, or the directory cannot be written.
     """
     try:
         _check_writable(directory)
-        path = Path(place or directory, name).absolute()
+        path = Path(directory, name).absolute()
         held = filelock.FileLock(path, blocking=wait, is_singleton=True)
         held.acquire()
     except filelock.Timeout:

@@ -38,11 +38,9 @@ _by_suffix = Image.registered_extensions()  # which loads all of Pillow's format
 FORMATS = [name for name in Image.ID if name not in NOT_DECODED]
 # An MPO, two JPEGs in one file, has a suffix of its own and is opened as a JPEG.
 SUFFIXES = {suffix for suffix, name in _by_suffix.items() if name in (*FORMATS, 'MPO')}
-# Files with these count as images if one of FORMATS opens them: a JPEG may be named .pdf.
-OTHER_SUFFIXES = {suffix for suffix, name in _by_suffix.items() if name != 'EPS'} - SUFFIXES
 
 # Pillow takes a PNG for damaged if its colour profile, or one of its texts, has more than 1 MB.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 
 # Why paths are left out
 HIDDEN = "hidden or a system's"
@@ -251,8 +249,8 @@ def _holds_runs_alone(directory):
     if is_run(directory):
         return True
     listing = Listing(directory)
-    for place, names in listing.directories_of_images(directory):
-        if any(_is_image(place, name) for name in names):
+    for _, names in listing.directories_of_images(directory):
+        if any(_is_image(name) for name in names):
             return False
     return RUN in listing.left
 
@@ -299,7 +297,7 @@ def _tell_of_others(root, test):
 def _images_in(directory):
     """The paths of the image files in a directory, without those in its directories."""
     paths = sorted(directory.glob('*'))
-    return [path for path in paths if path.is_file() and _is_image(directory, path.name)]
+    return [path for path in paths if path.is_file() and _is_image(path.name)]
 
 
 def _counted(images):
@@ -322,7 +320,9 @@ class Listing:
         self.problems = []
 
     def images(self, top, bar):
-        """The images below the directory top, sorted: (path below root, bytes, time of change).
+        """The images below the directory top, sorted: (path below root, bytes, mtime, ctime) each.
+
+        The times are in ns. Programs that copy files keep mtime; none can keep ctime.
 
         Directories below top that hold a run, and all below these, are left out: pictures that are
         drawn there are no images of the data set.
@@ -334,13 +334,14 @@ class Listing:
                 path = os.path.join(place, name)
                 if hidden(name):
                     self.leave_out(path, HIDDEN)
-                elif not _is_image(place, name):
+                elif not _is_image(name):
                     self.leave_out(path, NAME)
                 else:
                     with contextlib.suppress(FileNotFoundError):  # a temporary file
                         about = _status(path)
                         below_root = path.removeprefix(prefix)
-                        found.append((below_root, about.st_size, about.st_mtime_ns))
+                        times = about.st_mtime_ns, about.st_ctime_ns
+                        found.append((below_root, about.st_size, *times))
             bar.update(len(names))
         return sorted(found)
 
@@ -404,7 +405,7 @@ class Listing:
             elif path.is_dir():
                 if path not in known:
                     self.leave_out(path, RUN)
-            elif _is_image(top, path.name):
+            elif _is_image(path.name):
                 self.leave_out(path, 'outside the classes')
             else:
                 self.leave_out(path, NAME)
@@ -429,17 +430,10 @@ def hidden(name):
     return name[0] == '.' or name.lower() in SYSTEM
 
 
-def _is_image(place, name):
-    """Whether a file is an image by its name or, where the name is of another kind, by its header.
-
-    Hidden files are none.
-    """
+def _is_image(name):
+    """Whether a file is an image by its name. Hidden files are none."""
     suffix = os.path.splitext(name)[1].lower()
-    if hidden(name):
-        return False
-    if suffix in OTHER_SUFFIXES:
-        return _size(os.path.join(place, name)) is not None
-    return suffix in SUFFIXES
+    return suffix in SUFFIXES and not hidden(name)
 
 
 def _identity(path):

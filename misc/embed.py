@@ -13,10 +13,8 @@ first. The features are kept in memory: 2 GB for a million images by a ResNet-18
 ResNet-50.
 """
 
-import hashlib
 import io
 import json
-import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hardneg import flags, runs, runtime, timm_models
 from hardneg.decoding import FITS, decode_or_why
 from hardneg.evaluate import Evaluator
-from hardneg.files import cache_directory, lock, write, write_json, write_table
+from hardneg.files import lock, write, write_json, write_table
 from hardneg.folder import Listing, in_any_form, own_size
 from hardneg.runtime import UserError, ranks, say
 from hardneg.timm_models import encoder_crc
@@ -105,7 +103,7 @@ def main(argv=None):
     timm_models.check_size(net.backbone['arch'], args.test_size or size)
     device = runtime.start()
     # It also tells, before hours of work, that the directory cannot be written.
-    runtime.on_rank0(lambda: lock_output(out))
+    runtime.on_rank0(lambda: lock(out.parent, f'.{out.stem}.lock'))
     net.eval().to(device, memory_format=torch.channels_last)
     evaluator = Evaluator(net, device, runtime.autocast(device, args.precision))
 
@@ -133,16 +131,6 @@ def main(argv=None):
     save(out, names, features, about)
     if args.duplicates is not None:
         save_duplicates(out, names, features, args.duplicates)
-
-
-def lock_output(out):
-    """Hold the lock of the file to write. It lies in the user's cache, as out may be among images.
-
-    Raises:
-        UserError: another process holds it, or the directory of the file cannot be written.
-    """
-    digest = hashlib.sha256(os.fsencode(out.with_suffix('').absolute())).hexdigest()
-    lock(out.parent, f'{digest[:16]}.lock', place=cache_directory())
 
 
 def image_files(root):

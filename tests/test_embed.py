@@ -111,9 +111,7 @@ def test_damaged_and_too_large_images_are_left_out_and_all_named(
     assert f'3 images damaged or too large and left out, {first}' in said
 
 
-def test_nothing_but_the_file_is_written_among_the_images_and_runs_are_left_out(
-    encoder, tmp_path, capsys
-):
+def test_among_the_images_only_the_file_is_visible_and_runs_are_left_out(encoder, tmp_path, capsys):
     place = tmp_path / 'photos'
     for name in 'a.png', 'results/mine/curves.png':
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +121,8 @@ def test_nothing_but_the_file_is_written_among_the_images_and_runs_are_left_out(
     for _ in range(2):
         run(encoder, place, place / 'f.npz')
         assert np.load(place / 'f.npz')['names'].tolist() == ['a.png']
-    assert sorted(path.name for path in place.iterdir()) == ['a.png', 'f.npz', 'results']
+    visible = [path.name for path in place.iterdir() if path.name[0] != '.']
+    assert sorted(visible) == ['a.png', 'f.npz', 'results']
     said = capsys.readouterr().out
     assert f'{place}: left out 1 with a run in it, such as {place}/results/mine' in said
 
@@ -170,6 +169,13 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(encoder, tree, 
     monkeypatch.setattr(embed, 'embed', None)
     with pytest.raises(UserError, match='cannot write in /proc/nowhere'):
         run(encoder, tree, '/proc/nowhere/f.npz')
+
+
+def test_no_home_directory_is_needed(encoder, tree, tmp_path, monkeypatch):
+    for variable in 'XDG_CACHE_HOME', 'HOME':
+        monkeypatch.setenv(variable, '/proc/nowhere')
+    run(encoder, tree, tmp_path / 'f.npz')
+    assert len(np.load(tmp_path / 'f.npz')['names']) == 39
 
 
 def test_the_name_of_the_file_says_its_form(capsys):

@@ -104,7 +104,7 @@ def test_a_folder_has_one_name_from_any_working_directory(tree, monkeypatch):
 def project(tiny, tree, tmp_path_factory):
     """A directory with photos and a run of two epochs on them, stopped in the second."""
     place = tmp_path_factory.mktemp('a project')
-    shutil.copytree(tree, place / 'the photos', ignore=shutil.ignore_patterns('.decoded'))
+    shutil.copytree(tree, place / 'the photos')
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         stop_after(9, patch)
