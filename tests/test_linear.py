@@ -123,7 +123,7 @@ def test_a_checkpoint_alone_is_probed_on_stl10(finished, tmp_path, capsys):
     shutil.copy(finished / 'model_3.pth', tmp_path)
     with pytest.raises(UserError, match=r'STL10 is not in .*stl10_binary'):
         probe(tmp_path, '--root', '/proc/nowhere')
-    assert 'No config.json beside' in capsys.readouterr().out
+    assert 'the data set is stl10, as published' in capsys.readouterr().out
 
 
 def test_a_path_that_is_no_checkpoint_is_named(tmp_path, finished):
