@@ -442,12 +442,12 @@ def main(argv=None):
         say(f'Continuing {results} in epoch {progress.epoch + 1} after step {progress.step}')
 
     check_memory(args, device)
-    embed = Embeddings(net, args.joint_views)
+    embeddings = Embeddings(net, args.joint_views)
     objective = OBJECTIVES[args.estimator]
     if args.compile:
         say('Compiling takes one to three minutes, before the first step')
-        objective = compiled(args, objective, net, embed, device)
-    embed = runtime.distributed(embed, device)
+        objective = compiled(args, objective, net, embeddings, device)
+    embed = runtime.distributed(embeddings, device)
     loader = training_views(args, data, device)
     labels = data.train_labels.to(device)
     settings = argparse.Namespace(**vars(args))
@@ -541,9 +541,11 @@ def main(argv=None):
 
 def next_command(args, data):
     """The command that probes the encoder or, without labels, embeds the images, to be pasted."""
-    script, rest = 'linear.py', []
+    script = 'linear.py'
+    rest = []
     if not data.classes:
-        script, rest = 'misc/embed.py', ['--root', args.root, '--out', 'features.npz']
+        script = 'misc/embed.py'
+        rest = ['--root', args.root, '--out', 'features.npz']
     place = os.path.relpath(Path(__file__).parent / script)
     encoder = Path(args.results_dir, f'model_{args.epochs}.pth')
     return shlex.join(['python', place, '--model_path', str(encoder), *rest])
@@ -568,20 +570,20 @@ def build_network(args, init=None):
     return net
 
 
-def compiled(args, objective, net, embed, device):
+def compiled(args, objective, net, embeddings, device):
     """Let torch.compile() compile the network, in place.
 
     Args:
         objective: function of OBJECTIVES.
         net: Model.
-        embed: Embeddings of it.
+        embeddings: Embeddings of it.
 
     Returns the objective, compiled if that pays.
     """
     runtime.compiles_or_goes_on()
     # One graph of both views casts the weights once, and sums the views' gradients. (Under
     # DistributedDataParallel torch cuts it.) A graph of more views would take long to compile.
-    one_graph = embed if args.views == 2 else net
+    one_graph = embeddings if args.views == 2 else net
     if not args.sync_bn:  # which torch compiles in too many pieces
         one_graph.compile(dynamic=False)
     # Many tiles, or many values of beta, would take long to compile.

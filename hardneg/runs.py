@@ -143,7 +143,8 @@ def open_run(results, settings, defaults, data, device):
 
     trained = _trained(results)
     missing = [path.name for path in (config_file, state_file) if not path.exists()]
-    differ, code = '', None
+    differ = ''
+    code = None
     before = config_of(results)
     if before:
         differ = difference(results, before, config, defaults)
