@@ -223,7 +223,7 @@ class Sweep:
     def __init__(self, probe, jobs):
         self.probe = probe
         threads = max(1, runtime.cores() // jobs)
-        self.environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
+        self.environment = {'OMP_NUM_THREADS': str(threads), **os.environ}
         self.running = set()
         self.signum = None
 

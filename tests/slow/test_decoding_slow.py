@@ -45,7 +45,8 @@ def photographs(root, n, size=256):
         ('os.replace', 1),
     ],
 )
-def test_killed_anywhere_in_decoding_nothing_is_taken_for_whole(tmp_path, call, nth):
+def test_killed_anywhere_in_decoding_nothing_is_taken_for_whole(tmp_path, monkeypatch, call, nth):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))  # without rows of other tests
     root = photographs(tmp_path / 'x', 200, 64)
     flags = ['--dataset_name', 'folder', '--root', root, '--store_size', '48']
     strike = call, nth, signal.SIGKILL

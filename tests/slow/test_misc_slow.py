@@ -183,6 +183,6 @@ def test_a_method_of_ones_own_is_a_function_and_an_entry(tiny, tmp_path):
     before = pd.read_csv(tmp_path / 'r' / 'mine_0' / 'log.csv')['train_loss'][2]
 
     (tmp_path / 'main.py').write_text(code.replace('.mean() / settings', '.mean() + settings'))
-    again = job('main.py', *flags[:-4], '--results_dir', 'r/mine_0', '--estimator', 'mine')
+    again = job('main.py', *flags[:-5], '--results_dir', 'r/mine_0', '--estimator', 'mine')
     assert 'the code has changed since this run began' in again.stdout, again.stderr
     assert pd.read_csv(tmp_path / 'r' / 'mine_0' / 'log.csv')['train_loss'][2] == before
