@@ -141,11 +141,11 @@ def pretrained(arch):
     try:
         return create(arch, pretrained=True)
     except Exception as error:  # of the network, of files, of the hub's library
-        reason = ' '.join(str(error).split())
+        reason = ' '.join(str(error).split())[:120].rstrip(' .')
         raise UserError(
-            f'the weights of {arch} could not be downloaded ({reason:.120}): download them on a '
-            'machine with a network, and copy its ~/.cache/huggingface here, or give a file of '
-            'them by --init FILE'
+            f'the weights of {arch} could not be downloaded ({reason}): download them on a machine '
+            'with a network, and copy its ~/.cache/huggingface here; or give a file of them, to '
+            'main.py by --init FILE, to other scripts by --model_path FILE --arch timm/NAME'
         ) from None
 
 
