@@ -41,13 +41,7 @@ from utils import Data, load
 
 def make_parser():
     parser = flags.Parser(prog='linear.py', description=__doc__.partition('\n')[0])
-    parser.add_argument(
-        '--model_path',
-        type=flags.path,
-        default='results/model_400.pth',
-        help="checkpoint, or timm/NAME: timm's weights (%(default)s)",
-    )
-    flags.add_encoder(parser)
+    flags.add_model_path(parser)
     parser.add_argument(
         '--results_dir',
         type=flags.path,
@@ -142,13 +136,12 @@ class Probe:
 
 def main(argv=None):
     args = arguments(argv)
-    runtime.check_machine(args.precision or runtime.default_precision())
+    runtime.check_machine(args.precision)
     net = load_encoder(args.model_path, args.prefix, args.arch)
     flags.fill_precision(args, arch=net.backbone['arch'])
     path = timm_models.place(args.model_path, args.results_dir)
     knn = runs.accuracies(path)
     data, settings, own = labelled_data(args, path, net)
-    check_sizes(args, data, net)
     device = runtime.start()
     name = probe_name(args, data, own, kind(args))
     # Probes of one kind share that of model_0.pth. Other ranks would give up waiting.
@@ -162,14 +155,14 @@ def main(argv=None):
             text = f'kNN {knn[checkpoint.name]:.2f} %, {text}'
         return text
 
-    first, five = probe_encoder(probe, path, net, encoder_crc(args.model_path, net))
+    first, five = probe_encoder(probe, path, net, args.model_path)
     text = f'{told(path, first)} (@5 {five:.2f} %)'
     untrained = path.with_name('model_0.pth')
     if untrained.exists() and untrained != path:
         accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
         if accuracy is None:
             start = load_model(untrained, head=False)
-            accuracy, _ = probe_encoder(probe, untrained, start, encoder_crc(untrained, start))
+            accuracy, _ = probe_encoder(probe, untrained, start, untrained)
         before = 'untrained'
         if settings.get('init'):
             before = 'before training'
@@ -177,17 +170,14 @@ def main(argv=None):
     say(f'{text}; files in {path.parent}')
 
 
-def check_sizes(args, data, net):
-    """Raise UsageError if the encoder takes no images of the size of views, or of tests."""
-    for size in {args.image_size, args.test_size or data.test.shape[2]}:
-        timm_models.check_size(net.backbone['arch'], size)
-
-
 def labelled_data(args, path, net):
     """The labelled data, the settings of the run beside the checkpoint, whether they are its data.
 
     Flags of data that were not given get the run's values. With --label_fraction the training
     images are that part.
+
+    Raises:
+        UsageError: the encoder takes no images of the size of views, or of tests.
     """
     config = runs.read_config(path.with_name('config.json')) or {}
     settings = config.get('settings') or net.sizes()
@@ -196,6 +186,8 @@ def labelled_data(args, path, net):
     own = args.dataset_name == 'stl10'
     if config:
         own = config['data_digest'] == data.digest
+    tested = args.test_size or data.test.shape[2]
+    timm_models.check_sizes(net.backbone['arch'], args.image_size, tested)
     if args.label_fraction < 1:
         chosen = stratified(data.train_labels, args.label_fraction, args.seed)
         data.train = data.train.index_select(0, chosen)
@@ -249,26 +241,23 @@ def probed_before(probe, path):
     return last['test_acc@1']
 
 
-def probe_encoder(probe, path, net, crc):
+def probe_encoder(probe, path, net, source):
     """Train and test the probe of an encoder and write its files.
 
     Args:
         probe: Probe.
-        path: Path of the encoder's checkpoint.
-        net: model.Model in it.
-        crc: that of the encoder.
+        path: Path beside which the files lie, that of the encoder's checkpoint.
+        net: model.Model.
+        source: the checkpoint, or timm/NAME.
 
     Returns the test accuracies @1 and @5 in percent.
     """
     args, data, device = probe.args, probe.data, probe.device
-    source = str(path)
-    if timm_models.names_weights(args.model_path):
-        source = args.model_path
     about = dict(
-        settings={**vars(args), 'model_path': source},
+        settings={**vars(args), 'model_path': str(Path(source))},
         **runs.provenance(device),
         data_digest=data.digest,
-        encoder=crc,
+        encoder=encoder_crc(source, net),
     )
     out = path.with_name(f'{path.stem}_{probe.name}')
     torch.manual_seed(args.seed)

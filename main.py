@@ -774,8 +774,7 @@ def check_data(args, data):
             f'--stem imagenet leaves less than a pixel of views of {args.image_size} px: choose '
             'cifar'
         )
-    for size in {args.image_size, args.test_size or data.train.shape[2]}:
-        timm_models.check_size(args.arch, size)
+    timm_models.check_sizes(args.arch, args.image_size, args.test_size or data.train.shape[2])
     if args.batch_size > len(data.train):
         raise UsageError(
             f'--batch_size {args.batch_size} is larger than the data set, {len(data.train)} '

@@ -184,7 +184,8 @@ def load_encoder(source, prefix=None, arch=None):
 
 def pretrained_model(arch):
     """The Model timm/NAME with timm's weights, without g."""
-    model = Model(arch=arch, stem='none')
+    with torch.device('meta'):  # f and g are replaced
+        model = Model(arch=arch, stem='none')
     model.f = timm_models.pretrained(arch)
     model.g = None
     return model
@@ -226,13 +227,7 @@ def load_model(path, head=True, prefix=None, arch=None):
     for name, x in model.state_dict().items():
         if from_torchvision and name.endswith('num_batches_tracked'):
             state.setdefault(name, torch.zeros(x.shape, dtype=x.dtype))  # not in its oldest files
-        if name in state:
-            state[name] = _finite(path, name, state[name], x.dtype)
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        wrong = str(error).splitlines()[1].strip()  # names what is missing, unexpected or misshapen
-        raise UserError(f'{path}: not a {model.backbone["arch"]}: {wrong:.300}') from None
+    _fill(path, model, state)
     if from_torchvision:
         renormalize(model, IMAGENET, OURS)
     _tell(path, model, found, left)
@@ -264,15 +259,20 @@ def _timm_model(path, named, arch, head):
     for name, x in named.items():
         if not name.startswith(('fc.', *classifiers)):
             state[name] = x
+    _fill(path, model, state)
+    return model
+
+
+def _fill(path, model, state):
+    """Give the model the tensors in state, whose names and shapes must be its own."""
     for name, x in model.state_dict().items():
         if name in state:
             state[name] = _finite(path, name, state[name], x.dtype)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        wrong = str(error).splitlines()[1].strip()
-        raise UserError(f'{path}: not a {arch}: {wrong:.300}') from None
-    return model
+        wrong = str(error).splitlines()[1].strip()  # names what is missing, unexpected or misshapen
+        raise UserError(f'{path}: not a {model.backbone["arch"]}: {wrong:.300}') from None
 
 
 def _named_tensors(path, content):

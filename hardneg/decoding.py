@@ -278,7 +278,7 @@ def _rows(paths, keys, earlier, form):
 
     def row(path, key):
         digest = digests.get(key)
-        if digest is None:
+        if digest is None and rows:
             digest = _digest_of_file(path)
         if digest in rows:
             about, i = rows[digest]

@@ -191,6 +191,17 @@ def add_data_flags(parser, title):
     )
 
 
+def add_model_path(group):
+    """The flags of the scripts that read an encoder."""
+    group.add_argument(
+        '--model_path',
+        type=path,
+        default='results/model_400.pth',
+        help="checkpoint, or timm/NAME: timm's weights (%(default)s)",
+    )
+    add_encoder(group)
+
+
 def add_encoder(group):
     """The flags that tell which encoder a checkpoint holds."""
     group.add_argument(

@@ -289,6 +289,8 @@ def _check_kernels():
 def check_machine(precision):
     """Tell of a GPU that cannot be used, and of a precision that does not suit it.
 
+    precision None is the machine's own.
+
     Raises:
         UserError: there are more ranks than GPUs, or torch has no kernels for the GPU.
         UsageError: the GPU has not this precision.
@@ -307,7 +309,7 @@ def check_machine(precision):
                 '--precision bf16: this GPU emulates it, which is slower than fp32; '
                 '--precision fp16 is faster'
             )
-        if precision == 'fp32' and no_bf16:
+        if precision in (None, 'fp32') and no_bf16:
             say(
                 'This GPU has no bf16: --precision fp16 is faster than fp32 and takes half of '
                 'the memory'

@@ -104,8 +104,8 @@ def encoder_crc(source, net):
     return files.crc(source)
 
 
-def check_size(arch, size):
-    """Raise UsageError, which names a size that fits, if the model takes no images of this side.
+def check_sizes(arch, *sizes):
+    """Raise UsageError, which names a size that fits, if the model takes no images of such a side.
 
     ResNets take all.
     """
@@ -113,12 +113,13 @@ def check_size(arch, size):
         return
     with torch.device('meta'):
         model = create(arch).eval()
-    if _takes(model, size):
-        return
-    own = configuration(arch).input_size[-1]
-    near = sorted(range(max(8, size - 32), size + 33), key=lambda other: abs(other - size))
-    fits = next(other for other in (*near, own) if _takes(model, other))
-    raise UsageError(f'{arch} takes no images of {size} px: {fits} px fit')
+    for size in sizes:
+        if _takes(model, size):
+            continue
+        own = configuration(arch).input_size[-1]
+        near = sorted(range(max(8, size - 32), size + 33), key=lambda other: abs(other - size))
+        fits = next(other for other in (*near, own) if _takes(model, other))
+        raise UsageError(f'{arch} takes no images of {size} px: {fits} px fit')
 
 
 @torch.no_grad()

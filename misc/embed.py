@@ -40,13 +40,7 @@ PAIRS = 1_000_000  # near-duplicates that are listed at most
 
 def arguments(argv=None):
     parser = flags.Parser(prog='embed.py', description=__doc__.partition('\n')[0])
-    parser.add_argument(
-        '--model_path',
-        type=flags.path,
-        default='results/model_400.pth',
-        help="checkpoint, or timm/NAME: timm's weights (%(default)s)",
-    )
-    flags.add_encoder(parser)
+    flags.add_model_path(parser)
     parser.add_argument(
         '--root',
         type=flags.path,
@@ -88,7 +82,7 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    runtime.check_machine(args.precision or runtime.default_precision())
+    runtime.check_machine(args.precision)
     out = Path(args.out)
     net = load_encoder(args.model_path, args.prefix, args.arch)
     encoder = encoder_crc(args.model_path, net)
@@ -100,7 +94,7 @@ def main(argv=None):
     files = image_files(root)
     found = [name for name, *_ in files]
     size = args.store_size or own_size(root, files)
-    timm_models.check_size(net.backbone['arch'], args.test_size or size)
+    timm_models.check_sizes(net.backbone['arch'], args.test_size or size)
     device = runtime.start()
     # It also tells, before hours of work, that the directory cannot be written.
     runtime.on_rank0(lambda: lock(out.parent, f'.{out.stem}.lock'))

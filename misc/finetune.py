@@ -27,7 +27,6 @@ from hardneg.runtime import UserError, ranks, say
 from hardneg.timm_models import encoder_crc
 from linear import (
     add_label_fraction,
-    check_sizes,
     features_of_views,
     labelled_data,
     one_epoch,
@@ -116,14 +115,13 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    runtime.check_machine(args.precision or runtime.default_precision())
+    runtime.check_machine(args.precision)
     source = args.like or args.model_path
     net = load_encoder(source, args.prefix, args.arch)
     encoder = encoder_crc(source, net)
     flags.fill_precision(args, arch=net.backbone['arch'])
     path = timm_models.place(source, args.results_dir)
     data, settings, own = labelled_data(args, path, net)
-    check_sizes(args, data, net)
     flags.fill(args, flags.VIEWS, settings)
     device = runtime.start()
     torch.manual_seed(args.seed)
