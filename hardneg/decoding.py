@@ -54,12 +54,14 @@ class Row(NamedTuple):
     """An image as decoded.
 
     pixels are (3, size, size) uint8. digest is that of the file. dark says that the image has 16
-    bits a channel and its colours use fewer than 14 of them.
+    bits a channel and its colours use fewer than 14 of them. area is the number of pixels of the
+    image in the file.
     """
 
     pixels: np.ndarray
     digest: int
     dark: bool
+    area: int = 0
 
 
 @dataclass
@@ -324,7 +326,8 @@ def decode_or_why(path, size, fit):
     except Image.DecompressionBombError:
         return f'too large: more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels'
     except Exception as error:  # whatever a decoder makes of a damaged file
-        return str(error or type(error).__name__)
+        reason = getattr(error, 'strerror', None)  # of the system, whose text names the file again
+        return str(reason or error or type(error).__name__)
 
 
 def decode(path, size, fit='crop'):
@@ -334,7 +337,32 @@ def decode(path, size, fit='crop'):
     all of it (squeeze), or all of it in its proportions on white (pad).
     """
     content = Path(path).read_bytes()
+    opened = _opened(content, size)
+    square = np.asarray(_to_square(opened.image, size, fit))
+    pixels = np.ascontiguousarray(square.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
+    return Row(pixels, _digest(content), opened.dark, opened.area)
+
+
+def upright(path, size):
+    """An image's first frame in RGB, as decode() takes it before it makes it a square.
+
+    A JPEG may be smaller than in its file, but has sides of at least twice size.
+    """
+    return _opened(Path(path).read_bytes(), size).image
+
+
+class _Opened(NamedTuple):
+    """An image in RGB, turned as EXIF says and laid on white; dark and area are as in Row."""
+
+    image: Image.Image
+    dark: bool
+    area: int
+
+
+def _opened(content, size):
+    """The _Opened in the content of a file, of which size pixels a side are needed."""
     with Image.open(io.BytesIO(content), formats=FORMATS) as file:
+        area = file.width * file.height
         # A JPEG is decoded smaller, but at least twice as large as needed.
         file.draft(file.mode, (2 * size, 2 * size))
         sixteen_bits = _has_sixteen_bits(file, content)
@@ -348,9 +376,7 @@ def decode(path, size, fit='crop'):
         image = _to_rgb(image)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
-    square = np.asarray(_to_square(image, size, fit))
-    pixels = np.ascontiguousarray(square.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
-    return Row(pixels, _digest(content), dark)
+    return _Opened(image, dark, area)
 
 
 def _has_sixteen_bits(file, content):

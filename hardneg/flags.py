@@ -12,6 +12,7 @@ from hardneg.folder import TEST, own_size, short_side
 from hardneg.runtime import UsageError, UserError, ranks, say
 from hardneg.timm_models import is_timm
 
+MODEL_PATH = 'results/model_400.pth'
 PUBLISHED = ('standard', 'debiased', 'hard')  # SimCLR, DCL and HCL
 DATASETS = ('stl10', 'cifar10', 'cifar100', 'folder', 'shapes')
 # Values of the data's and the views' flags that are given neither by the user nor by a run
@@ -191,13 +192,13 @@ def add_data_flags(parser, title):
     )
 
 
-def add_model_path(group):
-    """The flags of the scripts that read an encoder."""
+def add_model_path(group, default=MODEL_PATH, note=MODEL_PATH):
+    """The flags of the scripts that read an encoder. note tells the default."""
     group.add_argument(
         '--model_path',
         type=path,
-        default='results/model_400.pth',
-        help="checkpoint, or timm/NAME: timm's weights (%(default)s)",
+        default=default,
+        help=f"checkpoint, or timm/NAME: timm's weights ({note})",
     )
     add_encoder(group)
 

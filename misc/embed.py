@@ -1,21 +1,28 @@
 """Features of all images below a directory, with their names; and near-duplicates among them.
 
     python misc/embed.py --model_path results/mine/model_400.pth --root DIR --out features.npz
+    python misc/embed.py --out features.npz           # images have changed: encodes new ones alone
     python misc/embed.py … --out features.csv --duplicates 0.95
     torchrun --nproc_per_node 8 misc/embed.py …       # each GPU takes a part of the images
 
-An .npz holds names below DIR (n,), features (n, F), rows of unit length, and about, a JSON text of
-what made them. A .csv has a row for each image, and a .json beside it. The cosine of two images is
-the product of their rows. Sizes, and how images become squares, are the run's, from the config.json
-beside the checkpoint. Damaged and too large images are left out; about names them. With
---duplicates C, features_duplicates.csv lists the pairs whose cosine is at least C, the most similar
-first. The features are kept in memory: 2 GB for a million images by a ResNet-18, 8 GB by a
-ResNet-50.
+An .npz holds names below DIR (n,), features (n, F), rows of unit length, the number of pixels and
+bytes of each image, and about, a JSON text of what made them (hardneg/embedded.py). The cosine of
+two images is the product of their rows. If the file is there already, images that have not changed
+keep their features; encoder, directory and sizes that are not given are the file's. Long runs save
+every ten minutes what they have, from which the same command goes on.
+
+A .csv has a row of features for each image, and a .json beside it. It is always computed anew.
+
+Sizes, and how images become squares, are the run's, from the config.json beside the checkpoint.
+Damaged and too large images are left out; about names them. With --duplicates C,
+features_duplicates.csv lists the pairs whose cosine is at least C, the most similar first.
+misc/search.py groups near-duplicates without a threshold. The features are kept in memory: 2 GB for
+a million images by a ResNet-18, 8 GB by a ResNet-50.
 """
 
-import io
-import json
+import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,33 +32,36 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hardneg import flags, runs, runtime, timm_models
+from hardneg import flags, neighbours, runs, runtime, timm_models
 from hardneg.decoding import FITS, decode_or_why
+from hardneg.embedded import ARRAYS, Embedded, read_embedded, write_embedded
 from hardneg.evaluate import Evaluator
-from hardneg.files import lock, write, write_json, write_table
+from hardneg.files import lock, write_json, write_table
 from hardneg.folder import Listing, in_any_form, own_size
 from hardneg.runtime import UserError, ranks, say
 from hardneg.timm_models import encoder_crc
 from model import load_encoder, unit
 
 BLOCK = 256  # images that a rank decodes while it encodes the block before
-PAIRS = 1_000_000  # near-duplicates that are listed at most
+SAVE_SECONDS = 600  # between saves of an .npz
+SIZES = ('store_size', 'fit', 'test_size')
 
 
 def arguments(argv=None):
     parser = flags.Parser(prog='embed.py', description=__doc__.partition('\n')[0])
-    flags.add_model_path(parser)
+    flags.add_model_path(parser, default=None, note=f'that of --out, or else {flags.MODEL_PATH}')
     parser.add_argument(
         '--root',
         type=flags.path,
-        default='data',
-        help='directory of the images, which may lie anywhere below it (%(default)s)',
+        help='directory of the images, which may lie anywhere below it (that of --out, or else '
+        f'{flags.DATA["root"]})',
     )
     parser.add_argument(
         '--out',
         type=flags.path,
         default='features.npz',
-        help='file to write, .npz or .csv (%(default)s)',
+        help='file to write, .npz or .csv; an .npz that is there is brought up to date '
+        '(%(default)s)',
     )
     parser.add_argument(
         '--duplicates',
@@ -60,7 +70,7 @@ def arguments(argv=None):
     )
     flags.add_precision(parser, 'the encoder')
     sizes = parser.add_argument_group(
-        'sizes (default: as in the config.json beside the checkpoint)'
+        'sizes (default: those of --out, or as in the config.json beside the checkpoint)'
     )
     sizes.add_argument(
         '--store_size',
@@ -82,18 +92,30 @@ def arguments(argv=None):
 
 def main(argv=None):
     args = arguments(argv)
-    runtime.check_machine(args.precision)
     out = Path(args.out)
+    before = None
+    if out.suffix == '.npz' and out.exists():
+        before = read_embedded(out)
+        fill_from_file(args, before)
+    flags.fill(args, dict(model_path=flags.MODEL_PATH, root=flags.DATA['root']))
+    runtime.check_machine(args.precision)
     net = load_encoder(args.model_path, args.prefix, args.arch)
     encoder = encoder_crc(args.model_path, net)
+    if before and encoder != before.about['encoder']:
+        raise UserError(
+            f'{out} holds features of another encoder, {before.about["settings"]["model_path"]}: '
+            'choose another --out'
+        )
     flags.fill_precision(args, arch=net.backbone['arch'])
     config = runs.read_config(Path(args.model_path).with_name('config.json')) or {}
-    sizes = {name: flags.DATA[name] for name in ('store_size', 'fit', 'test_size')}
+    sizes = {name: flags.DATA[name] for name in SIZES}
     flags.fill(args, sizes, config.get('settings') or net.sizes())
     root = in_any_form(Path(args.root)).absolute()
     files = image_files(root)
-    found = [name for name, *_ in files]
-    size = args.store_size or own_size(root, files)
+    if before:
+        size = before.about['size']
+    else:
+        size = args.store_size or own_size(root, files)
     timm_models.check_sizes(net.backbone['arch'], args.test_size or size)
     device = runtime.start()
     # It also tells, before hours of work, that the directory cannot be written.
@@ -101,30 +123,73 @@ def main(argv=None):
     net.eval().to(device, memory_format=torch.channels_last)
     evaluator = Evaluator(net, device, runtime.autocast(device, args.precision))
 
-    def decode(name):
-        return decode_or_why(root / name, size, args.fit)
-
-    features = embed(found, decode, evaluator, args.test_size)
-    if ranks().rank != 0:
-        return
-    intact = features.any(1)
-    names = np.array(found)
-    damaged = names[~intact].tolist()
-    if damaged:
-        why = f'such as {root / damaged[0]}: {decode(damaged[0])}'
-        say(f'{len(damaged)} images damaged or too large and left out, {why}')
-        names, features = names[intact], features[intact]
     about = dict(
-        settings=vars(args),
+        settings=settings_of_features(args),
         root=str(root),
         size=size,
-        damaged=damaged,
         encoder=encoder,
         **runs.provenance(device),
     )
-    save(out, names, features, about)
+    found = start_from(before, files, net.features, about)
+    todo = (found.pixels == 0).nonzero()[0]
+    if before:
+        gone = set(before.names.tolist()) - set(found.names.tolist())
+        say(
+            f'{out}: {len(files) - len(todo)} images unchanged, {len(todo)} new or changed, '
+            f'{len(gone)} gone'
+        )
+
+    def decode(name):
+        return decode_or_why(root / name, size, args.fit)
+
+    saved = time.monotonic()
+    for index, features, pixels in embed(found.names, todo, decode, evaluator, args.test_size):
+        found.features[index] = features
+        found.pixels[index] = pixels
+        if time.monotonic() - saved > SAVE_SECONDS and out.suffix == '.npz' and ranks().rank == 0:
+            write_embedded(out, intact(found))
+            saved = time.monotonic()
+    if ranks().rank != 0:
+        return
+    result = intact(found)
+    damaged = found.names[found.pixels == 0].tolist()
+    if damaged:
+        why = f'such as {root / damaged[0]}: {decode(damaged[0])}'
+        say(f'{len(damaged)} images damaged or too large and left out, {why}')
+    result.about['damaged'] = damaged
+    save(out, result)
     if args.duplicates is not None:
-        save_duplicates(out, names, features, args.duplicates)
+        save_duplicates(out, result, args.duplicates, device)
+
+
+def fill_from_file(args, before):
+    """Give flags that were not given the values in the Embedded that is brought up to date.
+
+    Raises:
+        UserError: a given one differs.
+    """
+    settings = before.about['settings']
+    for name in (*SIZES, 'precision', 'prefix', 'arch'):
+        if getattr(args, name) not in (None, settings[name]):
+            raise UserError(
+                f'{args.out} holds features by --{name} {settings[name]}: leave out --{name}, or '
+                'choose another --out'
+            )
+    root = before.about['root']
+    moved = args.root is not None and os.path.realpath(args.root) != os.path.realpath(root)
+    if moved and os.path.exists(root):
+        raise UserError(f'{args.out} holds features of the images in {root}: choose another --out')
+    flags.fill(args, dict.fromkeys(settings), settings)
+    flags.fill(args, dict(root=root))
+
+
+def settings_of_features(args):
+    """The flags that decide the features, as a file of them keeps them."""
+    settings = {name: getattr(args, name) for name in (*SIZES, 'precision', 'prefix', 'arch')}
+    settings['model_path'] = args.model_path
+    if not timm_models.names_weights(args.model_path):
+        settings['model_path'] = os.path.abspath(args.model_path)
+    return settings
 
 
 def image_files(root):
@@ -146,100 +211,113 @@ def image_files(root):
     return files
 
 
-@torch.no_grad()
-def embed(names, decode, evaluator, test_size):
-    """Features (n, F) of n images: rows of unit length, 0 if an image is damaged.
+def start_from(before, files, dimension, about):
+    """An Embedded of the files, whose features and pixels are 0 where they are not in `before`.
 
     Args:
-        names: n names.
+        before: Embedded, or None.
+        files: as folder.Listing.images() returns them.
+        dimension: of the features.
+    """
+    known = {}
+    if before:
+        known = {key: i for i, key in enumerate(before.keys())}
+    names, sizes, times, _ = zip(*files)
+    found = Embedded(
+        names=np.array(names),
+        features=np.zeros((len(files), dimension), np.float32),
+        pixels=np.zeros(len(files), np.int64),
+        bytes=np.array(sizes),
+        times=np.array(times),
+        about=about,
+    )
+    for i, key in enumerate(found.keys()):
+        if key in known:
+            found.features[i] = before.features[known[key]]
+            found.pixels[i] = before.pixels[known[key]]
+    return found
+
+
+def intact(found):
+    """The Embedded without the images that have no features."""
+    there = found.pixels > 0
+    if there.all():
+        return found
+    rows = {name: getattr(found, name)[there] for name in ARRAYS}
+    return Embedded(**rows, about=found.about)
+
+
+@torch.no_grad()
+def embed(names, todo, decode, evaluator, test_size):
+    """Encode the images at the indices todo (m,) of names (n,), block by block.
+
+    Args:
         decode: function of a name that returns what decoding.decode_or_why() does.
         evaluator: evaluate.Evaluator.
         test_size: side in pixels at which the encoder sees the images; 0: the decoded one.
 
-    Returns None on other ranks than 0.
+    Yields the indices (b,) of a block's images, their features (b, F) of unit length and the
+    numbers of pixels (b,) in their files. Of a damaged image they are 0.
     """
     rank, world, _, _ = ranks()
     together = world * BLOCK  # images that all ranks encode at a time
-    features = None
-    if rank == 0:
-        features = np.empty((len(names), evaluator.net.features), np.float32)
     with ThreadPoolExecutor(runtime.cores()) as pool:
 
         def read(start):
             first = start + rank * BLOCK
-            return pool.map(decode, names[first : first + BLOCK])
+            return pool.map(decode, names[todo[first : first + BLOCK]].tolist())
 
-        starts = range(0, len(names), together)
+        starts = range(0, len(todo), together)
         ahead = read(0)
         for start in tqdm(starts, 'Embedding', unit='block', disable=runtime.no_bar()):
             results = list(ahead)
             ahead = read(start + together)
-            own = torch.zeros(len(results), evaluator.net.features, device=evaluator.device)
-            intact = [i for i, result in enumerate(results) if not isinstance(result, str)]
-            if intact:
-                pixels = np.stack([results[i].pixels for i in intact])  # (b, 3, size, size)
+            features = torch.zeros(len(results), evaluator.net.features, device=evaluator.device)
+            areas = torch.zeros(len(results), dtype=torch.int64, device=evaluator.device)
+            good = [i for i, result in enumerate(results) if not isinstance(result, str)]
+            if good:
+                pixels = np.stack([results[i].pixels for i in good])  # (b, 3, size, size)
                 images = torch.from_numpy(pixels).to(evaluator.device)
-                own[intact] = unit(evaluator.encode(images, test_size))
-            whole = runtime.gather(own)
-            if rank == 0:
-                features[start : start + len(whole)] = whole.cpu().numpy()
-    return features
+                features[good] = unit(evaluator.encode(images, test_size))
+                areas[good] = torch.tensor([results[i].area for i in good]).to(areas)
+            features, areas = runtime.gather(features), runtime.gather(areas)
+            yield todo[start : start + together], features.cpu().numpy(), areas.cpu().numpy()
 
 
-def save(out, names, features, about):
-    """Write names (n,), features (n, F) and the dict about, which says what made them."""
+def save(out, embedded):
+    """Write an Embedded as an .npz file, or as a .csv of the features and a .json about them."""
+    count, dimension = embedded.features.shape
     if out.suffix == '.npz':
-        file = io.BytesIO()
-        np.savez(file, names=names, features=features, about=json.dumps(about))
-        write(out, file.getbuffer())
+        write_embedded(out, embedded)
     else:
-        columns = ['name', *(f'f{i}' for i in range(features.shape[1]))]
-        table = pd.DataFrame(features, columns=columns[1:])
-        table.insert(0, 'name', names)
+        columns = ['name', *(f'f{i}' for i in range(dimension))]
+        table = pd.DataFrame(embedded.features, columns=columns[1:])
+        table.insert(0, 'name', embedded.names)
         write_table(out, table, columns)
-        write_json(out.with_suffix('.json'), about)
-    say(f'{len(names)} features of {features.shape[1]} numbers in {out}')
+        write_json(out.with_suffix('.json'), embedded.about)
+    say(f'{count} features of {dimension} numbers in {out}')
 
 
-def save_duplicates(out, names, features, least):
-    first, second, cosine = duplicates(torch.from_numpy(features), least)
+def save_duplicates(out, embedded, least, device):
+    """Write the pairs with a cosine of `least` or more as a .csv beside the file of features."""
+    features = on_device(embedded.features, device)
+    first, second, cosine = neighbours.pairs(features, least)
     file = out.with_name(f'{out.stem}_duplicates.csv')
     pairs = dict(
-        first=names[first.numpy()],
-        second=names[second.numpy()],
+        first=embedded.names[first.numpy()],
+        second=embedded.names[second.numpy()],
         cosine=cosine.numpy().round(4),
     )
     write_table(file, pd.DataFrame(pairs), list(pairs))
     say(f'{len(cosine)} pairs with a cosine of {least} or more in {file}')
 
 
-def duplicates(features, least, tile=2048):
-    """The pairs i < j of rows of features (n, F), of unit length, whose cosine is at least `least`.
-
-    Returns i, j and cosine, (pairs,) each, the largest cosine first. It goes tile by tile, as there
-    are n^2 cosines.
-
-    Raises:
-        UserError: there are too many pairs.
-    """
-    least = max(least, 1e-9)  # at 0, the pairs that triu() leaves out would count
-    parts = features.split(tile)
-    found, count = [], 0
-    for a in range(len(parts)):
-        for b in range(a, len(parts)):
-            cosine = parts[a] @ parts[b].T  # (tile, F) x (F, tile) -> (tile, tile)
-            if a == b:
-                cosine = cosine.triu(1)
-            i, j = cosine.ge(least).nonzero().T  # (pairs, 2) -> 2 x (pairs,)
-            found.append((i + a * tile, j + b * tile, cosine[i, j]))
-            count += len(i)
-            if count > PAIRS:
-                raise UserError(
-                    f'more than {PAIRS:,} pairs have a cosine of {least}: raise --duplicates'
-                )
-    i, j, cosine = (torch.cat(x) for x in zip(*found))
-    order = cosine.argsort(descending=True, stable=True)
-    return i[order], j[order], cosine[order]
+def on_device(features, device):
+    """The array features (n, F) as a tensor, on the device if they fit on it."""
+    features = torch.from_numpy(features)
+    if runtime.fits(device, features):
+        return features.to(device)
+    return features
 
 
 if __name__ == '__main__':

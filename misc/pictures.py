@@ -14,10 +14,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import search
 from hardneg import flags, runtime
 from hardneg.augment import draw, transform
 from hardneg.batches import seeded
 from hardneg.decoding import decode_or_why
+from hardneg.embedded import read_embedded
 from hardneg.evaluate import Evaluator
 from hardneg.losses import contrastive_loss
 from hardneg.runs import OBJECTIVE, data_name, find_run, name_data
@@ -202,6 +204,8 @@ def histograms(panel, cosine, same):
 
 def neighbours(args):
     """A grid of images, each with the training images that each encoder finds nearest."""
+    if args.features:
+        return neighbours_by_features(args)
     opened = [open_checkpoint(path, args, unlabeled=True) for path in args.paths]
     _, run, data = opened[0]
     if any(other.digest != data.digest for _, _, other in opened):
@@ -247,6 +251,46 @@ def neighbours(args):
     about = f'{run["data"]}: images (left) and their nearest {kind} by cosine of features\n'
     figure.suptitle(shown(about), fontsize=9)
     return figure
+
+
+def neighbours_by_features(args):
+    """A grid of images of a file of features, or of files, each with its nearest others."""
+    embedded = read_embedded(args.features)
+    embedded.about['root'] = args.root or embedded.about['root']
+    columns = min(10, len(embedded.names) - 1)
+    if columns < 1:
+        raise UserError(f'{args.features}: one image has no neighbours')
+    if args.query:
+        paths = [Path(path) for path in args.query]
+        model_path = str(args.paths[0]) if args.paths else None
+        rows = search.encode(paths, embedded, runtime.start(), model_path)  # (q, F)
+    else:
+        chosen = some(len(embedded.names), 5, args.seed).numpy()
+        paths = [embedded.path(i) for i in chosen]
+        rows = embedded.features[chosen]
+    cosine = rows @ embedded.features.T  # (q, F) x (F, n) -> (q, n)
+    figure, grid = neighbour_grid(len(paths), columns, 1)
+    for axes, path, own in zip(grid, paths, cosine):
+        picture(axes[0], decode_or_fail(path, embedded.about))
+        axes[1].axis('off')
+        found = search.best(own, path, embedded, columns)
+        for panel in axes[2 + len(found) :]:
+            panel.axis('off')
+        for panel, i in zip(axes[2:], found):
+            text = f'{Path(embedded.names[i]).stem[-11:]}\n{own[i]:.3f}'
+            picture(panel, decode_or_fail(embedded.path(i), embedded.about), text)
+        print(f'{path}: {", ".join(embedded.names[found])}')
+    about = f'{embedded.about["root"]}: images (left) and their nearest others by cosine'
+    figure.suptitle(shown(about), fontsize=9)
+    return figure
+
+
+def decode_or_fail(path, about):
+    """The image in a file (3, 160, 160) uint8, made a square as the encoder saw it."""
+    found = decode_or_why(path, 160, about['settings']['fit'])
+    if isinstance(found, str):
+        raise UserError(f'{path}: {found}. If the images have moved, give --root')
+    return torch.from_numpy(found.pixels)
 
 
 def queries(args, run, data):

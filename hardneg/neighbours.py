@@ -1,0 +1,180 @@
+"""Nearest neighbours and near-duplicates among features (n, F): rows of unit length.
+
+The cosines of all pairs are computed tile by tile, each pair once, on the device that holds the
+features. Beyond the features they take two tiles and the results. The distance of two rows is
+sqrt(2 - 2 cosine).
+"""
+
+import math
+
+import torch
+from scipy.sparse import coo_array  # scikit-learn brings scipy
+from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
+
+from hardneg.runtime import UserError, no_bar
+
+TILE = 2048  # rows of a tile
+PAIRS = 1_000_000  # that are listed at most
+# The rule of near_duplicates()
+NEAREST = 11
+RATIO = 0.76
+FLOOR = 0.5
+ROUNDING = 1e-3  # the distance of equal images, by the rounding of their features, is less
+
+
+def near_duplicates(features, ratio=RATIO):
+    """Labels (n,) of the rows, equal for near-duplicates, by a rule that needs no threshold.
+
+    Each row has a reference: the distance to its NEAREST-th nearest row, but at least FLOOR times
+    the median of these distances. Two rows are linked if their distance is at most `ratio` times
+    the smaller of their references. Rows that a chain of links joins are near-duplicates.
+
+    So copies are rows that are much nearer to each other than to anything else. The floor is for
+    groups of more than NEAREST copies, where the NEAREST-th nearest is a copy, too.
+
+    Args:
+        ratio: in (0, 1). Less finds fewer, and more surely.
+
+    Raises:
+        UserError: there are too few rows.
+    """
+    n = len(features)
+    if n <= NEAREST:
+        raise UserError(
+            f'{n} images: the rule for near-duplicates needs {NEAREST + 1}, as it looks at the '
+            f'{NEAREST}th nearest. Give a cosine by --at_least, or a number of pairs by --top_pairs'
+        )
+    cosine, index = nearest(features, NEAREST)
+    distance = (2 - 2 * cosine).clamp(min=0).sqrt()  # (n, NEAREST)
+    reference = distance[:, -1]
+    floor = max(FLOOR * reference.median().item(), ROUNDING)
+    crowded = (reference < floor).nonzero()[:, 0]  # (m, 1) -> (m,)
+    reference = reference.clamp(min=floor)
+
+    # A row that is not crowded has all rows that it is linked to among its nearest, as ratio < 1.
+    smaller = torch.minimum(reference[:, None], reference[index])  # (n, NEAREST)
+    i, place = (distance <= ratio * smaller).nonzero().T  # (links, 2) -> 2 x (links,)
+    label = _joined(torch.arange(n), i, index[i, place])
+
+    least = 1 - (ratio * floor) ** 2 / 2  # the cosine at the distance ratio * floor
+    for i, j, _ in _pairs_in_tiles(features[crowded], least):
+        label = _joined(label, crowded[i], crowded[j])
+    return label
+
+
+def alike(features, least):
+    """Labels (n,) of the rows, equal if a chain of pairs with a cosine of `least` joins them."""
+    label = torch.arange(len(features))
+    for i, j, _ in _pairs_in_tiles(features, least):
+        label = _joined(label, i, j)
+    return label
+
+
+def groups(label):
+    """Tensors of the rows that share a label (n,), for each label that two or more rows have."""
+    order = label.argsort(stable=True)
+    _, counts = label[order].unique_consecutive(return_counts=True)
+    return [rows for rows in order.split(counts.tolist()) if len(rows) > 1]
+
+
+def nearest(features, k):
+    """The k < n nearest other rows of each row, nearest first: cosines and indices, (n, k) each."""
+    n = len(features)
+    best = features.new_full((n, k), -math.inf)
+    index = torch.zeros(n, k, dtype=torch.int64, device=features.device)
+
+    def update(first, other, cosine):
+        """Take what is nearer in a tile (r, c): of rows from first on, and columns from other."""
+        rows = slice(first, first + len(cosine))
+        values, found = cosine.topk(min(k, cosine.shape[1]))
+        values = torch.cat([best[rows], values], 1)
+        found = torch.cat([index[rows], found + other], 1)
+        best[rows], order = values.topk(k)
+        index[rows] = found.gather(1, order)
+
+    for a, b, cosine in _tiles(features):
+        update(a, b, cosine)
+        update(b, a, cosine.T)
+    return best, index
+
+
+def pairs(features, least):
+    """The pairs i < j of rows with a cosine of at least `least`: i, j and cosine, (pairs,) each.
+
+    The largest cosine comes first.
+
+    Raises:
+        UserError: there are more than PAIRS.
+    """
+    found = [_no_pairs()]
+    count = 0
+    for tile in _pairs_in_tiles(features, least):
+        found.append(tile)
+        count += len(tile[0])
+        if count > PAIRS:
+            raise UserError(
+                f'more than {PAIRS:,} pairs have a cosine of {least} or more: give a higher one'
+            )
+    return _sorted(found)
+
+
+def top_pairs(features, count):
+    """The `count` pairs with the largest cosines, or all if there are fewer, as pairs() does."""
+    best = _no_pairs()
+    for a, b, cosine in _tiles(features):
+        cosine = cosine.flatten()
+        values, place = cosine.topk(min(count, len(cosine)))
+        there = values > -math.inf
+        values, place = values[there].cpu(), place[there].cpu()
+        columns = min(TILE, len(features) - b)
+        tile = a + place // columns, b + place % columns, values
+        best = [x[:count] for x in _sorted([best, tile])]
+    return tuple(best)
+
+
+def _tiles(features):
+    """Yield (a, b, cosine), a <= b: the cosines (r, c) of rows from a on and of rows from b on.
+
+    Each pair comes once: the others of a tile are -inf. The next tile overwrites this one.
+    """
+    n = len(features)
+    memory = features.new_empty(min(n, TILE) ** 2)
+    starts = [(a, b) for a in range(0, n, TILE) for b in range(a, n, TILE)]
+    for a, b in tqdm(starts, 'Comparing', unit='tile', delay=2, leave=False, disable=no_bar()):
+        rows, others = features[a : a + TILE], features[b : b + TILE]
+        cosine = memory[: len(rows) * len(others)].view(len(rows), len(others))
+        torch.mm(rows, others.T, out=cosine)  # (r, F) x (F, c) -> (r, c)
+        if a == b:
+            lower = torch.ones_like(cosine, dtype=torch.bool).tril()
+            cosine.masked_fill_(lower, -math.inf)
+        yield a, b, cosine
+
+
+def _pairs_in_tiles(features, least):
+    """Yield i, j and cosine, (pairs,) each, of the pairs of each tile that has some, on the CPU."""
+    for a, b, cosine in _tiles(features):
+        i, j = cosine.ge(least).nonzero().T  # (pairs, 2) -> 2 x (pairs,)
+        if len(i):
+            yield (i + a).cpu(), (j + b).cpu(), cosine[i, j].cpu()
+
+
+def _no_pairs():
+    none = torch.zeros(0, dtype=torch.int64)
+    return none, none, torch.zeros(0)
+
+
+def _sorted(found):
+    """Pairs from several lists (i, j, cosine) as one, the largest cosine first."""
+    i, j, cosine = (torch.cat(x) for x in zip(*found))
+    order = cosine.argsort(descending=True, stable=True)
+    return i[order], j[order], cosine[order]
+
+
+def _joined(label, i, j):
+    """The labels (n,) after the labels of rows i and j, (links,) each, have become one."""
+    n = len(label)
+    links = torch.ones(len(i), dtype=torch.bool)
+    graph = coo_array((links, (label[i.cpu()], label[j.cpu()])), shape=(n, n))
+    _, component = connected_components(graph, directed=False)
+    return torch.from_numpy(component).long()[label]
