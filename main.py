@@ -298,8 +298,9 @@ def arguments(argv=None):
     args = parse(argv)
     # A run that is continued keeps what another machine would choose otherwise.
     before = {}
-    config = runs.config_of(Path(args.results_dir))
-    if config:
+    results = Path(args.results_dir)
+    config = runs.config_of(results)
+    if config and runs.has_begun(results):
         before = config['settings']
     flags.tell_root(args, before)
     flags.fill_precision(args, before, args.arch)
@@ -655,7 +656,7 @@ def check_memory(args, device):
     if free and needed > free:
         say(
             f'A step keeps {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: '
-            f'choose a --micro_batch{smaller_micro_batch(args)}, a smaller --batch_size or --arch'
+            f'choose a --micro_batch{smaller_micro_batch(args)}, or --arch resnet18 --width 0.25'
         )
 
 
@@ -680,7 +681,10 @@ def out_of_memory(args, error):
 def measure_untrained(args, data, evaluator, progress, saver):
     """The log's row of epoch 0, and the first state from which the run can continue."""
     if evaluator.device.type == 'cpu' and args.dataset_name != 'shapes':
-        say('No CUDA device: training on the CPU, which is slow. The README has a run of minutes')
+        say(
+            'No CUDA device: training on the CPU. What is too slow or too large there gets faster '
+            'by --arch resnet18 --width 0.25, a smaller --image_size, and --micro_batch 32'
+        )
     row = {'epoch': 0}
     if args.knn_every:
         row |= monitor(args, data, evaluator)

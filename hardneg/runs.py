@@ -219,9 +219,17 @@ def difference(place, there, here, defaults):
     if there['data_digest'] != here['data_digest']:
         counts = ''
         if 'images' in there:
-            counts = f' ({there["images"]} images there, {here["images"]} here)'
-        return f'{place} holds a run on other data{counts}: choose another --results_dir'
+            counts = f' ({_counted(there["images"])} there, {_counted(here["images"])} here)'
+        return (
+            f'{place} holds a run on other data{counts}: choose another --results_dir. There, '
+            '--init with a model_*.pth of this run keeps what it has learned'
+        )
     return ''
+
+
+def _counted(images):
+    """How many images a config.json says that its data have, as a text."""
+    return f'{images.get("train", "?")} training and {images.get("test", "?")} test images'
 
 
 def restore(results, saved, progress, net, optimizer, scaler):
@@ -436,6 +444,18 @@ def config_of(results):
     if config is None and file.exists():
         raise UserError(f"{file} is damaged or another program's: choose another --results_dir")
     return config
+
+
+def has_begun(results):
+    """Whether the run in a directory has taken a step. One that cannot be read counts as begun."""
+    state = results / 'last.pth'
+    if not state.exists():
+        return bool(_trained(results))
+    try:
+        saved = read_checkpoint(state)
+        return saved['epoch'] > 0 or saved['step'] > 0
+    except (UserError, KeyError, TypeError):  # open_run() says what is wrong
+        return True
 
 
 def with_probabilities(settings):

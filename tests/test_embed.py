@@ -1,18 +1,20 @@
 """misc/embed.py: features are the encoder's, by names of files; duplicates are the pairs above."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import embed
 import model
 from hardneg import runs
 from hardneg.augment import normalize
+from hardneg.embedded import read_embedded
 from hardneg.files import crc, write_json, write_tensors
 from hardneg.runtime import UserError
 
@@ -78,8 +80,9 @@ def test_sizes_are_the_runs_unless_a_flag_says_otherwise(encoder, tree, tmp_path
     write_json(encoder.with_name('config.json'), config)
     found = []
     for flags in [], ['--fit', 'squeeze', '--test_size', '0']:
-        run(encoder, tree, tmp_path / 'features.npz', *flags)
-        about = json.loads(str(np.load(tmp_path / 'features.npz')['about']))
+        out = tmp_path / f'{len(found)}.npz'
+        run(encoder, tree, out, *flags)
+        about = json.loads(str(np.load(out)['about']))
         own = about['settings']
         found.append((about['size'], own['fit'], own['test_size']))
     assert found == [(24, 'pad', 12), (24, 'squeeze', 0)]
@@ -141,20 +144,6 @@ def test_pairs_of_files_are_listed_with_their_cosines(encoder, tmp_path, capsys)
     assert '2 pairs with a cosine of 0.99999 or more' in capsys.readouterr().out
 
 
-def test_duplicates_are_all_pairs_above_the_cosine(monkeypatch):
-    x = F.normalize(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    i, j, cosine = embed.duplicates(x, 0.8, tile=16)
-    whole = (x @ x.T).triu(1)
-    expected = (whole >= 0.8).nonzero().tolist()
-    assert sorted(zip(i.tolist(), j.tolist())) == sorted(map(tuple, expected))
-    assert len(i) > 20
-    assert (cosine.diff() <= 0).all()
-    torch.testing.assert_close(cosine, whole[i, j])
-    monkeypatch.setattr(embed, 'PAIRS', 10)
-    with pytest.raises(UserError, match='raise --duplicates'):
-        embed.duplicates(x, 0.8)
-
-
 @pytest.mark.parametrize(
     'root, message', [('nowhere', 'nowhere is not a directory'), ('empty', 'no image in it')]
 )
@@ -183,3 +172,136 @@ def test_the_name_of_the_file_says_its_form(capsys):
         embed.main(['--out', 'features.txt'])
     assert stop.value.code == 2
     assert 'its name must end in .npz or .csv' in capsys.readouterr().err
+
+
+# A file that is brought up to date
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A directory of 5 images of 16 px, of random pixels."""
+    place = tmp_path / 'photos'
+    place.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        pixels = rng.integers(256, size=(16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f'{i}.png')
+    return place
+
+
+def encoded(monkeypatch):
+    """A list to which the names of all images that embed.py decodes from now on are added."""
+    names = []
+    decode = embed.decode_or_why
+
+    def watched(path, *args):
+        names.append(path.name)
+        return decode(path, *args)
+
+    monkeypatch.setattr(embed, 'decode_or_why', watched)
+    return names
+
+
+def test_only_new_and_changed_images_are_encoded_again(
+    encoder, photos, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / 'f.npz'
+    run(encoder, photos, out, '--store_size', '16')
+    (photos / '1.png').unlink()
+    (photos / '3.png').write_bytes(b'no image')
+    shutil.copy(photos / '0.png', photos / '2.png')
+    os.utime(photos / '2.png', (1, 1))
+    Image.new('RGB', (20, 10)).save(photos / 'new.png')
+    capsys.readouterr()
+    names = encoded(monkeypatch)
+    embed.main(['--out', str(out)])  # all else is in the file
+    assert set(names) == {'2.png', '3.png', 'new.png'}
+    assert f'{out}: 2 images unchanged, 3 new or changed, 1 gone' in capsys.readouterr().out
+    found = read_embedded(out)
+    assert found.names.tolist() == ['0.png', '2.png', '4.png', 'new.png']
+    assert found.about['damaged'] == ['3.png']
+    assert found.pixels.tolist() == [256, 256, 256, 200]
+    assert found.bytes.tolist() == [(photos / name).stat().st_size for name in found.names]
+    np.testing.assert_array_equal(found.features[0], found.features[1])
+
+    run(encoder, photos, tmp_path / 'anew.npz', '--store_size', '16')
+    anew = read_embedded(tmp_path / 'anew.npz')
+    np.testing.assert_allclose(found.features, anew.features, atol=1e-6)
+    names.clear()
+    run(encoder, photos, out)
+    assert set(names) == {'3.png'}
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--fit', 'pad'], r'by --fit crop: leave out --fit, or choose another --out'),
+        (['--store_size', '24'], 'by --store_size 0: leave out'),
+        (['--precision', 'bf16'], 'by --precision fp32: leave out'),
+        (['--model_path', 'other'], 'features of another encoder, .*model_1.pth'),
+        (['--root', 'other'], 'features of the images in .*photos: choose another --out'),
+    ],
+)
+def test_a_file_of_other_features_is_refused_and_stays(encoder, photos, tmp_path, flags, message):
+    out = tmp_path / 'f.npz'
+    run(encoder, photos, out)
+    (tmp_path / 'other').mkdir()
+    if flags[0] == '--model_path':
+        net = model.Model(8, 'resnet18', 8, width=0.25)
+        write_tensors(tmp_path / 'other.pth', net.state_dict())
+        flags = ['--model_path', str(tmp_path / 'other.pth')]
+    if flags[0] == '--root':
+        flags = ['--root', str(tmp_path / 'other')]
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=message):
+        embed.main(['--out', str(out), *flags])
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize('content', ['text', 'another', 'cut'])
+def test_a_file_that_is_damaged_or_anothers_is_refused_and_stays(
+    encoder, photos, tmp_path, content
+):
+    out = tmp_path / 'f.npz'
+    if content == 'text':
+        out.write_text('my notes')
+    elif content == 'another':
+        np.savez(out, names=['a'], features=[[1.0]])
+    else:
+        run(encoder, photos, out)
+        out.write_bytes(out.read_bytes()[:-300])
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=r'damaged or not an \.npz file of misc/embed.py'):
+        run(encoder, photos, out)
+    assert out.read_bytes() == before
+
+
+def test_moved_images_keep_their_features(encoder, photos, tmp_path, monkeypatch):
+    out = tmp_path / 'f.npz'
+    run(encoder, photos, out)
+    moved = photos.rename(tmp_path / 'moved')
+    names = encoded(monkeypatch)
+    embed.main(['--out', str(out), '--root', str(moved)])
+    assert not names
+    assert read_embedded(out).about['root'] == str(moved)
+
+
+def test_a_kill_loses_ten_minutes_at_most(encoder, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, 'BLOCK', 2)
+    monkeypatch.setattr(embed, 'SAVE_SECONDS', -1)  # after each block
+    out = tmp_path / 'f.npz'
+    write = embed.write_embedded
+
+    def killed(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed, 'write_embedded', killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(encoder, photos, out)
+    assert read_embedded(out).names.tolist() == ['0.png', '1.png']
+    monkeypatch.setattr(embed, 'write_embedded', write)
+    names = encoded(monkeypatch)
+    run(encoder, photos, out)
+    assert set(names) == {'2.png', '3.png', '4.png'}
+    assert len(read_embedded(out).names) == 5
