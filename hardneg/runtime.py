@@ -1,6 +1,7 @@
 """Distributed set-up, devices, signals, and messages to the user."""
 
 import contextlib
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -114,6 +115,8 @@ def start():
         device = device_id = torch.device('cuda', local_rank)
         backend = 'nccl'
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         waiting = threading.Timer(10, _tell_of_waiting)
         waiting.daemon = True
@@ -131,6 +134,19 @@ def start():
         )
         waiting.cancel()
     return device
+
+
+def keep_freed_memory():
+    """Let the C library keep what the process frees, for what it needs next.
+
+    glibc returns large blocks to the system, which clears each page that it gives out again. With
+    large images that took up to half of the time of a step on a CPU.
+    """
+    library = ctypes.CDLL(None)
+    if sys.platform == 'linux' and hasattr(library, 'mallopt'):  # musl has none
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def _tell_of_waiting():

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from argparse import Namespace
@@ -199,6 +201,29 @@ def test_a_rank_joins_its_group_with_its_device(
     else:
         assert done == [(backend, 1, 4, runtime.TIMEOUT, None)]
     assert whole.get(f'{restart or 0}/key') == b'value'
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc alone is told')
+def test_on_a_cpu_freed_memory_stays_for_what_comes_next():
+    """The resident memory, in MB, after 200 MB were used and freed, without start() and with it."""
+    code = """
+import sys, torch
+from hardneg import runtime
+if sys.argv[1] == 'started':
+    runtime.start()
+def resident():
+    return int(open('/proc/self/statm').read().split()[1]) * 4096 / 1e6
+before = resident()
+x = torch.ones(50_000_000)
+del x
+print(resident() - before)
+"""
+    kept = {}
+    for how in 'alone', 'started':
+        command = [sys.executable, '-c', code, how]
+        kept[how] = float(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert kept['alone'] < 50
+    assert kept['started'] > 190
 
 
 def test_a_rank_that_waits_for_others_says_where(monkeypatch, capsys):

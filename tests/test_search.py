@@ -158,7 +158,7 @@ def test_a_cosine_and_a_number_of_pairs_are_other_rules(made, tmp_path):
     assert table['keep'].tolist() == [True, False] * 3
     search.main([str(made / 'apart.npz'), '--duplicates', '--ratio', '0.0101', '--out', out])
     strict = pd.read_csv(tmp_path / 'g.csv')
-    assert set(strict['name']) >= {'3.png', 'sub/copy of 3.png'}
+    assert strict.empty  # no copies are as near as that
     search.main([str(made / 'f.npz'), '--at_least', '1', '--out', str(tmp_path / 'none.html')])
     Parsed(tmp_path / 'none.html')
 
