@@ -108,3 +108,12 @@ def test_chains_of_likeness_join():
     x = torch.cat([x, -x[:1]])
     (group,) = neighbours.groups(neighbours.alike(x, 0.99))
     assert group.tolist() == [0, 1, 2, 3]
+
+
+def test_two_bursts_of_one_scene_are_one_group():
+    """The nearest of each photo are of its own burst."""
+    x = with_copies(random_rows(300, 128), [(0, 20)], 0.01)
+    second = unit(x[:1] + 0.2 * random_rows(1, 128, seed=9))
+    x = torch.cat([x, with_copies(second, [(0, 20)], 0.01)])
+    (rows,) = neighbours.groups(neighbours.near_duplicates(x))
+    assert len(rows) == 42

@@ -158,3 +158,26 @@ def test_their_encoder_is_probed_on_a_labelled_set(results, tree, capsys):
         linear.main(path)
     linear.main([*path, '--dataset_name', 'folder', '--root', str(tree)])
     assert 'linear probe' in capsys.readouterr().out
+
+
+def test_a_start_that_was_given_up_leaves_no_sizes_to_the_next_command(tmp_path, monkeypatch):
+    for name, side in (('large', 80), ('small', 20)):
+        (tmp_path / name).mkdir()
+        for i in range(9):
+            Image.new('RGB', (side, side)).save(tmp_path / name / f'{i}.png')
+    words = '--dataset_name folder --arch resnet18 --width 0.25 --batch_size 8 --epochs 1'.split()
+    words += ['--results_dir', str(tmp_path / 'r'), '--root']
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, 'learning_rate', killed)  # in the first step
+        with pytest.raises(KeyboardInterrupt):
+            main.main([*words, str(tmp_path / 'large')])
+    assert (tmp_path / 'r' / 'last.pth').exists()
+    args, _, _ = main.arguments([*words, str(tmp_path / 'small')])
+    assert (args.image_size, args.stem) == (32, 'cifar')
+    main.main([*words, str(tmp_path / 'large')])
+    args, _, _ = main.arguments([*words, str(tmp_path / 'small')])
+    assert (args.image_size, args.stem) == (80, 'imagenet')  # those of the run that is there
