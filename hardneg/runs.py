@@ -453,9 +453,11 @@ def has_begun(results):
         return bool(_trained(results))
     try:
         saved = read_checkpoint(state)
-        return saved['epoch'] > 0 or saved['step'] > 0
-    except (UserError, KeyError, TypeError):  # open_run() says what is wrong
+    except UserError:  # open_run() says what is wrong
         return True
+    if not isinstance(saved, dict):
+        return True
+    return (saved.get('epoch'), saved.get('step')) != (0, 0)
 
 
 def with_probabilities(settings):

@@ -92,7 +92,7 @@ def test_encoder_and_classifier_learn(checkpoint, shapes, tmp_path, capsys, monk
     tune(
         f'{start} --results_dir {tmp_path} --dataset_name shapes --image_size 24 --test_size 24 '
         '--jitter 0 --crop_min 0.9 --label_fraction 0.2 --batch_size 32 --epochs 5 --lr 0.01 '
-        '--encoder_lr 0.005'
+        '--encoder_lr 0.005 --precision fp32'
     )
     out = tmp_path / f'model_3_{kind}_shapes_0.2'
     rows, about = pd.read_csv(f'{out}.csv'), read_json(f'{out}.json')

@@ -388,7 +388,7 @@ def test_a_state_is_saved_once_a_minute_though_no_encoder_is_kept(tmp_path, monk
     assert saved == [(2, True), (4, False), (5, False)]
 
 
-@pytest.mark.parametrize('seconds, due', [(600, False), (601, True)])
+@pytest.mark.parametrize('seconds, due', [(599, False), (601, True)])
 def test_a_state_is_due_after_ten_minutes(tmp_path, monkeypatch, seconds, due):
     saver = runs.Saver(tmp_path, {}, None, None, None)
     monkeypatch.setattr(runs.time, 'monotonic', lambda: saver.last + seconds)

@@ -335,7 +335,7 @@ def test_wrong_flags_end_the_sweep_before_it_begins(words, message, tmp_path, ca
 
 def arguments(*paths, **others):
     """What plot.py parses, with other defaults that suit few images."""
-    values = dict.fromkeys([*flags.DATA, 'prefix', 'arch', 'query']) | dict(
+    values = dict.fromkeys([*flags.DATA, 'prefix', 'arch', 'query', 'features']) | dict(
         seed=0, images=9, memory=99
     )
     return Namespace(paths=list(paths), **{**values, **others})
