@@ -62,6 +62,7 @@ FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every'
 # Settings that are directories. A relative one is relative to the working directory and, in a JSON
 # file, to the directory of the file, so that the file says from anywhere where the data lie.
 PLACES = ('root', 'cache_dir')
+NAMES = dict(standard='SimCLR', debiased='DCL', hard='HCL')  # of the published estimators
 OBJECTIVE = ('estimator', 'tau_plus', 'beta', 'anneal')
 # What a config.json and the .json of a probe hold
 CONFIG = dict(
@@ -556,8 +557,8 @@ def data_name(settings):
 
 
 def objective_name(settings):
-    """An objective as people write it: 'hard, τ⁺ = 0.1, β = 1'."""
-    parts = [settings['estimator']]
+    """An objective as people write it: 'HCL, τ⁺ = 0.1, β = 1'."""
+    parts = [NAMES.get(settings['estimator'], settings['estimator'])]
     if settings['tau_plus']:
         parts.append(f'τ⁺ = {settings["tau_plus"]:g}')
     if settings['beta']:

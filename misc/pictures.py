@@ -40,11 +40,11 @@ COLOURS = (
     '#888888',
 )
 MARKERS = 'os^DvP*X'
-STANDARD = 'standard'
-DEBIASED = 'debiased, τ⁺ = 0.1'
-HARD = 'hard, τ⁺ = 0.1, β = 1'
+SIMCLR = 'SimCLR'
+DCL = 'DCL, τ⁺ = 0.1'
+HCL = 'HCL, τ⁺ = 0.1, β = 1'
 # In all pictures of objectives
-OWN = {STANDARD: COLOURS[0], DEBIASED: COLOURS[2], HARD: COLOURS[1]}
+OWN = {SIMCLR: COLOURS[0], DCL: COLOURS[2], HCL: COLOURS[1]}
 # A green and a red that the colour-blind can tell apart
 RIGHT, WRONG = '#009E73', '#CC3311'
 GREY = '#555555'
@@ -394,10 +394,10 @@ def negatives(args):
     same = (labels[negative] == labels[query]) & (labels[query] >= 0)
     t = settings['temperature']
     objectives = {
-        STANDARD: dict(temperature=t, tau_plus=0, beta=0),
-        DEBIASED: dict(temperature=t, tau_plus=0.1, beta=0),
-        HARD: dict(temperature=t, tau_plus=0.1, beta=1),
-        'standard at t = 0.1': dict(temperature=0.1, tau_plus=0, beta=0),
+        SIMCLR: dict(temperature=t, tau_plus=0, beta=0),
+        DCL: dict(temperature=t, tau_plus=0.1, beta=0),
+        HCL: dict(temperature=t, tau_plus=0.1, beta=1),
+        'SimCLR at t = 0.1': dict(temperature=0.1, tau_plus=0, beta=0),
     }
     pushes = {}
     with torch.enable_grad():
@@ -423,14 +423,14 @@ def negatives(args):
 
 
 def draw_pushes(axes, x, pushes, same):
-    """Draw how strongly each objective pushes the negatives, in multiples of standard's mean.
+    """Draw how strongly each objective pushes the negatives, in multiples of SimCLR's mean.
 
     Args:
         x: cosines (n,) of the negatives to the query, sorted.
         pushes: (n,) of each objective, by name.
         same: (n,) bool, whether a negative has the query's class.
     """
-    mean = pushes[STANDARD].mean()
+    mean = pushes[SIMCLR].mean()
     pushed = torch.stack([pushes[name] for name in OWN]) / mean
     for name, own in pushes.items():
         if name in OWN:
@@ -450,7 +450,7 @@ def draw_pushes(axes, x, pushes, same):
     axes.axhline(0, color=GREY, linewidth=1)
     axes.set_xlim(x[0] - 0.06, x[-1] + 0.06)
     axes.set_ylim(pushed.min().item() - 0.5, 1.1 * pushed.max().item())
-    axes.set_ylabel('push apart: ∂ loss / ∂ cosine  (mean of standard = 1)')
+    axes.set_ylabel('push apart: ∂ loss / ∂ cosine  (mean of SimCLR = 1)')
     what = 'cosine similarity of a negative to the query, and what is found there'
     axes.set_xlabel(what, labelpad=46)
     axes.legend(loc='upper left', bbox_to_anchor=(0.16, 1))

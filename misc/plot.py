@@ -219,7 +219,7 @@ def temperature(args):
     if not measured:
         raise UserError('no run there has measured an accuracy')
     size = max(5, 4 * len(measured)), 3.4
-    figure, panels = plt.subplots(1, len(measured), figsize=size, squeeze=False)
+    figure, panels = plt.subplots(1, len(measured), figsize=size, sharey=True, squeeze=False)
     different = list(rows['title'].unique())
     for title, colour, marker in zip(different, colours(different), MARKERS):
         own = rows[rows['title'] == title]

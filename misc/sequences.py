@@ -21,13 +21,13 @@ from hardneg.losses import contrastive_loss
 
 SYMBOLS, LENGTH, WINDOW = 8, 128, 48
 OBJECTIVES = {
-    'standard': dict(tau_plus=0, beta=0),
-    'debiased': dict(tau_plus=0.05, beta=0),
+    'SimCLR': dict(tau_plus=0, beta=0),
+    'DCL': dict(tau_plus=0.05, beta=0),
     'untrained': dict(steps=0),
-    'hard, β = 1': dict(tau_plus=0.05, beta=1),
-    'hard, β = 2': dict(tau_plus=0.05, beta=2),
-    'standard, t = 0.1': dict(tau_plus=0, beta=0, temperature=0.1),
-    'hard, β = 1, t = 0.1': dict(tau_plus=0.05, beta=1, temperature=0.1),
+    'HCL, β = 1': dict(tau_plus=0.05, beta=1),
+    'HCL, β = 2': dict(tau_plus=0.05, beta=2),
+    'SimCLR, t = 0.1': dict(tau_plus=0, beta=0, temperature=0.1),
+    'HCL, β = 1, t = 0.1': dict(tau_plus=0.05, beta=1, temperature=0.1),
 }
 
 
@@ -82,13 +82,13 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--seeds', type=int, default=5, help='runs of each objective (%(default)s)')
     seeds = parser.parse_args().seeds
-    standard = None
+    simclr = None
     for name, objective in OBJECTIVES.items():
         found = torch.tensor([accuracy(seed, **objective) for seed in range(seeds)])
-        if standard is None:
-            standard = found
-        gain = found - standard
+        if simclr is None:
+            simclr = found
+        gain = found - simclr
         print(
             f'{name}: kNN {found.mean():.1f} ± {found.std():.1f} %, '
-            f'to standard {gain.mean():+.1f} ± {gain.std():.1f}'
+            f'over SimCLR {gain.mean():+.1f} ± {gain.std():.1f}'
         )

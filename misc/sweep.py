@@ -95,7 +95,7 @@ def make_parser():
     parser.add_argument(
         '--against',
         type=flags.positive(100),
-        help="temperature of the standard runs that gains compare with (each run's own)",
+        help="temperature of the SimCLR runs that gains compare with (each run's own)",
     )
     parser.add_argument(
         '--table_only',
@@ -348,7 +348,7 @@ def make_table(results, against=None):
     """A DataFrame with a row for every group of finished runs that differ in the seed alone.
 
     It has the mean over seeds and the standard deviation of each accuracy (percent) and of its
-    gain. The gain is the difference, seed by seed, to the standard objective with the same other
+    gain. The gain is the difference, seed by seed, to SimCLR (standard) with the same other
     settings or, given `against`, at that temperature.
 
     Raises:
@@ -386,10 +386,10 @@ def make_table(results, against=None):
 
 
 def standard_accuracies(found, pair, against):
-    """For each row of found, the METRICS of the standard run of equal values of the columns pair.
+    """For each row of found, the METRICS of the SimCLR run of equal values of the columns pair.
 
     They are NaN if there is none, or if the row itself is one. With `against`, they are those of
-    the standard run at that temperature.
+    the SimCLR run at that temperature.
     """
     is_standard = found['estimator'] == 'standard'
     if against:
@@ -430,7 +430,7 @@ def markdown(table, against=None):
 def title(name, against):
     """The head of a column of accuracies or measures."""
     if name.endswith('_gain'):
-        return f'against standard, t = {against:g}' if against else 'against standard'
+        return f'gain over SimCLR, t = {against:g}' if against else 'gain over SimCLR'
     if name in runs.PROBES:
         return f'{runs.PROBES[name]}, %'
     return dict(knn='kNN, %', rankme='RankMe').get(name, name)

@@ -29,7 +29,7 @@ from hardneg.losses import contrastive_loss
 from hardneg.runtime import UserError
 from utils import load_data
 
-HARD = 'hard, τ⁺ = 0.1, β = 0.5'
+HARD = 'HCL, τ⁺ = 0.1, β = 0.5'
 # Letters that Markdown, matplotlib, file systems or terminals treat in a way of their own
 LETTERS = '_$|*~^{}\\%&#`<> ab\t\x01\x07\x1b\x7fé漢' + 'שע\u202e\u0301' + os.fsdecode(b'\xe9\xff')
 
@@ -99,7 +99,7 @@ def table_of(logs, *words):
 
 def test_a_table_has_means_deviations_and_paired_differences(logs, capsys):
     table = table_of(logs)
-    assert table['objective'].tolist() == ['standard', HARD]
+    assert table['objective'].tolist() == ['SimCLR', HARD]
     hard = table.iloc[1]
     found = hard[['seeds', 'knn', 'linear', 'minutes', 'epochs', 'beta']].tolist()
     assert found == [2, 18, 37, 2.5, 2, 0.5]
@@ -110,7 +110,7 @@ def test_a_table_has_means_deviations_and_paired_differences(logs, capsys):
     assert hard['linear_command'] == 'linear.py --lr 1'
     text = (logs / 'table.md').read_text()
     assert f'| {HARD} | 2 | 18.00 ± 5.66 | +3.00 ± 1.41 | 37.00 ± 1.41 | +2.00 ± 5.66 |' in text
-    assert '| standard | 2 | 15.00 ± 7.07 |  | 35.00 ± 7.07 |  |' in text
+    assert '| SimCLR | 2 | 15.00 ± 7.07 |  | 35.00 ± 7.07 |  |' in text
     assert 'took 2 minutes a run, on average' in text
     assert 'resnet18' in text
     assert text in capsys.readouterr().out
@@ -122,7 +122,7 @@ def test_gains_may_be_over_standard_at_a_temperature_of_its_own(logs):
         change(logs / name / 'config.json', low)
     table = table_of(logs, '--against', '0.1').set_index(['estimator', 'temperature'])
     assert table['knn_gain'].dropna().to_dict() == {('hard', 0.1): 4, ('hard', 0.5): 2}
-    assert '| against standard, t = 0.1 |' in (logs / 'table.md').read_text()
+    assert '| gain over SimCLR, t = 0.1 |' in (logs / 'table.md').read_text()
     change(logs / 'standard_1' / 'config.json', dict(temperature=0.5, knn_temperature=0.5))
     table = table_of(logs, '--against', '0.1').set_index(['estimator', 'temperature'])
     assert table['knn_gain'].dropna().to_dict() == {('hard', 0.1): 4}
@@ -135,7 +135,7 @@ def test_a_table_keeps_other_settings_apart_and_leaves_unfinished_runs_out(logs,
     shutil.copy(logs / 'hard_0' / 'config.json', logs / 'began')  # stopped before its log
     table = table_of(logs)
     found = table[['objective', 'batch_size', 'seeds']].values.tolist()
-    assert found == [['standard', 8, 2], [HARD, 16, 1]]
+    assert found == [['SimCLR', 8, 2], [HARD, 16, 1]]
     assert np.isnan(table['knn_gain'][1])  # there is no standard run at that batch size
     error = capsys.readouterr().err
     assert 'hard_1: not finished' in error
@@ -345,10 +345,10 @@ def test_curves_are_means_over_seeds(logs):
     figure = plot.curves(arguments(*sorted(logs.iterdir())))
     loss, accuracy = figure.axes
     lines = {line.get_label(): line for line in loss.lines}
-    assert list(lines) == ['standard', HARD]
+    assert list(lines) == ['SimCLR', HARD]
     assert lines[HARD].get_ydata().tolist() == [5, 4.5]
-    assert lines['standard'].get_color() == pictures.OWN['standard']
-    assert lines[HARD].get_color() != lines['standard'].get_color()
+    assert lines['SimCLR'].get_color() == pictures.OWN['SimCLR']
+    assert lines[HARD].get_color() != lines['SimCLR'].get_color()
     found = [line.get_xydata().tolist() for line in accuracy.lines]
     assert found == [[[0, 9], [2, 15]], [[0, 9], [2, 18]]]
     assert loss.get_xlabel() == 'epoch'
@@ -388,9 +388,9 @@ def test_accuracies_by_temperature_are_those_of_the_logs(logs):
     change(logs / 'hard_1' / 'config.json', low)
     knn, probe = plot.temperature(arguments(*sorted(logs.iterdir()))).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in knn.lines}
-    assert lines == {'standard': [[0.5, 15]], HARD: [[0.1, 22], [0.5, 14]]}
+    assert lines == {'SimCLR': [[0.5, 15]], HARD: [[0.1, 22], [0.5, 14]]}
     lines = {line.get_label(): line.get_xydata().tolist() for line in probe.lines}
-    assert lines == {'standard': [[0.5, 35]], HARD: [[0.1, 38], [0.5, 36]]}
+    assert lines == {'SimCLR': [[0.5, 35]], HARD: [[0.1, 38], [0.5, 36]]}
     dots = np.concatenate([dots.get_offsets()[:, 1] for dots in knn.collections])
     assert sorted(dots) == [10, 14, 20, 22]
 
@@ -697,7 +697,7 @@ def test_a_view_of_a_sequence_is_a_window_with_a_fifth_of_its_symbols_replaced()
 
 
 def test_hard_negatives_help_on_sequences():
-    hard, standard = sequences.OBJECTIVES['hard, β = 2'], sequences.OBJECTIVES['standard']
+    hard, standard = sequences.OBJECTIVES['HCL, β = 2'], sequences.OBJECTIVES['SimCLR']
     for seed in 0, 1:
         gain = sequences.accuracy(seed, 60, **hard) - sequences.accuracy(seed, 60, **standard)
         assert gain > 2

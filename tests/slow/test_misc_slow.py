@@ -176,7 +176,7 @@ def test_a_method_of_ones_own_is_a_function_and_an_entry(tiny, tmp_path):
     swept = job('misc/sweep.py', *flags, '--objectives', 'mine', 'standard')
     assert swept.returncode == 0, swept.stderr
     table = pd.read_csv(tmp_path / 'r' / 'table.csv')
-    assert sorted(table['objective']) == ['mine', 'standard']
+    assert sorted(table['objective']) == ['SimCLR', 'mine']
     assert table['linear_cached'].notna().all()
     config = read_json(tmp_path / 'r' / 'mine_0' / 'config.json')
     assert config['settings']['estimator'] == 'mine'
