@@ -43,6 +43,11 @@ MARKERS = 'os^DvP*X'
 SIMCLR = 'SimCLR'
 DCL = 'DCL, τ⁺ = 0.1'
 HCL = 'HCL, τ⁺ = 0.1, β = 1'
+OBJECTIVES = {
+    SIMCLR: dict(tau_plus=0, beta=0),
+    DCL: dict(tau_plus=0.1, beta=0),
+    HCL: dict(tau_plus=0.1, beta=1),
+}
 # In all pictures of objectives
 OWN = {SIMCLR: COLOURS[0], DCL: COLOURS[2], HCL: COLOURS[1]}
 # A green and a red that the colour-blind can tell apart
@@ -393,12 +398,8 @@ def negatives(args):
     negative = negative[cosine[negative].argsort()]
     same = (labels[negative] == labels[query]) & (labels[query] >= 0)
     t = settings['temperature']
-    objectives = {
-        SIMCLR: dict(temperature=t, tau_plus=0, beta=0),
-        DCL: dict(temperature=t, tau_plus=0.1, beta=0),
-        HCL: dict(temperature=t, tau_plus=0.1, beta=1),
-        'SimCLR at t = 0.1': dict(temperature=0.1, tau_plus=0, beta=0),
-    }
+    objectives = {name: dict(temperature=t, **own) for name, own in OBJECTIVES.items()}
+    objectives['SimCLR at t = 0.1'] = dict(temperature=0.1, **OBJECTIVES[SIMCLR])
     pushes = {}
     with torch.enable_grad():
         for name, objective in objectives.items():
@@ -454,6 +455,77 @@ def draw_pushes(axes, x, pushes, same):
     what = 'cosine similarity of a negative to the query, and what is found there'
     axes.set_xlabel(what, labelpad=46)
     axes.legend(loc='upper left', bbox_to_anchor=(0.16, 1))
+
+
+# The idea
+
+# Angles between an image and its negatives, in degrees
+NEGATIVES = {
+    'false negative (same class)': (-21, 21),
+    'hard negative': (-48, -34, 34, 48),
+    'easy negative': (*range(-160, -60, 12), 180, *range(64, 162, 12)),
+}
+LOOKS = {  # colour and marker
+    'false negative (same class)': (WRONG, 'X'),
+    'hard negative': (COLOURS[4], 'o'),
+    'easy negative': (COLOURS[5], 'o'),
+}
+
+
+def circle(args):
+    """Which negatives of an image SimCLR, DCL and HCL push away, on a circle."""
+    kinds, angles = [], []
+    for kind, places in NEGATIVES.items():
+        kinds += [kind] * len(places)
+        angles += places
+    image, positive, negatives = (on_circle(degrees) for degrees in ([0], [9], angles))
+    figure, panels = plt.subplots(1, 3, figsize=(8, 3.3))
+    objectives = dict(SimCLR=SIMCLR, DCL=DCL, HCL=HCL)
+    for panel, (name, key) in zip(panels, objectives.items()):
+        pushes = push_of_one(image, positive, negatives, temperature=0.5, **OBJECTIVES[key])
+        panel.add_patch(plt.Circle((0, 0), 1, fill=False, color='#bbbbbb'))
+        panel.scatter(*image[0], s=120, marker='*', color='black', label='image', zorder=3)
+        panel.scatter(*positive[0], s=60, marker='P', color=RIGHT, label='its other view', zorder=3)
+        draw_negatives(panel, negatives, kinds, pushes)
+        panel.set_title(name, fontsize=11)
+        panel.set(xlim=(-1.25, 1.25), ylim=(-1.15, 1.25), aspect='equal')
+        panel.axis('off')
+    handles, texts = panels[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc='outside lower center', ncols=5, fontsize=9)
+    return figure
+
+
+def on_circle(degrees):
+    """Points (n, 2) at angles (n,) from the top."""
+    turn = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([turn.sin(), turn.cos()], 1)
+
+
+def push_of_one(image, positive, negatives, **objective):
+    """The derivative of one image's loss by its cosine to each negative: (K,).
+
+    image and positive are (1, D), negatives (K, D). As in push(), each negative gets a coordinate
+    of its own.
+    """
+    z = torch.cat([image, positive, negatives])  # -> (2 + K, D)
+    own = torch.eye(len(z), dtype=z.dtype)
+    z = torch.cat([z, own], 1).requires_grad_()  # (2 + K, D) -> (2 + K, D + 2 + K)
+    contrastive_loss(z[:1], z[1:2], negatives=z[2:], **objective, normalize=False).backward()
+    return 2 * z.grad[0, -len(negatives) :]  # the loss is the mean of the two views'
+
+
+def draw_negatives(panel, negatives, kinds, pushes):
+    """Draw points (K, 2), whose areas are their pushes (K,), and the share of the near ones."""
+    pushed = pushes.clamp(min=0).numpy()  # HCL pulls the easiest a little
+    kinds = np.array(kinds)
+    for kind, (colour, marker) in LOOKS.items():
+        own = kinds == kind
+        look = dict(color=colour, marker=marker, alpha=0.8, linewidths=0)
+        panel.scatter(*negatives[own].T, s=6 + 1500 * pushed[own], **look)
+        panel.scatter([], [], s=45, label=kind, **look)
+    share = 100 * pushed[kinds != 'easy negative'].sum() / pushed.sum()
+    text = f'{share:.0f} % of the push\nis on hard and\nfalse negatives'
+    panel.text(0, -0.05, text, ha='center', va='center')
 
 
 # Images and names in a picture

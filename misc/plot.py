@@ -7,6 +7,7 @@
     python misc/plot.py neighbours --features features.npz       # by a file of misc/embed.py
     python misc/plot.py negatives results/model_400.pth          # which negatives are pushed away
     python misc/plot.py graphs results/graphs                    # accuracies of misc/graphs.py
+    python misc/plot.py circle --out circle.png                  # the idea of hard negatives
 
 Data set and sizes come from the config.json beside a checkpoint unless a flag says otherwise. Runs
 whose settings differ in the seed alone are drawn as one line of means and a band of one standard
@@ -107,6 +108,12 @@ def make_parser():
         help='which image of the batch is the query (%(default)s)',
     )
     add(graphs, 'a directory of misc/graphs.py', nargs=1)
+    text = pictures.circle.__doc__
+    command = commands.add_parser('circle', help=text, description=text)
+    command.add_argument(
+        '--out', type=flags.path, default='circle.png', help='file to write (%(default)s)'
+    )
+    command.set_defaults(paths=[])
     return parser
 
 
@@ -328,6 +335,7 @@ PICTURES = dict(
     neighbours=pictures.neighbours,
     negatives=pictures.negatives,
     graphs=graphs,
+    circle=pictures.circle,
 )
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import random
 import re
@@ -472,8 +473,32 @@ def test_push_is_the_derivative_of_the_loss_by_a_cosine():
         assert found[i, j].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
 
 
+@pytest.mark.parametrize('tau_plus, beta', [(0, 0), (0.1, 0), (0.1, 1)])
+def test_the_push_on_the_circle_is_the_derivative_of_one_images_loss(tau_plus, beta):
+    """By the papers' equations, of the cosines alone."""
+    t = 0.5
+    image, positive, negatives = (pictures.on_circle(x) for x in ([0], [9], [-40, 60, 100, 170]))
+    cosine = (negatives @ image[0]).requires_grad_()  # (K,)
+    s = cosine / t
+    P = (positive @ image[0] / t).exp()
+    R = len(s) * ((1 + beta) * s).exp().sum() / (beta * s).exp().sum()
+    Ng = (R - tau_plus * len(s) * P) / (1 - tau_plus)
+    assert Ng > len(s) * math.exp(-1 / t)
+    (-(P / (P + Ng)).log()).backward()
+    objective = dict(temperature=t, tau_plus=tau_plus, beta=beta)
+    found = pictures.push_of_one(image, positive, negatives, **objective)
+    torch.testing.assert_close(found, cosine.grad)
+
+
+def test_the_circle_needs_no_run(tmp_path):
+    plot.main(['circle', '--out', str(tmp_path / 'circle.png')])
+    assert plt.imread(tmp_path / 'circle.png').shape[1] == 1280
+
+
 # That of graphs has a test in test_graphs.py.
-@pytest.mark.parametrize('what', [what for what in plot.PICTURES if what != 'graphs'])
+@pytest.mark.parametrize(
+    'what', [what for what in plot.PICTURES if what not in ('graphs', 'circle')]
+)
 def test_every_picture_is_written(run_of_one_epoch, tmp_path, monkeypatch, capsys, what):
     monkeypatch.setattr(pictures, 'BATCH', 9)
     path = run_of_one_epoch / 'model_1.pth'

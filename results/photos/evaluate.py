@@ -1,7 +1,7 @@
 """How well features, or a hash, find the variants that variants.py planted among photos.
 
     python results/photos/evaluate.py truth.csv features.npz [more.npz ...]
-    python results/photos/evaluate.py truth.csv --phash OUT      # pHash of 64 bits: pip install imagehash
+    python results/photos/evaluate.py truth.csv --phash OUT      # 64 bits: pip install imagehash
 
 Prints a row of a table for each. Two photos belong together if they come from one original, or if
 same.csv, beside this script, says that two originals show the same: these were found by eye.

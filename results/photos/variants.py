@@ -3,8 +3,9 @@
     python results/photos/variants.py ORIGINALS OUT [FIRST]
 
 Copies every second photo below ORIGINALS, sorted by name, from place FIRST on (0), to OUT and adds
-variants of some: of 50 one, of 50 three to five, and of one a burst of 15. truth.csv beside OUT names, for each
-variant, its original and its kind. Another kind, crops of 60 %, is made of 50 more photos.
+variants of some: of 50 one, of 50 three to five, and of one a burst of 15. truth.csv beside OUT
+names, for each variant, its original and its kind. Another kind, crops of 60 %, is made of 50 more
+photos.
 
 small      150 px on the longer side, JPEG of quality 50
 central    the central 80 % of each side
