@@ -30,11 +30,16 @@ def write(path, data):
     Raises:
         UserError: the file cannot be written.
     """
+    write_by(path, lambda file: file.write(data))
+
+
+def write_by(path, save):
+    """write() what save(file) writes to a binary file."""
     path = Path(path)
     part = Path(f'{path}.{os.getpid()}.part')  # another process may write here, too
     try:
         with open(part, 'wb') as file:
-            file.write(data)
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -89,8 +94,8 @@ def lock(directory, name='.lock', wait=False):
     Raises:
         UserError: another process holds it and wait is False, or the directory cannot be written.
     """
+    check_directory(directory)
     try:
-        _check_writable(directory)
         path = Path(directory, name).absolute()
         held = filelock.FileLock(path, blocking=wait, is_singleton=True)
         held.acquire()
@@ -99,10 +104,20 @@ def lock(directory, name='.lock', wait=False):
             f'another run is writing in {directory}: wait for it, or choose another directory'
         ) from None
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        raise UserError(
-            f'cannot write in {directory} ({error}): choose another directory'
-        ) from error
+        raise _not_writable(directory, error) from error
     _locks.append(held)
+
+
+def check_directory(directory):
+    """Make the directory, if it is not there. UserError if no file can be written in it."""
+    try:
+        _check_writable(directory)
+    except OSError as error:
+        raise _not_writable(directory, error) from error
+
+
+def _not_writable(directory, error):
+    return UserError(f'cannot write in {directory} ({error}): choose another directory')
 
 
 def _check_writable(directory):

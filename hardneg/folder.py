@@ -332,6 +332,8 @@ class Listing:
         for place, names in self.directories_of_images(top):
             for name in names:
                 path = os.path.join(place, name)
+                if name.endswith('.lock'):  # of embed.py, beside what it writes
+                    continue
                 if hidden(name):
                     self.leave_out(path, HIDDEN)
                 elif not _is_image(name):

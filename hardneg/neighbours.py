@@ -1,8 +1,8 @@
 """Nearest neighbours and near-duplicates among features (n, F): rows of unit length.
 
 The cosines of all pairs are computed tile by tile, each pair once, on the device that holds the
-features. Beyond the features they take two tiles and the results. The distance of two rows is
-sqrt(2 - 2 cosine).
+features. Beyond the features they take two tiles, the results, and a copy of the rows in crowded
+places. Results are on the CPU. The distance of two rows is sqrt(2 - 2 cosine).
 """
 
 import math
@@ -16,19 +16,22 @@ from hardneg.runtime import UserError, no_bar
 
 TILE = 2048  # rows of a tile
 PAIRS = 1_000_000  # that are listed at most
+LINKS = 1_000_000  # that wait to be joined
 # The rule of near_duplicates()
 NEAREST = 11
 RATIO = 0.76
 FLOOR = 0.5
-ROUNDING = 1e-3  # the distance of equal images, by the rounding of their features, is less
+# What rounding makes of equal images: at most this distance, and this much less than a cosine of 1
+ROUNDING = 1e-3
+COSINE_ROUNDING = 1e-6
 
 
 def near_duplicates(features, ratio=RATIO):
-    """Labels (n,) of the rows, equal for near-duplicates, by a rule that needs no threshold.
+    """Labels (n,) of the rows, equal for near-duplicates, by a rule that needs no cosine.
 
-    Each row has a reference: the distance to its NEAREST-th nearest row, but at least FLOOR times
-    the median of these distances. Two rows are linked if their distance is at most `ratio` times
-    the smaller of their references. Rows that a chain of links joins are near-duplicates.
+    The reach of a row is the distance to its NEAREST-th nearest row, but at least FLOOR times the
+    median of these distances. Two rows are linked if their distance is at most `ratio` times the
+    smaller of their reaches. Rows that a chain of links joins are near-duplicates.
 
     So copies are rows that are much nearer to each other than to anything else. The floor is for
     groups of more than NEAREST copies, where the NEAREST-th nearest is a copy, too.
@@ -47,27 +50,38 @@ def near_duplicates(features, ratio=RATIO):
         )
     cosine, index = nearest(features, NEAREST)
     distance = (2 - 2 * cosine).clamp(min=0).sqrt()  # (n, NEAREST)
-    reference = distance[:, -1]
-    floor = max(FLOOR * reference.median().item(), ROUNDING)
-    crowded = (reference < floor).nonzero()[:, 0]  # (m, 1) -> (m,)
-    reference = reference.clamp(min=floor)
-
+    reach = distance[:, -1]
+    floor = max(FLOOR * reach.median().item(), ROUNDING)
+    crowded = (reach < floor).nonzero()[:, 0]  # (m, 1) -> (m,)
+    reach = reach.clamp(min=floor)
     # A row that is not crowded has all rows that it is linked to among its nearest, as ratio < 1.
-    smaller = torch.minimum(reference[:, None], reference[index])  # (n, NEAREST)
-    i, place = (distance <= ratio * smaller).nonzero().T  # (links, 2) -> 2 x (links,)
-    label = _joined(torch.arange(n), i, index[i, place])
+    smaller = torch.minimum(reach[:, None], reach[index])  # (n, NEAREST)
+    linked = distance <= (ratio * smaller).clamp(min=ROUNDING)
+    first, place = linked.nonzero().T  # (links, 2) -> 2 x (links,)
+    label = _joined(torch.arange(n), first.cpu(), index[first, place].cpu())
+    # Two crowded rows may have more than NEAREST rows between them.
+    limit = max(ratio * floor, ROUNDING)
+    crowds = groups(joined_by_cosine(features[crowded], 1 - limit**2 / 2))
+    if not crowds:
+        return label
+    crowded = crowded.cpu()
+    first = torch.cat([crowded[rows[:-1]] for rows in crowds])
+    second = torch.cat([crowded[rows[1:]] for rows in crowds])
+    return _joined(label, first, second)
 
-    least = 1 - (ratio * floor) ** 2 / 2  # the cosine at the distance ratio * floor
-    for i, j, _ in _pairs_in_tiles(features[crowded], least):
-        label = _joined(label, crowded[i], crowded[j])
-    return label
 
-
-def alike(features, least):
+def joined_by_cosine(features, least):
     """Labels (n,) of the rows, equal if a chain of pairs with a cosine of `least` joins them."""
     label = torch.arange(len(features))
-    for i, j, _ in _pairs_in_tiles(features, least):
-        label = _joined(label, i, j)
+    waiting, count = [], 0
+    for first, second, _ in _pairs_in_tiles(features, least):
+        waiting.append((first, second))
+        count += len(first)
+        if count > LINKS:
+            label = _joined(label, *(torch.cat(rows) for rows in zip(*waiting)))
+            waiting, count = [], 0
+    if waiting:
+        label = _joined(label, *(torch.cat(rows) for rows in zip(*waiting)))
     return label
 
 
@@ -154,7 +168,7 @@ def _tiles(features):
 def _pairs_in_tiles(features, least):
     """Yield i, j and cosine, (pairs,) each, of the pairs of each tile that has some, on the CPU."""
     for a, b, cosine in _tiles(features):
-        i, j = cosine.ge(least).nonzero().T  # (pairs, 2) -> 2 x (pairs,)
+        i, j = cosine.ge(least - COSINE_ROUNDING).nonzero().T  # (pairs, 2) -> 2 x (pairs,)
         if len(i):
             yield (i + a).cpu(), (j + b).cpu(), cosine[i, j].cpu()
 
@@ -171,10 +185,10 @@ def _sorted(found):
     return i[order], j[order], cosine[order]
 
 
-def _joined(label, i, j):
-    """The labels (n,) after the labels of rows i and j, (links,) each, have become one."""
+def _joined(label, first, second):
+    """The labels (n,) after those of the rows first and second, (links,) each, have become one."""
     n = len(label)
-    links = torch.ones(len(i), dtype=torch.bool)
-    graph = coo_array((links, (label[i.cpu()], label[j.cpu()])), shape=(n, n))
+    links = torch.ones(len(first), dtype=torch.bool)
+    graph = coo_array((links, (label[first], label[second])), shape=(n, n))
     _, component = connected_components(graph, directed=False)
     return torch.from_numpy(component).long()[label]

@@ -8,8 +8,8 @@
 An .npz holds names below DIR (n,), features (n, F), rows of unit length, the number of pixels and
 bytes of each image, and about, a JSON text of what made them (hardneg/embedded.py). The cosine of
 two images is the product of their rows. If the file is there already, images that have not changed
-keep their features; encoder, directory and sizes that are not given are the file's. Long runs save
-every ten minutes what they have, from which the same command goes on.
+keep their features; encoder, directory and sizes that are not given are the file's. A run saves
+what it has every ten minutes, and the same command goes on from there.
 
 A .csv has a row of features for each image, and a .json beside it. It is always computed anew.
 
@@ -39,7 +39,6 @@ from hardneg.evaluate import Evaluator
 from hardneg.files import lock, write_json, write_table
 from hardneg.folder import Listing, in_any_form, own_size
 from hardneg.runtime import UserError, ranks, say
-from hardneg.timm_models import encoder_crc
 from model import load_encoder, unit
 
 BLOCK = 256  # images that a rank decodes while it encodes the block before
@@ -93,6 +92,8 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     out = Path(args.out)
+    if ranks().rank == 0:  # it also tells, before hours of work, where nothing can be written
+        lock(out.parent, f'.{out.stem}.lock')
     before = None
     if out.suffix == '.npz' and out.exists():
         before = read_embedded(out)
@@ -100,31 +101,26 @@ def main(argv=None):
     flags.fill(args, dict(model_path=flags.MODEL_PATH, root=flags.DATA['root']))
     runtime.check_machine(args.precision)
     net = load_encoder(args.model_path, args.prefix, args.arch)
-    encoder = encoder_crc(args.model_path, net)
+    encoder = timm_models.tensors_crc(net.f)
     if before and encoder != before.about['encoder']:
         raise UserError(
             f'{out} holds features of another encoder, {before.about["settings"]["model_path"]}: '
             'choose another --out'
         )
-    flags.fill_precision(args, arch=net.backbone['arch'])
-    config = runs.read_config(Path(args.model_path).with_name('config.json')) or {}
-    sizes = {name: flags.DATA[name] for name in SIZES}
-    flags.fill(args, sizes, config.get('settings') or net.sizes())
+    fill_sizes(args, net)
+    device = runtime.start()
     root = in_any_form(Path(args.root)).absolute()
-    files = image_files(root)
+    files = runtime.on_rank0(lambda: image_files(root))  # others may find a new image already
     if before:
         size = before.about['size']
     else:
         size = args.store_size or own_size(root, files)
     timm_models.check_sizes(net.backbone['arch'], args.test_size or size)
-    device = runtime.start()
-    # It also tells, before hours of work, that the directory cannot be written.
-    runtime.on_rank0(lambda: lock(out.parent, f'.{out.stem}.lock'))
     net.eval().to(device, memory_format=torch.channels_last)
     evaluator = Evaluator(net, device, runtime.autocast(device, args.precision))
 
     about = dict(
-        settings=settings_of_features(args),
+        settings=settings_of_features(args, net),
         root=str(root),
         size=size,
         encoder=encoder,
@@ -133,29 +129,19 @@ def main(argv=None):
     found = start_from(before, files, net.features, about)
     todo = (found.pixels == 0).nonzero()[0]
     if before:
-        gone = set(before.names.tolist()) - set(found.names.tolist())
-        say(
-            f'{out}: {len(files) - len(todo)} images unchanged, {len(todo)} new or changed, '
-            f'{len(gone)} gone'
-        )
-
-    def decode(name):
-        return decode_or_why(root / name, size, args.fit)
-
-    saved = time.monotonic()
-    for index, features, pixels in embed(found.names, todo, decode, evaluator, args.test_size):
-        found.features[index] = features
-        found.pixels[index] = pixels
-        if time.monotonic() - saved > SAVE_SECONDS and out.suffix == '.npz' and ranks().rank == 0:
-            write_embedded(out, intact(found))
-            saved = time.monotonic()
+        tell_what_changed(out, before, found, len(todo))
+        before = None  # its features may take much memory
+    encode_all(found, todo, evaluator, args, out)
     if ranks().rank != 0:
         return
     result = intact(found)
     damaged = found.names[found.pixels == 0].tolist()
     if damaged:
-        why = f'such as {root / damaged[0]}: {decode(damaged[0])}'
-        say(f'{len(damaged)} images damaged or too large and left out, {why}')
+        first = root / damaged[0]
+        why = decode_or_why(first, size, args.fit)
+        if not isinstance(why, str):
+            why = 'its features are not finite: choose --precision fp32'
+        say(f'{len(damaged)} images damaged or too large and left out, such as {first}: {why}')
     result.about['damaged'] = damaged
     save(out, result)
     if args.duplicates is not None:
@@ -169,23 +155,35 @@ def fill_from_file(args, before):
         UserError: a given one differs.
     """
     settings = before.about['settings']
-    for name in (*SIZES, 'precision', 'prefix', 'arch'):
+    for name in (*SIZES, 'precision'):
         if getattr(args, name) not in (None, settings[name]):
             raise UserError(
                 f'{args.out} holds features by --{name} {settings[name]}: leave out --{name}, or '
                 'choose another --out'
             )
     root = before.about['root']
-    moved = args.root is not None and os.path.realpath(args.root) != os.path.realpath(root)
-    if moved and os.path.exists(root):
+    if args.root is not None and os.path.realpath(args.root) != os.path.realpath(root):
         raise UserError(f'{args.out} holds features of the images in {root}: choose another --out')
+    if args.model_path is not None:
+        settings = {name: settings[name] for name in (*SIZES, 'precision')}
     flags.fill(args, dict.fromkeys(settings), settings)
     flags.fill(args, dict(root=root))
 
 
-def settings_of_features(args):
+def fill_sizes(args, net):
+    """Give sizes and precision, where not given, the values of the encoder's run or weights."""
+    flags.fill_precision(args, arch=net.backbone['arch'])
+    config = runs.read_config(Path(args.model_path).with_name('config.json')) or {}
+    sizes = {name: flags.DATA[name] for name in SIZES}
+    flags.fill(args, sizes, config.get('settings') or net.sizes())
+
+
+def settings_of_features(args, net):
     """The flags that decide the features, as a file of them keeps them."""
-    settings = {name: getattr(args, name) for name in (*SIZES, 'precision', 'prefix', 'arch')}
+    settings = {name: getattr(args, name) for name in (*SIZES, 'precision', 'prefix')}
+    settings['arch'] = None
+    if timm_models.is_timm(net.backbone['arch']):
+        settings['arch'] = net.backbone['arch']
     settings['model_path'] = args.model_path
     if not timm_models.names_weights(args.model_path):
         settings['model_path'] = os.path.abspath(args.model_path)
@@ -193,7 +191,7 @@ def settings_of_features(args):
 
 
 def image_files(root):
-    """The image files below root, as folder.Listing gives them.
+    """The image files below root, as folder.Listing gives them, without links to others of them.
 
     Raises:
         UserError: there are none, or some cannot be read.
@@ -205,37 +203,79 @@ def image_files(root):
         desc=f'Listing {root}', unit=' files', delay=3, leave=False, disable=runtime.no_bar()
     ) as bar:
         files = listing.images(root, bar)
+    seen = {}
+    for file in sorted(files, key=lambda file: (root / file[0]).is_symlink()):  # links last
+        path = root / file[0]
+        first = seen.setdefault(path.resolve(), file)
+        if first is not file:
+            listing.leave_out(path, 'a link to another')
     listing.report()
     if not files:
         raise UserError(f'{root}: no image in it or below it')
-    return files
+    return sorted(seen.values())
 
 
 def start_from(before, files, dimension, about):
     """An Embedded of the files, whose features and pixels are 0 where they are not in `before`.
+
+    Features are on rank 0 alone.
 
     Args:
         before: Embedded, or None.
         files: as folder.Listing.images() returns them.
         dimension: of the features.
     """
-    known = {}
-    if before:
-        known = {key: i for i, key in enumerate(before.keys())}
     names, sizes, times, _ = zip(*files)
+    rows = len(files) if ranks().rank == 0 else 0
     found = Embedded(
         names=np.array(names),
-        features=np.zeros((len(files), dimension), np.float32),
+        features=np.zeros((rows, dimension), np.float32),
         pixels=np.zeros(len(files), np.int64),
         bytes=np.array(sizes),
         times=np.array(times),
         about=about,
     )
-    for i, key in enumerate(found.keys()):
+    if before is None:
+        return found
+    known = {key: i for i, key in enumerate(before.file_keys())}
+    for i, key in enumerate(found.file_keys()):
         if key in known:
-            found.features[i] = before.features[known[key]]
             found.pixels[i] = before.pixels[known[key]]
+            if rows:
+                found.features[i] = before.features[known[key]]
     return found
+
+
+def tell_what_changed(out, before, found, new):
+    damaged = set(before.about.get('damaged', [])) & set(found.names.tolist())
+    gone = set(before.names.tolist()) - set(found.names.tolist())
+    text = (
+        f'{out}: {len(found.names) - new} images unchanged, {new - len(damaged)} new or changed, '
+        f'{len(gone)} gone'
+    )
+    if damaged:
+        text += f', {len(damaged)} damaged before and tried again'
+    say(text)
+
+
+def encode_all(found, todo, evaluator, args, out):
+    """Encode the images of an Embedded at the indices todo (m,), in place. Saves now and then."""
+    root, size = Path(found.about['root']), found.about['size']
+
+    def decode(name):
+        return decode_or_why(root / name, size, args.fit)
+
+    saved = time.monotonic()
+    for index, features, pixels in encode_blocks(
+        found.names, todo, decode, evaluator, args.test_size
+    ):
+        if ranks().rank != 0:
+            continue
+        found.features[index] = features
+        found.pixels[index] = pixels
+        if time.monotonic() - saved > SAVE_SECONDS and out.suffix == '.npz':
+            write_embedded(out, intact(found))
+            saved = time.monotonic()
 
 
 def intact(found):
@@ -248,7 +288,7 @@ def intact(found):
 
 
 @torch.no_grad()
-def embed(names, todo, decode, evaluator, test_size):
+def encode_blocks(names, todo, decode, evaluator, test_size):
     """Encode the images at the indices todo (m,) of names (n,), block by block.
 
     Args:
@@ -257,7 +297,8 @@ def embed(names, todo, decode, evaluator, test_size):
         test_size: side in pixels at which the encoder sees the images; 0: the decoded one.
 
     Yields the indices (b,) of a block's images, their features (b, F) of unit length and the
-    numbers of pixels (b,) in their files. Of a damaged image they are 0.
+    numbers of pixels (b,) in their files. Both are 0 of a damaged image, or of one whose features
+    are not finite.
     """
     rank, world, _, _ = ranks()
     together = world * BLOCK  # images that all ranks encode at a time
@@ -278,8 +319,10 @@ def embed(names, todo, decode, evaluator, test_size):
             if good:
                 pixels = np.stack([results[i].pixels for i in good])  # (b, 3, size, size)
                 images = torch.from_numpy(pixels).to(evaluator.device)
-                features[good] = unit(evaluator.encode(images, test_size))
-                areas[good] = torch.tensor([results[i].area for i in good]).to(areas)
+                rows = unit(evaluator.encode(images, test_size))  # (b, F)
+                finite = rows.isfinite().all(1)
+                features[good] = rows.where(finite[:, None], 0)
+                areas[good] = finite * torch.tensor([results[i].area for i in good]).to(areas)
             features, areas = runtime.gather(features), runtime.gather(areas)
             yield todo[start : start + together], features.cpu().numpy(), areas.cpu().numpy()
 
@@ -315,7 +358,7 @@ def save_duplicates(out, embedded, least, device):
 def on_device(features, device):
     """The array features (n, F) as a tensor, on the device if they fit on it."""
     features = torch.from_numpy(features)
-    if runtime.fits(device, features):
+    if runtime.fits(device, features, reserved=features.nbytes):  # of crowded rows a copy is made
         return features.to(device)
     return features
 

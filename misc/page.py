@@ -7,6 +7,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from tqdm import tqdm
 
@@ -15,8 +16,9 @@ from hardneg.decoding import upright
 from hardneg.files import write
 
 SIDE = 160  # pixels of a thumbnail, at most
-GROUPS = 1000  # on a page
-PHOTOS = 100  # of a group that are shown
+GROUPS = 1000  # on a page, at most
+PHOTOS = 5000  # on a page, about: each takes some 8 KB
+SHOWN = 100  # of a group
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem;
   padding: 0 1rem; color: #222; background: #fff; }
@@ -50,7 +52,7 @@ class Group(NamedTuple):
 
 
 def write_pages(out, title, about, groups):
-    """Write Groups to the file out and, if there are more than GROUPS, to out_2 and so on.
+    """Write Groups to the file out and, if they are many, to out_2 and so on.
 
     Args:
         title, about: texts at the top of each page.
@@ -58,28 +60,38 @@ def write_pages(out, title, about, groups):
     Raises:
         UserError: a file cannot be written.
     """
-    parts = [groups[i : i + GROUPS] for i in range(0, len(groups), GROUPS)] or [[]]
+    parts = pages_of(groups)
     files = [out]
     for number in range(2, len(parts) + 1):
         files.append(out.with_name(f'{out.stem}_{number}{out.suffix}'))
-    total = sum(len(group.photos[:PHOTOS]) for group in groups)
-    with (
-        ThreadPoolExecutor(runtime.cores()) as pool,
-        tqdm(
-            total=total, desc='Thumbnails', unit='photo', delay=2, leave=False, disable=None
-        ) as bar,
-    ):
+    total = sum(len(group.photos[:SHOWN]) for group in groups)
+    bar = tqdm(total=total, desc='Thumbnails', unit='photo', delay=2, leave=False, disable=None)
+    with ThreadPoolExecutor(runtime.cores()) as pool, bar:
         for number, (file, part) in enumerate(zip(files, parts)):
+            paths = [photo.path for group in part for photo in group.photos[:SHOWN]]
+            pictures = pool.map(thumbnail, paths)
             body = [links(files, number)]
             for group in part:
-                pictures = list(pool.map(thumbnail, [p.path for p in group.photos[:PHOTOS]]))
                 body.append(section(group, pictures))
-                bar.update(len(pictures))
+                bar.update(len(group.photos[:SHOWN]))
             body.append(links(files, number))
-            write(file, page(title, about, '\n'.join(body)).encode(errors='replace'))
+            write(file, whole_page(title, about, '\n'.join(body)).encode(errors='replace'))
 
 
-def page(title, about, body):
+def pages_of(groups):
+    """The Groups of each page: one list at least."""
+    pages = [[]]
+    photos = 0
+    for group in groups:
+        if len(pages[-1]) == GROUPS or photos >= PHOTOS:
+            pages.append([])
+            photos = 0
+        pages[-1].append(group)
+        photos += len(group.photos[:SHOWN])
+    return pages
+
+
+def whole_page(title, about, body):
     title = html.escape(title)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -106,15 +118,15 @@ def links(files, current):
     for number, file in enumerate(files):
         text = f'page {number + 1}'
         if number != current:
-            text = f'<a href="{html.escape(Path(file.name).as_posix())}">{text}</a>'
+            text = f'<a href="{quote(os.fsencode(file.name))}">{text}</a>'
         found.append(text)
     return f'<nav>{" · ".join(found)}</nav>'
 
 
 def section(group, pictures):
-    """A Group, and the thumbnails of its first photos."""
-    figures = [figure(photo, picture) for photo, picture in zip(group.photos, pictures)]
-    more = len(group.photos) - len(pictures)
+    """A Group, and the thumbnails of its first photos, taken from an iterator."""
+    figures = [figure(photo, next(pictures)) for photo in group.photos[:SHOWN]]
+    more = len(group.photos) - len(figures)
     if more:
         figures.append(f'<p>and {more:,} more</p>')
     title = f'<h2><bdi>{html.escape(group.title)}</bdi></h2>'
@@ -141,11 +153,12 @@ def figure(photo, picture):
 
 def thumbnail(path):
     """A photo as a JPEG of at most SIDE pixels a side, in bytes; None if it cannot be read."""
+    file = io.BytesIO()
     try:
         image = upright(path, SIDE // 2)
+        image.thumbnail((SIDE, SIDE))
+        image.info.clear()  # comments are private, and may be too long for a JPEG
+        image.save(file, 'JPEG', quality=80)
     except Exception:  # whatever a decoder makes of a damaged file
         return None
-    image.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    image.save(file, 'JPEG', quality=80)
     return file.getvalue()

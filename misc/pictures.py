@@ -260,15 +260,16 @@ def neighbours(args):
 
 def neighbours_by_features(args):
     """A grid of images of a file of features, or of files, each with its nearest others."""
-    embedded = read_embedded(args.features)
-    embedded.about['root'] = args.root or embedded.about['root']
+    embedded = read_embedded(args.features, args.root)
     columns = min(10, len(embedded.names) - 1)
     if columns < 1:
         raise UserError(f'{args.features}: one image has no neighbours')
     if args.query:
         paths = [Path(path) for path in args.query]
         model_path = str(args.paths[0]) if args.paths else None
-        rows = search.encode(paths, embedded, runtime.start(), model_path)  # (q, F)
+        search.check_machine(embedded)
+        evaluator = search.open_encoder(embedded, runtime.start(), model_path, args.arch)
+        rows = search.encode(paths, embedded, evaluator)  # (q, F)
     else:
         chosen = some(len(embedded.names), 5, args.seed).numpy()
         paths = [embedded.path(i) for i in chosen]

@@ -145,7 +145,11 @@ def main(argv=None):
 
 
 def check_features(args):
-    """Raise UsageError if the flags of neighbours do not fit --features."""
+    """Complete the flags of neighbours.
+
+    Raises:
+        UsageError: they do not fit --features.
+    """
     if not args.features:
         if not args.paths:
             raise UsageError('give a checkpoint, or --features')
@@ -153,8 +157,10 @@ def check_features(args):
         return
     if len(args.paths) > 1:
         raise UsageError('--features are of one encoder: give one checkpoint at most')
+    if not args.query and (args.paths or args.arch):
+        raise UsageError('--features need a checkpoint, or --arch, for a --query alone')
     of_checkpoints = [name for name in flags.DATA if name != 'root']
-    for name in (*of_checkpoints, 'memory', 'results_dir'):
+    for name in (*of_checkpoints, 'memory', 'results_dir', 'prefix'):
         if getattr(args, name) is not None:
             raise UsageError(f'--{name} has no effect on --features')
 

@@ -8,10 +8,10 @@
 misc/embed.py makes the file. A search prints names and cosines. All commands write a page of the
 photos beside the file, features_search.html or features_groups.html, which any browser opens.
 
-Near-duplicates are photos that are much nearer to each other than to all others: the rule stands in
-hardneg/neighbours.py. features_groups.csv has a row for each photo in a group: group, name, cosine
-to the one that is kept, pixels, bytes, keep. Kept is the photo with most pixels, then with most
-bytes. No photo is deleted or changed.
+Near-duplicates are photos that are much nearer to each other than to all others, by a rule in which
+there is no cosine to choose (hardneg/neighbours.py). features_groups.csv has a row for each photo
+in a group: group, name, cosine to the one that is kept, pixels, bytes, keep. Kept is the photo with
+most pixels, then with most bytes. No photo is deleted or changed.
 
 The encoder and the size of the images are those of the file. A search encodes only what it searches
 for. Among 100,000 photos it takes seconds on a CPU, most of them to start.
@@ -27,16 +27,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import page
 from embed import on_device
-from hardneg import flags, neighbours, runtime
+from hardneg import flags, neighbours, runtime, timm_models
 from hardneg.decoding import decode_or_why
 from hardneg.embedded import read_embedded
 from hardneg.evaluate import Evaluator
-from hardneg.files import write_table
+from hardneg.files import check_directory, write_table
 from hardneg.runtime import UsageError, UserError, say
-from hardneg.timm_models import encoder_crc
 from model import load_encoder, unit
 
 COLUMNS = ('group', 'name', 'cosine', 'pixels', 'bytes', 'keep')
+QUERIES = 256  # photos that are encoded before they are searched for
 
 
 def arguments(argv=None):
@@ -53,6 +53,11 @@ def arguments(argv=None):
         '--model_path',
         type=flags.path,
         help='where the encoder is now, if it has moved',
+    )
+    parser.add_argument(
+        '--arch',
+        type=flags.timm_name,
+        help="timm/NAME, if --model_path is a file of timm's weights",
     )
     parser.add_argument(
         '--out',
@@ -96,8 +101,8 @@ def check_flags(args):
         raise UsageError('give photos to search for, or a rule for near-duplicates, not both')
     if not args.duplicates and not args.photos:
         raise UsageError('give photos to search for, or --duplicates')
-    if args.duplicates and (args.top or args.model_path):
-        raise UsageError('--top and --model_path are for a search')
+    if args.duplicates and (args.top or args.model_path or args.arch):
+        raise UsageError('--top, --model_path and --arch are for a search')
     args.top = args.top or 10
     if args.out is None:
         kind = 'groups' if args.duplicates else 'search'
@@ -109,66 +114,88 @@ def check_flags(args):
 
 def main(argv=None):
     args = arguments(argv)
-    embedded = read_embedded(args.features)
-    root = Path(args.root or embedded.about['root'])
-    if not root.is_dir():
+    embedded = read_embedded(args.features, args.root)
+    root = embedded.about['root']
+    if not Path(root).is_dir():
         raise UserError(f'{root} is not a directory: give that of the photos by --root')
-    embedded.about['root'] = str(root)
     out = Path(args.out)
-    runtime.check_machine(None)
+    check_directory(out.parent)
+    check_machine(embedded)
     device = runtime.start()
     if args.duplicates:
         list_duplicates(args, embedded, device, out)
     else:
-        search(args, embedded, device, out)
+        search_photos(args, embedded, device, out)
+
+
+def check_machine(embedded):
+    """runtime.check_machine() for the precision of features. Without TF32, fp32 serves."""
+    precision = embedded.about['settings']['precision']
+    if precision == 'tf32':
+        precision = 'fp32'
+    runtime.check_machine(precision)
 
 
 # Search
 
 
-def search(args, embedded, device, out):
+def search_photos(args, embedded, device, out):
     """Print the photos that are most like each of args.photos, and write a page of them."""
-    queries = encode(args.photos, embedded, device, args.model_path)  # (q, F)
-    cosine = queries @ embedded.features.T  # (q, F) x (F, n) -> (q, n)
+    evaluator = open_encoder(embedded, device, args.model_path, args.arch)
     groups = []
-    for path, row in zip(args.photos, cosine):
-        photos = [page.Photo(Path(path), Path(path).name, [], 'searched for')]
-        print(path)
-        for i in best(row, path, embedded, args.top):
-            print(f'  {row[i]:.3f}  {embedded.names[i]}')
-            photos.append(page.Photo(embedded.path(i), embedded.names[i], [f'cosine {row[i]:.3f}']))
-        groups.append(page.Group(str(path), photos))
+    for start in range(0, len(args.photos), QUERIES):
+        paths = args.photos[start : start + QUERIES]
+        queries = encode(paths, embedded, evaluator)  # (q, F)
+        for path, query in zip(paths, queries):
+            cosine = embedded.features @ query  # (n, F) x (F,) -> (n,)
+            photos = [page.Photo(Path(path), Path(path).name, [], 'searched for')]
+            print(path)
+            for i in best(cosine, path, embedded, args.top):
+                name, text = embedded.names[i], f'{cosine[i]:.3f}'
+                print(f'  {text}  {name}')
+                photos.append(page.Photo(embedded.path(i), name, [f'cosine {text}']))
+            groups.append(page.Group(str(path), photos))
     about = f'The photos of {embedded.about["root"]} that are most like each photo, nearest first.'
     page.write_pages(out, 'Photos found', about, groups)
     print(out)
 
 
-def encode(paths, embedded, device, model_path=None):
-    """Features (n, F) of image files, as those in an Embedded were made.
+def open_encoder(embedded, device, model_path=None, arch=None):
+    """The Evaluator of the encoder of an Embedded.
 
     Args:
         model_path: the encoder, if it is not where it was.
+        arch: timm/NAME, of a file of timm's weights; None: that of the Embedded.
 
     Raises:
-        UserError: an image cannot be read, or the encoder is gone or another one.
+        UserError: the encoder is gone, or another one.
     """
     about = embedded.about
     settings = about['settings']
     source = model_path or settings['model_path']
-    net = load_encoder(source, settings['prefix'], settings['arch']).eval()
-    if encoder_crc(source, net) != about['encoder']:
+    net = load_encoder(source, settings['prefix'], arch or settings['arch']).eval()
+    if timm_models.tensors_crc(net.f) != about['encoder']:
         raise UserError(f'{source} is not the encoder of the features: give that by --model_path')
     net.to(device, memory_format=torch.channels_last)
-    evaluator = Evaluator(net, device, runtime.autocast(device, settings['precision']))
+    return Evaluator(net, device, runtime.autocast(device, settings['precision']))
+
+
+@torch.no_grad()
+def encode(paths, embedded, evaluator):
+    """Features (n, F) of image files, as those in an Embedded were made.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    size, settings = embedded.about['size'], embedded.about['settings']
     pixels = []
     for path in paths:
-        found = decode_or_why(path, about['size'], settings['fit'])
+        found = decode_or_why(path, size, settings['fit'])
         if isinstance(found, str):
             raise UserError(f'{path}: {found}')
         pixels.append(found.pixels)
-    images = torch.from_numpy(np.stack(pixels)).to(device)  # (n, 3, size, size)
-    with torch.no_grad():
-        return unit(evaluator.encode(images, settings['test_size'])).cpu().numpy()
+    images = torch.from_numpy(np.stack(pixels)).to(evaluator.device)  # (n, 3, size, size)
+    return unit(evaluator.encode(images, settings['test_size'])).cpu().numpy()
 
 
 def best(cosine, path, embedded, top):
@@ -183,56 +210,87 @@ def best(cosine, path, embedded, top):
 
 def list_duplicates(args, embedded, device, out):
     """Write a table and a page of the groups of near-duplicates."""
+    table_file = out.with_suffix('.csv')
+    check_is_ours(table_file)
     groups, rule = find_groups(args, on_device(embedded.features, device))
-    tables = []
-    for rows in groups:
-        tables.append(table_of(embedded, rows.numpy()))
-    tables.sort(key=lambda table: -table['cosine'].iloc[1])
-    for number, table in enumerate(tables, 1):
-        table.insert(0, 'group', number)
-    whole = pd.concat([pd.DataFrame(columns=COLUMNS), *tables])
-    write_table(out.with_suffix('.csv'), whole[list(COLUMNS)], list(COLUMNS))
-    text = f'{len(tables):,} groups of {len(whole):,} photos, among {len(embedded.names):,}: {rule}'
-    shown = [page_group(number, table, embedded) for number, table in enumerate(tables, 1)]
+    table = table_of(embedded, groups)
+    columns = list(COLUMNS)
+    write_table(table_file, table[columns], columns)
+    photos = table['name'].nunique()
+    text = f'{len(groups):,} groups, {photos:,} of {len(embedded.names):,} photos: {rule}'
     about = (
         f'{text}. Marked is the photo with most pixels, then with most bytes. Nothing is deleted.'
     )
+    shown = []
+    for number, rows in table.groupby('group'):
+        shown.append(page_group(number, rows, embedded))
     page.write_pages(out, 'Near-duplicates', about, shown)
-    say(f'{text}\n{out.with_suffix(".csv")}\n{out}')
+    say(f'{text}\n{table_file}\n{out}')
+
+
+def check_is_ours(file):
+    """Raise UserError if another file is there than a table of groups, which may be replaced."""
+    if not file.exists():
+        return
+    try:
+        with open(file, encoding='utf-8') as lines:
+            ours = lines.readline().strip() == ','.join(COLUMNS)
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise UserError(f'{file} is there, and no table of groups: choose another --out')
 
 
 def find_groups(args, features):
     """The groups, tensors (m,) of rows of features (n, F), and a text of the rule."""
     if args.at_least is not None:
-        label = neighbours.alike(features, args.at_least)
+        label = neighbours.joined_by_cosine(features, args.at_least)
         return neighbours.groups(label), f'a cosine of {args.at_least} or more'
     if args.top_pairs:
         first, second, _ = neighbours.top_pairs(features, args.top_pairs)
         return list(torch.stack([first, second], 1)), 'the pairs with the highest cosines'
     ratio = args.ratio or neighbours.RATIO
     label = neighbours.near_duplicates(features, ratio)
-    return neighbours.groups(label), f'much nearer to each other than to others (ratio {ratio})'
+    return neighbours.groups(label), f'at most {ratio} times as far as they reach'
 
 
-def table_of(embedded, rows):
-    """A DataFrame of the photos of a group: the one to keep first, then those nearest to it.
+def table_of(embedded, groups):
+    """A DataFrame of the photos in groups, lists of rows: in each the one to keep comes first.
 
-    Its column row has their places in the Embedded.
+    Groups are sorted by their nearest pair with the one that is kept. The column row has the places
+    of the photos in the Embedded.
     """
+    if not groups:
+        return pd.DataFrame(columns=['row', *COLUMNS])
+    rows = torch.cat(groups).numpy()
     table = pd.DataFrame(
         dict(
             row=rows,
+            group=np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
             name=embedded.names[rows],
             pixels=embedded.pixels[rows],
             bytes=embedded.bytes[rows],
         )
     )
-    order = table.sort_values(['pixels', 'bytes', 'name'], ascending=[False, False, True])
-    kept = order.index[0]
-    features = embedded.features[rows]
-    table['cosine'] = (features @ features[kept]).astype(float).round(4)
-    table['keep'] = table.index == kept
-    return table.sort_values(['keep', 'cosine', 'name'], ascending=[False, False, True])
+    order = ['group', 'pixels', 'bytes', 'name']
+    table = table.sort_values(order, ascending=[True, False, False, True], ignore_index=True)
+    table['keep'] = ~table['group'].duplicated()
+    kept = table['row'].where(table['keep']).ffill().astype(int)
+    table['cosine'] = cosines(embedded.features, table['row'].to_numpy(), kept.to_numpy())
+    nearest = table['cosine'].where(~table['keep']).groupby(table['group']).max()
+    rank = nearest.rank(method='first', ascending=False).astype(int)
+    table['group'] = table['group'].map(rank)
+    order = ['group', 'keep', 'cosine', 'name']
+    return table.sort_values(order, ascending=[True, False, False, True], ignore_index=True)
+
+
+def cosines(features, rows, others):
+    """The cosines (m,) of pairs of rows of features (n, F), rounded to four digits."""
+    found = []
+    for start in range(0, len(rows), 4096):
+        part = slice(start, start + 4096)
+        found.append((features[rows[part]] * features[others[part]]).sum(1))
+    return np.concatenate(found).astype(float).round(4)
 
 
 def page_group(number, table, embedded):

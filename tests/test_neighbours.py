@@ -27,6 +27,7 @@ def with_copies(x, copies, distance=0.1):
 @pytest.fixture(autouse=True, params=[16, 2048], ids=['many tiles', 'one tile'])
 def tile(request, monkeypatch):
     monkeypatch.setattr(neighbours, 'TILE', request.param)
+    monkeypatch.setattr(neighbours, 'LINKS', 50)
 
 
 def test_the_nearest_rows_are_those_of_all_cosines():
@@ -59,16 +60,16 @@ def test_there_may_be_no_pair_and_fewer_than_are_asked_for():
     x = torch.eye(5)
     assert all(len(part) == 0 for part in neighbours.pairs(x, 0.5))
     assert [len(part) for part in neighbours.top_pairs(x, 100)] == [10, 10, 10]
-    assert neighbours.groups(neighbours.alike(x, 0.5)) == []
+    assert neighbours.groups(neighbours.joined_by_cosine(x, 0.5)) == []
 
 
 def linked_by_the_rule(x, ratio):
     """The rule of near_duplicates() by all distances at once: (n, n) bool."""
     distance = (2 - 2 * x @ x.T).clamp(min=0).sqrt()
     others = distance.clone().fill_diagonal_(9)
-    reference = others.sort(1).values[:, neighbours.NEAREST - 1]
-    reference = reference.clamp(min=neighbours.FLOOR * reference.median())
-    return distance <= ratio * torch.minimum(reference[:, None], reference)
+    reach = others.sort(1).values[:, neighbours.NEAREST - 1]
+    reach = reach.clamp(min=neighbours.FLOOR * reach.median())
+    return distance <= ratio * torch.minimum(reach[:, None], reach)
 
 
 @pytest.mark.parametrize('ratio', [0.3, 0.6, 0.9])
@@ -95,6 +96,16 @@ def test_equal_images_are_found_even_where_most_have_copies():
     assert [len(rows) for rows in found] == [30] * 20
 
 
+@pytest.mark.parametrize('ratio', [0.01, 0.76])
+def test_equal_images_are_found_at_any_ratio_and_at_a_cosine_of_one(ratio):
+    x = random_rows(40, 129)
+    x = torch.cat([x, x[:5]])
+    assert (x[:5] * x[40:]).sum(1).min() < 1  # by rounding
+    for label in neighbours.near_duplicates(x, ratio), neighbours.joined_by_cosine(x, 1):
+        found = neighbours.groups(label)
+        assert sorted(rows.tolist() for rows in found) == [[i, 40 + i] for i in range(5)]
+
+
 def test_the_rule_needs_twelve_images():
     x = random_rows(12, 32)
     neighbours.near_duplicates(x)
@@ -106,7 +117,7 @@ def test_chains_of_likeness_join():
     angle = torch.arange(4) * 0.1
     x = torch.stack([angle.cos(), angle.sin()], 1)
     x = torch.cat([x, -x[:1]])
-    (group,) = neighbours.groups(neighbours.alike(x, 0.99))
+    (group,) = neighbours.groups(neighbours.joined_by_cosine(x, 0.99))
     assert group.tolist() == [0, 1, 2, 3]
 
 

@@ -140,7 +140,7 @@ def test_groups_of_copies_are_found_and_the_largest_is_kept(made, capsys):
     assert table['pixels'].max() == 64 * 64
     after = sorted((path, path.stat().st_mtime_ns) for path in (made / 'photos').rglob('*'))
     assert after == before
-    assert '2 groups of 5 photos, among 17' in capsys.readouterr().out
+    assert '2 groups, 5 of 17 photos: ' in capsys.readouterr().out
     sections = Parsed(made / 'apart_groups.html').sections
     assert {frozenset(name for name, _ in section['pictures']) for section in sections} == groups
     for section in sections:
@@ -163,13 +163,21 @@ def test_a_cosine_and_a_number_of_pairs_are_other_rules(made, tmp_path):
     Parsed(tmp_path / 'none.html')
 
 
+def test_a_table_of_something_else_is_not_replaced(made, tmp_path):
+    (tmp_path / 'f.csv').write_text('name,f0\na.png,1\n')
+    with pytest.raises(UserError, match=r'f\.csv is there, and no table of groups'):
+        search.main([str(made / 'f.npz'), '--at_least', '0.9', '--out', str(tmp_path / 'f.html')])
+    assert (tmp_path / 'f.csv').read_text() == 'name,f0\na.png,1\n'
+    assert not (tmp_path / 'f.html').exists()
+
+
 @pytest.mark.parametrize(
     'words, message',
     [
         ([], 'give photos to search for, or --duplicates'),
         (['a.png', '--duplicates'], 'not both'),
         (['--at_least', '0.9', '--top_pairs', '3'], 'are two rules: choose one'),
-        (['--duplicates', '--top', '3'], '--top and --model_path are for a search'),
+        (['--duplicates', '--top', '3'], '--top, --model_path and --arch are for a search'),
         (['a.png', '--out', 'a.txt'], 'must end in .html'),
     ],
 )
@@ -229,7 +237,7 @@ def test_names_of_any_letters_are_text_on_a_page_and_links_lead_to_the_files(tmp
 
 def test_many_groups_go_to_further_pages_and_large_ones_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(page, 'GROUPS', 2)
-    monkeypatch.setattr(page, 'PHOTOS', 3)
+    monkeypatch.setattr(page, 'SHOWN', 3)
     photo = page.Photo(tmp_path / 'gone.png', 'gone.png', [])
     groups = [page.Group(f'group {i}', [photo] * (i + 2)) for i in range(5)]
     page.write_pages(tmp_path / 'p.html', 'title', 'about', groups)
@@ -242,6 +250,19 @@ def test_many_groups_go_to_further_pages_and_large_ones_are_cut(tmp_path, monkey
     texts = Parsed(tmp_path / 'p_3.html').sections[0]['texts']
     assert texts.count('gone.png') == 3
     assert texts[-1] == 'and 3 more'
+
+
+def test_a_page_has_not_too_many_photos_and_no_comments_of_theirs(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, 'PHOTOS', 4)
+    photo = page.Photo(tmp_path / 'a.gif', 'a.gif', [])
+    Image.new('RGB', (9, 9)).save(photo.path, comment=b'private' * 10_000)
+    page.write_pages(tmp_path / 'p#.html', 'title', '', [page.Group('group', [photo] * 3)] * 4)
+    pages = [Parsed(tmp_path / name) for name in ('p#.html', 'p#_2.html')]
+    assert [len(parsed.sections) for parsed in pages] == [2, 2]
+    assert set(pages[0].links) == {'p%23_2.html'}
+    picture = page.thumbnail(photo.path)
+    assert picture is not None
+    assert b'private' not in picture
 
 
 def test_a_photo_on_its_side_stands_upright_on_the_page(tmp_path):
