@@ -3,14 +3,13 @@
     python results/photos/evaluate.py truth.csv features.npz [more.npz ...]
     python results/photos/evaluate.py truth.csv --phash OUT      # 64 bits: pip install imagehash
 
-Prints a row of a table for each. Two photos belong together if they come from one original, or if
-same.csv, beside this script, says that two originals show the same: these were found by eye.
+Prints a row of a table for each. Two photos belong together if they come from one original.
 
-found      variants whose nearest other photo belongs to them, of each kind
-F1         of the list of pairs at the best cosine (the best number of bits)
-rule       precision, recall and F1 of the pairs in the groups of misc/search.py --duplicates, and
-           the part of the true groups that it finds whole, without others
-Pairs with a crop of 60 % count in `found` alone.
+small to crop60  variants of this kind whose nearest other photo, or one of them, belongs to them
+best F1          of the list of pairs at the best cosine (the best number of bits)
+groups           precision, recall and F1 of the pairs in the groups that misc/search.py
+                 --duplicates gives, and the part of true groups that it finds whole, without others
+Pairs with a crop of 60 % count for the first alone.
 """
 
 import sys
@@ -25,22 +24,22 @@ from hardneg import neighbours
 from hardneg.embedded import read_embedded
 
 KINDS = 'small', 'central', 'mirrored', 'bar', 'turned', 'burst', 'crop60'
-TABLE = ('features', *KINDS, 'F1', 'precision', 'recall', 'rule F1', 'whole')
+TABLE = (
+    'features',
+    *KINDS,
+    'best F1',
+    'groups: precision',
+    'recall',
+    'F1',
+    'whole',
+)
 
 
 def true_groups(names, truth):
     """A number (n,) for each name, equal for photos that belong together."""
     original = dict(zip(truth['variant'], truth['original']))
-    representative = {}
-    same = Path(__file__).with_name('same.csv')
-    if same.exists():
-        for first, second in pd.read_csv(same).itertuples(index=False):
-            representative[second] = representative.get(first, first)
-    found = []
-    for name in names:
-        photo = original.get(name, name)
-        found.append(representative.get(photo, photo))
-    return np.unique(found, return_inverse=True)[1]
+    photos = [original.get(name, name) for name in names]
+    return np.unique(photos, return_inverse=True)[1]
 
 
 def best_f1(similarity, belong):
@@ -52,11 +51,12 @@ def best_f1(similarity, belong):
     return f1[last].max()
 
 
-def found(similarity, group, kinds):
-    """The part of the photos of each kind whose nearest other photo belongs to them."""
+def found_of_each_kind(similarity, group, kinds):
+    """Texts: of how many photos of each kind a nearest other photo belongs to them."""
     similarity = similarity.copy()
     np.fill_diagonal(similarity, -np.inf)
-    right = group[similarity.argmax(1)] == group
+    belong = group[:, None] == group
+    right = similarity.max(1) == similarity.max(1, where=belong, initial=-np.inf)
     return [f'{right[kinds == kind].sum()} of {(kinds == kind).sum()}' for kind in KINDS]
 
 
@@ -113,7 +113,7 @@ def report(title, names, similarity, label, truth, kind_of):
     i, j = np.triu_indices(len(names), 1)
     some = counted[i] & counted[j]
     f1 = best_f1(similarity[i, j][some], (group[i] == group[j])[some])
-    cells = [title, *found(similarity, group, kinds), f'{f1:.3f}']
+    cells = [title, *found_of_each_kind(similarity, group, kinds), f'{f1:.3f}']
     if label is None:
         cells += [''] * 4
     else:
