@@ -251,7 +251,7 @@ def find_groups(args, features):
         return list(torch.stack([first, second], 1)), 'the pairs with the highest cosines'
     ratio = args.ratio or neighbours.RATIO
     label = neighbours.near_duplicates(features, ratio)
-    return neighbours.groups(label), f'at most {ratio} times as far as they reach'
+    return neighbours.groups(label), f'much nearer to each other than to others (ratio {ratio})'
 
 
 def table_of(embedded, groups):

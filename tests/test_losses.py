@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import math
 import random
 import sys
@@ -9,6 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import golden
 import pytest
 import torch
 import torch.nn.functional as F
@@ -991,3 +993,13 @@ def test_snippets_train(name, tmp_path):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('case', json.loads(Path(__file__).with_name('golden.json').read_text()))
+def test_the_value_is_that_of_the_authors_formulas(case):
+    """In float64, to the last digits: golden.py computed the losses without this project's code."""
+    options = dict(case)
+    sizes = options.pop('B'), options.pop('D')
+    expected = options.pop('loss')
+    views = [torch.from_numpy(z) for z in golden.embeddings(*sizes)]
+    assert contrastive_loss(*views, **options).item() == pytest.approx(expected, rel=1e-14, abs=0)

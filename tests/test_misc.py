@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 from argparse import Namespace
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import HOME
 
+import linear
 import main
 import model
 import pictures
@@ -657,7 +659,7 @@ def test_commands_of_a_page_name_scripts_and_flags_that_exist(page):
                 assert f"'{flag}'" in known, command
 
 
-def test_python_of_the_pages_gives_what_their_comments_say(tmp_path, monkeypatch):
+def test_python_of_the_pages_gives_what_their_comments_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'results' / 'mine').mkdir(parents=True)
     torch.save(model.Model(128, 'resnet18', width=0.25).state_dict(), 'results/mine/model_400.pth')
@@ -665,10 +667,11 @@ def test_python_of_the_pages_gives_what_their_comments_say(tmp_path, monkeypatch
     own_images = (HOME / 'docs' / 'own_images.md').read_text()
     _, encoder, views = re.findall('```python\n(.*?)```', own_images, re.S)  # the first needs faiss
 
-    names = dict(zip(('z1', 'z2', 'images', 'texts'), torch.randn(4, 6, 8)))
-    exec(loss, names)
-    assert names['loss'].shape == ()
-    assert names['loss'].isfinite()
+    exec(loss, {})
+    printed = re.findall(r'tensor\((.*)\)', capsys.readouterr().out)
+    told = re.findall(r': (\d\.\d{4})$', loss, re.M)
+    assert len(told) == 4
+    assert [f'{float(value):.3f}' for value in printed] == [f'{float(x):.3f}' for x in told]
 
     names = dict(torch=torch, images=torch.randint(256, (6, 3, 40, 48), dtype=torch.uint8))
     exec(views, names)
@@ -681,6 +684,22 @@ def test_python_of_the_pages_gives_what_their_comments_say(tmp_path, monkeypatch
     for x in names['features'], names['z']:
         assert x.shape == (6, 128)
         torch.testing.assert_close(x.norm(dim=1), torch.ones(6))
+
+
+def test_the_published_reproduction_trains_and_probes_with_the_authors_settings(tmp_path):
+    """The commands of misc/published.sh, by a python that writes down what it is asked."""
+    fake = tmp_path / 'python'
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    fake.chmod(0o755)
+    environment = dict(os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}')
+    command = ['bash', str(HOME / 'misc' / 'published.sh'), 'results/b2', '--beta', '2']
+    subprocess.run(command, env=environment, check=True)
+    train, probe = (tmp_path / 'asked').read_text().splitlines()
+    args = main.parse(train.split()[1:])
+    assert (args.micro_batch, args.precision, args.augment, args.beta) == (128, 'fp32', 'pil', 2)
+    probe_args = linear.arguments(probe.split()[1:])
+    assert probe_args.model_path == f'results/b2/model_{args.epochs}.pth'
+    assert probe_args.bn == 'train'
 
 
 # The house

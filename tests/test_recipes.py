@@ -19,7 +19,7 @@ ALONE = (
     'A batch larger than memory',
     'A queue of keys, as in MoCo',
     'Mined hard negatives of retrieval',
-    'CLIP with hard negatives and a learnable temperature',
+    'CLIP with a learnable temperature',
     'Known classes: supervised contrastive learning with hard negatives',
 )
 

@@ -1,17 +1,20 @@
 """Sweeps as processes; scripts on names of any letters; features by several ranks."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import HOME, Job
+from nbclient import NotebookClient
 from PIL import Image
 from test_misc import some_names
 
@@ -186,3 +189,14 @@ def test_a_method_of_ones_own_is_a_function_and_an_entry(tiny, tmp_path):
     again = job('main.py', *flags[:-5], '--results_dir', 'r/mine_0', '--estimator', 'mine')
     assert 'the code has changed since this run began' in again.stdout, again.stderr
     assert pd.read_csv(tmp_path / 'r' / 'mine_0' / 'log.csv')['train_loss'][2] == before
+
+
+def test_the_notebook_runs_and_its_encoder_learns():
+    notebook = nbformat.read(HOME / 'docs' / 'quickstart.ipynb', 4)
+    NotebookClient(notebook, timeout=600).execute()
+    text = ''
+    for cell in notebook.cells:
+        for output in cell.get('outputs', []):
+            text += output.get('text', '')
+    before, after = re.search(r'probe: (.*) % untrained, (.*) % trained', text).groups()
+    assert float(after) > float(before) + 10

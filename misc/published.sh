@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The papers' STL10 experiment as closely as this code can: their views by PIL, fp32, two BatchNorm
+# batches of 128 for the authors' two GPUs, and a probe whose BatchNorm drifts.
+#
+#     bash misc/published.sh results/published                            # HCL, beta = 1
+#     bash misc/published.sh results/simclr --estimator standard          # another column
+#
+# Further arguments are flags of main.py. The same command continues a run that was stopped.
+set -eu
+results=$1
+shift
+cd "$(dirname "$0")/.."
+python main.py --micro_batch 128 --precision fp32 --augment pil --results_dir "$results" "$@"
+python linear.py --model_path "$results/model_400.pth" --bn train --precision fp32
