@@ -546,7 +546,7 @@ def next_command(args, data):
     rest = []
     if not data.classes:
         script = 'misc/embed.py'
-        rest = ['--root', args.root, '--out', 'features.npz']
+        rest = ['--root', args.root, '--out', str(Path(args.results_dir, 'features.npz'))]
     place = os.path.relpath(Path(__file__).parent / script)
     encoder = Path(args.results_dir, f'model_{args.epochs}.pth')
     return shlex.join(['python', place, '--model_path', str(encoder), *rest])

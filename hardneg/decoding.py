@@ -229,10 +229,15 @@ def _decode_to(index, root, names, keys, form):
     for other in index.parent.glob(f'{index.stem}*'):
         if other.suffix in ('.rows', '.part') and other != rows:
             other.unlink()
-    if dark:
+    tell_of_dark(root, dark)
+
+
+def tell_of_dark(root, names):
+    """Say which images came out dark, if any."""
+    if names:
         say_anywhere(
-            f'{root}: {len(dark)} images of 16 bits come out dark, as they use less than 14 of '
-            f'them: scale them first, such as {dark[0]}'
+            f'{root}: {len(names)} images of 16 bits come out dark, as they use less than 14 of '
+            f'them: scale them first, such as {names[0]}'
         )
 
 

@@ -362,11 +362,14 @@ def choose_sizes(args, found, before):
         n = len(found.files)
         kept = args.store_size or own_size(found.root, found.files[:1000])  # decoding reads all
         views = args.views * int((found.parts != TEST).sum())
+        stem, flag = '', ''
+        if args.stem != 'none':  # timm's models have their own
+            stem, flag = f", the stem is {args.stem}'s", ', --stem'
         say(
             f'{found.root}: {n:,} images, the median of whose short sides is {side} px, are kept '
             f'at {kept} px, which takes {n * 3 * kept**2 / 1e9:.2f} GB.\n'
-            f"Views have {args.image_size} px, the stem is {args.stem}'s; an epoch is {views:,} "
-            'views. Other values: --image_size, --store_size, --stem'
+            f'Views have {args.image_size} px{stem}; an epoch is {views:,} views. Other values: '
+            f'--image_size, --store_size{flag}'
         )
 
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import shlex
+import stat
 import statistics
 import unicodedata
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 # Why paths are left out
 HIDDEN = "hidden or a system's"
 NAME = 'not named as an image'
+HEIC = 'in HEIC, which needs converting first'
+SPECIAL = 'no regular file'
 RUN = 'with a run in it'
 
 
@@ -336,11 +339,16 @@ class Listing:
                     continue
                 if hidden(name):
                     self.leave_out(path, HIDDEN)
+                elif name.lower().endswith(('.heic', '.heif')):
+                    self.leave_out(path, HEIC)
                 elif not _is_image(name):
                     self.leave_out(path, NAME)
                 else:
                     with contextlib.suppress(FileNotFoundError):  # a temporary file
                         about = _status(path)
+                        if not (stat.S_ISREG(about.st_mode) or stat.S_ISLNK(about.st_mode)):
+                            self.leave_out(path, SPECIAL)
+                            continue
                         below_root = path.removeprefix(prefix)
                         times = about.st_mtime_ns, about.st_ctime_ns
                         found.append((below_root, about.st_size, *times))

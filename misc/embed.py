@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hardneg import flags, neighbours, runs, runtime, timm_models
-from hardneg.decoding import FITS, decode_or_why
+from hardneg.decoding import FITS, decode_or_why, tell_of_dark
 from hardneg.embedded import ARRAYS, Embedded, read_embedded, write_embedded
 from hardneg.evaluate import Evaluator
 from hardneg.files import lock, write_json, write_table
@@ -162,9 +162,11 @@ def fill_from_file(args, before):
                 'choose another --out'
             )
     root = before.about['root']
-    if args.root is not None and os.path.realpath(args.root) != os.path.realpath(root):
+    moved = args.root is not None and os.path.realpath(args.root) != os.path.realpath(root)
+    if moved and os.path.exists(root):
         raise UserError(f'{args.out} holds features of the images in {root}: choose another --out')
-    if args.model_path is not None:
+    of_a_run = args.model_path and Path(args.model_path).with_name('config.json').exists()
+    if of_a_run:  # which tells the architecture
         settings = {name: settings[name] for name in (*SIZES, 'precision')}
     flags.fill(args, dict.fromkeys(settings), settings)
     flags.fill(args, dict(root=root))
@@ -197,7 +199,7 @@ def image_files(root):
         UserError: there are none, or some cannot be read.
     """
     if not root.is_dir():
-        raise UserError(f'{root} is not a directory: give that of the images by --root')
+        raise UserError(f'{root} is not a directory: say by --root where the images are')
     listing = Listing(root)
     with tqdm(
         desc=f'Listing {root}', unit=' files', delay=3, leave=False, disable=runtime.no_bar()
@@ -208,7 +210,7 @@ def image_files(root):
         path = root / file[0]
         first = seen.setdefault(path.resolve(), file)
         if first is not file:
-            listing.leave_out(path, 'a link to another')
+            listing.leave_out(path, 'linked to another of them')
     listing.report()
     if not files:
         raise UserError(f'{root}: no image in it or below it')
@@ -259,23 +261,36 @@ def tell_what_changed(out, before, found, new):
 
 
 def encode_all(found, todo, evaluator, args, out):
-    """Encode the images of an Embedded at the indices todo (m,), in place. Saves now and then."""
+    """Encode the images of an Embedded at the indices todo (m,), in place.
+
+    An .npz is saved now and then, and at Ctrl-C.
+    """
     root, size = Path(found.about['root']), found.about['size']
+    dark = []
 
     def decode(name):
-        return decode_or_why(root / name, size, args.fit)
+        result = decode_or_why(root / name, size, args.fit)
+        if not isinstance(result, str) and result.dark:
+            dark.append(name)
+        return result
 
     saved = time.monotonic()
-    for index, features, pixels in encode_blocks(
-        found.names, todo, decode, evaluator, args.test_size
-    ):
-        if ranks().rank != 0:
-            continue
-        found.features[index] = features
-        found.pixels[index] = pixels
-        if time.monotonic() - saved > SAVE_SECONDS and out.suffix == '.npz':
+    blocks = encode_blocks(found.names, todo, decode, evaluator, args.test_size)
+    saves = ranks().rank == 0 and out.suffix == '.npz'
+    try:
+        for index, features, pixels in blocks:
+            if ranks().rank == 0:
+                found.features[index] = features
+                found.pixels[index] = pixels
+            if saves and time.monotonic() - saved > SAVE_SECONDS:
+                write_embedded(out, intact(found))
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if saves:
             write_embedded(out, intact(found))
-            saved = time.monotonic()
+            say(f'Stopped, saved in {out}; the same command continues')
+        raise
+    tell_of_dark(root, dark)
 
 
 def intact(found):

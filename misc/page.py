@@ -5,6 +5,7 @@ import html
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -57,9 +58,12 @@ def write_pages(out, title, about, groups):
     Args:
         title, about: texts at the top of each page.
 
+    Returns how many of the photos could not be read.
+
     Raises:
         UserError: a file cannot be written.
     """
+    missing = 0
     parts = pages_of(groups)
     files = [out]
     for number in range(2, len(parts) + 1):
@@ -72,10 +76,13 @@ def write_pages(out, title, about, groups):
             pictures = pool.map(thumbnail, paths)
             body = [links(files, number)]
             for group in part:
-                body.append(section(group, pictures))
-                bar.update(len(group.photos[:SHOWN]))
+                own = list(islice(pictures, len(group.photos[:SHOWN])))
+                missing += own.count(None)
+                body.append(section(group, own))
+                bar.update(len(own))
             body.append(links(files, number))
             write(file, whole_page(title, about, '\n'.join(body)).encode(errors='replace'))
+    return missing
 
 
 def pages_of(groups):
@@ -124,8 +131,8 @@ def links(files, current):
 
 
 def section(group, pictures):
-    """A Group, and the thumbnails of its first photos, taken from an iterator."""
-    figures = [figure(photo, next(pictures)) for photo in group.photos[:SHOWN]]
+    """A Group, and the thumbnails of its first photos."""
+    figures = [figure(photo, picture) for photo, picture in zip(group.photos, pictures)]
     more = len(group.photos) - len(figures)
     if more:
         figures.append(f'<p>and {more:,} more</p>')

@@ -277,25 +277,26 @@ def neighbours_by_features(args):
     cosine = rows @ embedded.features.T  # (q, F) x (F, n) -> (q, n)
     figure, grid = neighbour_grid(len(paths), columns, 1)
     for axes, path, own in zip(grid, paths, cosine):
-        picture(axes[0], decode_or_fail(path, embedded.about))
+        picture(axes[0], decode_or_grey(path, embedded.about))
         axes[1].axis('off')
         found = search.best(own, path, embedded, columns)
         for panel in axes[2 + len(found) :]:
             panel.axis('off')
         for panel, i in zip(axes[2:], found):
             text = f'{Path(embedded.names[i]).stem[-11:]}\n{own[i]:.3f}'
-            picture(panel, decode_or_fail(embedded.path(i), embedded.about), text)
+            picture(panel, decode_or_grey(embedded.path(i), embedded.about), text)
         print(f'{path}: {", ".join(embedded.names[found])}')
     about = f'{embedded.about["root"]}: images (left) and their nearest others by cosine'
     figure.suptitle(shown(about), fontsize=9)
     return figure
 
 
-def decode_or_fail(path, about):
-    """The image in a file (3, 160, 160) uint8, made a square as the encoder saw it."""
+def decode_or_grey(path, about):
+    """The image in a file (3, 160, 160) uint8, as the encoder saw it; grey if it cannot be read."""
     found = decode_or_why(path, 160, about['settings']['fit'])
     if isinstance(found, str):
-        raise UserError(f'{path}: {found}. If the images have moved, give --root')
+        runtime.say(f'{path}: {found}. If the images have moved, give --root')
+        return torch.full((3, 160, 160), 200, dtype=torch.uint8)
     return torch.from_numpy(found.pixels)
 
 

@@ -62,7 +62,7 @@ def arguments(argv=None):
     parser.add_argument(
         '--out',
         type=flags.path,
-        help='page to write, .html (beside the features: _search.html or _groups.html)',
+        help='page to write, .html (beside the features: _search.html, _groups.html, ...)',
     )
     rules = parser.add_argument_group('near-duplicates')
     rules.add_argument(
@@ -104,12 +104,23 @@ def check_flags(args):
     if args.duplicates and (args.top or args.model_path or args.arch):
         raise UsageError('--top, --model_path and --arch are for a search')
     args.top = args.top or 10
+    features = Path(args.features)
+    if features.suffix == '.csv':
+        raise UsageError(f'{features}: a .csv is not searched; misc/embed.py --out makes an .npz')
     if args.out is None:
-        kind = 'groups' if args.duplicates else 'search'
-        features = Path(args.features)
-        args.out = features.with_name(f'{features.stem}_{kind}.html')
+        args.out = features.with_name(f'{features.stem}_{kind_of_page(args)}.html')
     if Path(args.out).suffix != '.html':
         raise UsageError(f'--out {args.out}: its name must end in .html')
+
+
+def kind_of_page(args):
+    if args.top_pairs:
+        return 'pairs'
+    if args.at_least is not None:
+        return f'groups_{args.at_least:g}'
+    if args.duplicates:
+        return 'groups'
+    return 'search'
 
 
 def main(argv=None):
@@ -156,7 +167,8 @@ def search_photos(args, embedded, device, out):
                 photos.append(page.Photo(embedded.path(i), name, [f'cosine {text}']))
             groups.append(page.Group(str(path), photos))
     about = f'The photos of {embedded.about["root"]} that are most like each photo, nearest first.'
-    page.write_pages(out, 'Photos found', about, groups)
+    missing = page.write_pages(out, 'Photos found', about, groups)
+    tell_of_missing(missing, embedded)
     print(out)
 
 
@@ -205,6 +217,14 @@ def best(cosine, path, embedded, top):
     return [i for i in order if embedded.path(i).resolve() != own][:top]
 
 
+def tell_of_missing(count, embedded):
+    if count:
+        say(
+            f'{count} photos of the page were not found in {embedded.about["root"]}, or are '
+            'damaged: if the photos have moved, give --root'
+        )
+
+
 # Near-duplicates
 
 
@@ -224,7 +244,8 @@ def list_duplicates(args, embedded, device, out):
     shown = []
     for number, rows in table.groupby('group'):
         shown.append(page_group(number, rows, embedded))
-    page.write_pages(out, 'Near-duplicates', about, shown)
+    missing = page.write_pages(out, 'Near-duplicates', about, shown)
+    tell_of_missing(missing, embedded)
     say(f'{text}\n{table_file}\n{out}')
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import stat
 import struct
 import threading
 import zlib
@@ -573,7 +574,7 @@ def test_of_two_folders_of_equal_names_sizes_and_times_each_has_its_own_images(
     tmp_path, decoded, monkeypatch
 ):
     """Even if all were made within a tick of the clock."""
-    status = SimpleNamespace(st_size=1000, st_mtime_ns=0, st_ctime_ns=0)
+    status = SimpleNamespace(st_mode=stat.S_IFREG, st_size=1000, st_mtime_ns=0, st_ctime_ns=0)
     monkeypatch.setattr(folder, '_status', lambda path: status)
     gray_bmps(tmp_path / 'clean', [10, 20])
     gray_bmps(tmp_path / 'noisy', [30, 20])

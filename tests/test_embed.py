@@ -277,6 +277,18 @@ def test_a_file_that_is_damaged_or_anothers_is_refused_and_stays(
     assert out.read_bytes() == before
 
 
+def test_moved_images_and_a_moved_encoder_keep_the_features(encoder, photos, tmp_path, monkeypatch):
+    out = tmp_path / 'f.npz'
+    run(encoder, photos, out)
+    moved = photos.rename(tmp_path / 'moved')
+    elsewhere = encoder.rename(tmp_path / 'elsewhere.pth')
+    names = encoded(monkeypatch)
+    embed.main(['--out', str(out), '--root', str(moved), '--model_path', str(elsewhere)])
+    assert not names
+    about = read_embedded(out).about
+    assert (about['root'], about['settings']['model_path']) == (str(moved), str(elsewhere))
+
+
 def test_a_kill_loses_ten_minutes_at_most(encoder, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, 'BLOCK', 2)
     monkeypatch.setattr(embed, 'SAVE_SECONDS', -1)  # after each block
@@ -321,4 +333,39 @@ def test_links_to_images_that_are_there_are_left_out(encoder, photos, tmp_path, 
     run(encoder, photos, tmp_path / 'f.npz')
     names = read_embedded(tmp_path / 'f.npz').names.tolist()
     assert names == ['0.png', '1.png', '2.png', '3.png', '4.png', 'link.png']
-    assert f'left out 1 a link to another, such as {photos}/00.png' in capsys.readouterr().out
+    assert (
+        f'left out 1 linked to another of them, such as {photos}/00.png' in capsys.readouterr().out
+    )
+
+
+def test_a_stop_saves_what_there_is(encoder, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(embed, 'BLOCK', 2)
+    calls = []
+    encode = embed.Evaluator.encode
+
+    def interrupted(self, images, size):
+        calls.append(len(images))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, images, size)
+
+    monkeypatch.setattr(embed.Evaluator, 'encode', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(encoder, photos, tmp_path / 'f.npz')
+    assert read_embedded(tmp_path / 'f.npz').names.tolist() == ['0.png', '1.png']
+    assert 'the same command continues' in capsys.readouterr().out
+
+
+def test_what_is_no_regular_file_is_left_out_and_heic_told(encoder, photos, tmp_path, capsys):
+    os.mkfifo(photos / 'pipe.png')
+    (photos / 'phone.HEIC').write_bytes(b'')
+    pixels = np.full((8, 8), 900, np.uint16)  # ten of 16 bits
+    Image.fromarray(pixels).save(photos / 'dark.png')
+    run(encoder, photos, tmp_path / 'f.npz')
+    names = read_embedded(tmp_path / 'f.npz').names.tolist()
+    assert names == ['0.png', '1.png', '2.png', '3.png', '4.png', 'dark.png']
+    said = capsys.readouterr().out
+    assert f'1 no regular file, such as {photos}/pipe.png' in said
+    assert f'1 in HEIC, which needs converting first, such as {photos}/phone.HEIC' in said
+    assert '1 images of 16 bits come out dark' in said
+    assert 'such as dark.png' in said

@@ -163,6 +163,14 @@ def test_a_cosine_and_a_number_of_pairs_are_other_rules(made, tmp_path):
     Parsed(tmp_path / 'none.html')
 
 
+def test_a_wrong_place_of_the_photos_is_told(made, tmp_path, capsys):
+    (tmp_path / 'empty').mkdir()
+    words = ['--duplicates', '--root', str(tmp_path / 'empty'), '--out', str(tmp_path / 'a.html')]
+    search.main([str(made / 'apart.npz'), *words])
+    said = capsys.readouterr().out
+    assert f'5 photos of the page were not found in {tmp_path}/empty' in said
+
+
 def test_a_table_of_something_else_is_not_replaced(made, tmp_path):
     (tmp_path / 'f.csv').write_text('name,f0\na.png,1\n')
     with pytest.raises(UserError, match=r'f\.csv is there, and no table of groups'):
@@ -205,6 +213,8 @@ def test_what_is_missing_or_has_moved_is_named(made, tmp_path):
     write_embedded(moved / 'f.npz', found)
     with pytest.raises(UserError, match='gone is not a directory: give .* by --root'):
         search.main([str(moved / 'f.npz'), photo])
+    with pytest.raises(UserError, match=r'a \.csv is not searched'):
+        search.main([str(moved / 'f.csv'), photo])
     words = ['--root', str(moved / 'photos'), '--model_path', str(moved / 'model_1.pth')]
     search.main([str(moved / 'f.npz'), photo, *words])
     (section,) = Parsed(moved / 'f_search.html').sections
