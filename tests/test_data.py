@@ -250,5 +250,5 @@ def test_a_folders_digest_is_of_its_content_and_not_of_place_or_time(folder):
     assert digest == '358111c768106131728ca7e99a8927a96df4db5e65db0e85190bd27dd4f9befa'
     for path in folder.glob('*/*/*'):
         os.utime(path, ns=(0, 0))
-    moved = folder.rename(folder.with_name('moved'))
+    moved = folder.rename(folder.with_name(f'{folder.name}_moved'))
     assert load_data('folder', moved, store_size=48).digest == digest

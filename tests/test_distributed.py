@@ -1,15 +1,11 @@
 """Two processes compute what one would: the objective, its gradients, features and whole runs."""
 
-import signal
-import time
 from collections import Counter
 from functools import partial
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Job
 from ranks import BATCH, everything, on_ranks, random_views
 from test_losses import oracle, random_case
 
@@ -153,22 +149,3 @@ def test_running_statistics_become_their_mean_over_ranks_wherever_they_are_used(
             assert set(used) == monitored | saved
         else:
             assert set(used) == monitored
-
-
-def test_torchrun_trains_logs_and_saves_once_and_one_process_continues(tiny, tmp_path, run):
-    results = tmp_path / 'r'
-    flags = [*tiny, '--epochs', '6', '--results_dir', str(results)]
-    job = Job('main.py', flags, torchrun=['--nproc_per_node=2'])
-    while job.process.poll() is None and not (results / 'model_1.pth').exists():
-        time.sleep(0.01)
-    job.process.send_signal(signal.SIGTERM)
-    job.finish()
-    assert job.code != 0
-    assert job.out.count('saved in') == 1, job.err
-    assert job.out.count('epoch 1/6:') == 1
-    again = run('main.py', flags)
-    assert again.code == 0
-    assert 'Continuing' in again.out
-    log = pd.read_csv(results / 'log.csv')
-    assert list(log['epoch']) == [0, 1, 2, 3, 4, 5, 6]
-    assert log['train_loss'][1:].notna().all()

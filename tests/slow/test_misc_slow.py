@@ -23,6 +23,7 @@ import linear
 import main
 import pictures
 import plot
+import sequences
 import sweep
 from hardneg.files import read_json, write_json, write_tensors
 from hardneg.folder import nfc
@@ -200,3 +201,10 @@ def test_the_notebook_runs_and_its_encoder_learns():
             text += output.get('text', '')
     before, after = re.search(r'probe: (.*) % untrained, (.*) % trained', text).groups()
     assert float(after) > float(before) + 10
+
+
+def test_hard_negatives_help_on_sequences():
+    hard, standard = sequences.OBJECTIVES['HCL, β = 2'], sequences.OBJECTIVES['SimCLR']
+    for seed in 0, 1:
+        gain = sequences.accuracy(seed, 60, **hard) - sequences.accuracy(seed, 60, **standard)
+        assert gain > 2

@@ -1,5 +1,6 @@
 """Four ranks, compiled ranks, ranks that are killed, and the loss's memory on several ranks."""
 
+import signal
 import time
 
 import pandas as pd
@@ -119,3 +120,22 @@ def test_torchrun_restarts_a_run_where_it_stopped(tiny, tmp_path):
     assert 'Continuing' in job.out
     assert 'Finished' in job.out
     assert list(pd.read_csv(tmp_path / 'r' / 'log.csv')['epoch']) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_torchrun_trains_logs_and_saves_once_and_one_process_continues(tiny, tmp_path, run):
+    results = tmp_path / 'r'
+    flags = [*tiny, '--epochs', '6', '--results_dir', str(results)]
+    job = Job('main.py', flags, torchrun=['--nproc_per_node=2'])
+    while job.process.poll() is None and not (results / 'model_1.pth').exists():
+        time.sleep(0.01)
+    job.process.send_signal(signal.SIGTERM)
+    job.finish()
+    assert job.code != 0
+    assert job.out.count('saved in') == 1, job.err
+    assert job.out.count('epoch 1/6:') == 1
+    again = run('main.py', flags)
+    assert again.code == 0
+    assert 'Continuing' in again.out
+    log = pd.read_csv(results / 'log.csv')
+    assert list(log['epoch']) == [0, 1, 2, 3, 4, 5, 6]
+    assert log['train_loss'][1:].notna().all()
