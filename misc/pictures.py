@@ -286,7 +286,7 @@ def neighbours_by_features(args):
             text = f'{Path(embedded.names[i]).stem[-11:]}\n{own[i]:.3f}'
             picture(panel, decode_or_grey(embedded.path(i), embedded.about), text)
         print(f'{path}: {", ".join(embedded.names[found])}')
-    about = f'{embedded.about["root"]}: images (left) and their nearest others by cosine'
+    about = f'{Path(embedded.about["root"]).name}: images (left) and their nearest others by cosine'
     figure.suptitle(shown(about), fontsize=9)
     return figure
 
