@@ -662,7 +662,9 @@ def test_commands_of_a_page_name_scripts_and_flags_that_exist(page):
 def test_python_of_the_pages_gives_what_their_comments_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'results' / 'nothing').mkdir(parents=True)
-    torch.save(model.Model(128, 'resnet18', width=0.25).state_dict(), 'results/nothing/model_400.pth')
+    torch.save(
+        model.Model(128, 'resnet18', width=0.25).state_dict(), 'results/nothing/model_400.pth'
+    )
     (loss,) = re.findall('```python\n(.*?)```', (HOME / 'README.md').read_text(), re.S)
     own_images = (HOME / 'docs' / 'own_images.md').read_text()
     _, encoder, views = re.findall('```python\n(.*?)```', own_images, re.S)  # the first needs faiss

@@ -3,14 +3,12 @@
 import collections
 import contextlib
 import itertools
-import json
 import os
 import random
 import shutil
 import signal
 import time
 
-import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -18,6 +16,7 @@ from conftest import Job, assert_same_outcome, outcome
 from PIL import Image
 
 from hardneg import runs
+from hardneg.embedded import read_embedded
 from hardneg.files import read_checkpoint, read_json
 
 
@@ -101,15 +100,15 @@ def commands(place, tiny, tree, other, encoder):
     """Scripts that write in one place: probes of two data sets, embeddings, a run, a sweep."""
     checkpoint = place / 'run' / 'model_1.pth'
     probe = ['linear.py', '--model_path', checkpoint, '--epochs', '2']
-    embed = ['misc/embed.py', '--model_path', encoder, '--out', place / 'f.npz', '--root']
+    embed = ['misc/embed.py', '--model_path', encoder]
     sweep = ['--objectives', 'hard_b1', '--seeds', '1', '--probe', '--epochs 1']
     return {
         'own': [*probe, '--cached', '--root', tree],
         'other': [*probe, '--cached', '--root', other],
         'own_views': [*probe, '--seed', '1'],
         'train': ['main.py', *tiny, '--epochs', '2', '--results_dir', place / 'trained'],
-        'embed_train': [*embed, tree / 'train'],
-        'embed_test': [*embed, tree / 'test'],
+        'embed_train': [*embed, '--root', tree / 'train', '--out', place / 'train.npz'],
+        'embed_test': [*embed, '--root', tree / 'test', '--out', place / 'test.npz'],
         'sweep': [
             'misc/sweep.py',
             *tiny,
@@ -131,10 +130,9 @@ def found(place):
         digest = about['data_digest']
         settings, row = runs.read_probe(place / 'run', int(epoch), name, digest)
         left[file.name] = digest, about['encoder'], settings['seed'], row.tolist()
-    if (place / 'f.npz').exists():
-        with np.load(place / 'f.npz') as file:
-            root = json.loads(str(file['about']))['settings']['root']
-            left[root] = file['names'].tolist(), file['features'].tobytes()
+    for file in place.glob('*.npz'):
+        embedded = read_embedded(file)
+        left[file.name] = embedded.names.tolist(), embedded.features.tobytes()
     for file in place.glob('*/**/*.pth'):
         read_checkpoint(file)
     for log in (*place.glob('trained/log.csv'), *place.glob('sweep/*/log.csv')):
