@@ -366,11 +366,15 @@ def push(views, **objective):
     cosines of pairs as they are, and the gradient of embedding i at the coordinate of j is the
     derivative by their cosine.
     """
-    z = torch.cat(views).double()  # V x (B, D) -> (V B, D)
-    own = torch.eye(len(z), dtype=z.dtype)
-    z = torch.cat([z, own], 1).requires_grad_()  # (V B, D) -> (V B, D + V B)
+    z = with_own_coordinates(torch.cat(views).double())  # V x (B, D) -> (V B, D + V B)
     contrastive_loss(*z.chunk(len(views)), **objective, normalize=False).backward()
     return z.grad[:, -len(z) :]
+
+
+def with_own_coordinates(z):
+    """Rows (n, D), each with a coordinate of its own in which it is 1: a leaf (n, D + n)."""
+    own = torch.eye(len(z), dtype=z.dtype)
+    return torch.cat([z, own], 1).requires_grad_()
 
 
 @torch.no_grad()
@@ -482,14 +486,13 @@ def circle(args):
         angles += places
     image, positive, negatives = (on_circle(degrees) for degrees in ([0], [9], angles))
     figure, panels = plt.subplots(1, 3, figsize=(8, 3.3))
-    objectives = dict(SimCLR=SIMCLR, DCL=DCL, HCL=HCL)
-    for panel, (name, key) in zip(panels, objectives.items()):
-        pushes = push_of_one(image, positive, negatives, temperature=0.5, **OBJECTIVES[key])
+    for panel, (name, objective) in zip(panels, OBJECTIVES.items()):
+        pushes = push_of_one(image, positive, negatives, temperature=0.5, **objective)
         panel.add_patch(plt.Circle((0, 0), 1, fill=False, color='#bbbbbb'))
         panel.scatter(*image[0], s=120, marker='*', color='black', label='image', zorder=3)
         panel.scatter(*positive[0], s=60, marker='P', color=RIGHT, label='its other view', zorder=3)
         draw_negatives(panel, negatives, kinds, pushes)
-        panel.set_title(name, fontsize=11)
+        panel.set_title(name.partition(',')[0], fontsize=11)
         panel.set(xlim=(-1.25, 1.25), ylim=(-1.15, 1.25), aspect='equal')
         panel.axis('off')
     handles, texts = panels[0].get_legend_handles_labels()
@@ -509,9 +512,7 @@ def push_of_one(image, positive, negatives, **objective):
     image and positive are (1, D), negatives (K, D). As in push(), each negative gets a coordinate
     of its own.
     """
-    z = torch.cat([image, positive, negatives])  # -> (2 + K, D)
-    own = torch.eye(len(z), dtype=z.dtype)
-    z = torch.cat([z, own], 1).requires_grad_()  # (2 + K, D) -> (2 + K, D + 2 + K)
+    z = with_own_coordinates(torch.cat([image, positive, negatives]))  # (2 + K, D + 2 + K)
     contrastive_loss(z[:1], z[1:2], negatives=z[2:], **objective, normalize=False).backward()
     return 2 * z.grad[0, -len(negatives) :]  # the loss is the mean of the two views'
 

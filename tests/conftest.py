@@ -22,7 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hardneg import runtime
+from hardneg import decoding, runtime
 
 HOME = Path(__file__).parents[1]
 CACHE = tempfile.TemporaryDirectory()  # the user's is never written; deleted when this process ends
@@ -48,6 +48,20 @@ def tree(tmp_path_factory):
                 image[..., channel] += 120
                 Image.fromarray(image).save(root / split / name / f'{i}.png')
     return root
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the files that are decoded from here on."""
+    names = []
+    decode = decoding.decode
+
+    def spy(path, *args):
+        names.append(path.name)
+        return decode(path, *args)
+
+    monkeypatch.setattr(decoding, 'decode', spy)
+    return names
 
 
 @pytest.fixture(scope='session')

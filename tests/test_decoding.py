@@ -335,20 +335,6 @@ def test_images_keep_their_size_if_they_are_squares_of_one_size(tmp_path, sizes,
 # Damaged files
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """Names of the files that are decoded from here on."""
-    names = []
-    decode = decoding.decode
-
-    def spy(path, *args):
-        names.append(path.name)
-        return decode(path, *args)
-
-    monkeypatch.setattr(decoding, 'decode', spy)
-    return names
-
-
 def make_damaged(place):
     """Damaged files of every kind; returns their names."""
     contents = {

@@ -190,22 +190,7 @@ def photos(tmp_path):
     return place
 
 
-def encoded(monkeypatch):
-    """A list to which the names of all images that embed.py decodes from now on are added."""
-    names = []
-    decode = embed.decode_or_why
-
-    def watched(path, *args):
-        names.append(path.name)
-        return decode(path, *args)
-
-    monkeypatch.setattr(embed, 'decode_or_why', watched)
-    return names
-
-
-def test_only_new_and_changed_images_are_encoded_again(
-    encoder, photos, tmp_path, monkeypatch, capsys
-):
+def test_only_new_and_changed_images_are_encoded_again(encoder, photos, tmp_path, decoded, capsys):
     out = tmp_path / 'f.npz'
     run(encoder, photos, out, '--store_size', '16')
     (photos / '1.png').unlink()
@@ -214,9 +199,9 @@ def test_only_new_and_changed_images_are_encoded_again(
     os.utime(photos / '2.png', (1, 1))
     Image.new('RGB', (20, 10)).save(photos / 'new.png')
     capsys.readouterr()
-    names = encoded(monkeypatch)
+    decoded.clear()
     embed.main(['--out', str(out)])  # all else is in the file
-    assert set(names) == {'2.png', '3.png', 'new.png'}
+    assert set(decoded) == {'2.png', '3.png', 'new.png'}
     assert f'{out}: 2 images unchanged, 3 new or changed, 1 gone' in capsys.readouterr().out
     found = read_embedded(out)
     assert found.names.tolist() == ['0.png', '2.png', '4.png', 'new.png']
@@ -228,9 +213,9 @@ def test_only_new_and_changed_images_are_encoded_again(
     run(encoder, photos, tmp_path / 'anew.npz', '--store_size', '16')
     anew = read_embedded(tmp_path / 'anew.npz')
     np.testing.assert_allclose(found.features, anew.features, atol=1e-6)
-    names.clear()
+    decoded.clear()
     run(encoder, photos, out)
-    assert set(names) == {'3.png'}
+    assert set(decoded) == {'3.png'}
 
 
 @pytest.mark.parametrize(
@@ -277,19 +262,19 @@ def test_a_file_that_is_damaged_or_anothers_is_refused_and_stays(
     assert out.read_bytes() == before
 
 
-def test_moved_images_and_a_moved_encoder_keep_the_features(encoder, photos, tmp_path, monkeypatch):
+def test_moved_images_and_a_moved_encoder_keep_the_features(encoder, photos, tmp_path, decoded):
     out = tmp_path / 'f.npz'
     run(encoder, photos, out)
     moved = photos.rename(tmp_path / 'moved')
     elsewhere = encoder.rename(tmp_path / 'elsewhere.pth')
-    names = encoded(monkeypatch)
+    decoded.clear()
     embed.main(['--out', str(out), '--root', str(moved), '--model_path', str(elsewhere)])
-    assert not names
+    assert not decoded
     about = read_embedded(out).about
     assert (about['root'], about['settings']['model_path']) == (str(moved), str(elsewhere))
 
 
-def test_a_kill_loses_ten_minutes_at_most(encoder, photos, tmp_path, monkeypatch):
+def test_a_kill_loses_ten_minutes_at_most(encoder, photos, tmp_path, monkeypatch, decoded):
     monkeypatch.setattr(embed, 'BLOCK', 2)
     monkeypatch.setattr(embed, 'SAVE_SECONDS', -1)  # after each block
     out = tmp_path / 'f.npz'
@@ -304,9 +289,9 @@ def test_a_kill_loses_ten_minutes_at_most(encoder, photos, tmp_path, monkeypatch
         run(encoder, photos, out)
     assert read_embedded(out).names.tolist() == ['0.png', '1.png']
     monkeypatch.setattr(embed, 'write_embedded', write)
-    names = encoded(monkeypatch)
+    decoded.clear()
     run(encoder, photos, out)
-    assert set(names) == {'2.png', '3.png', '4.png'}
+    assert set(decoded) == {'2.png', '3.png', '4.png'}
     assert len(read_embedded(out).names) == 5
 
 
