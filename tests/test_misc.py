@@ -261,48 +261,6 @@ def test_ranks_and_data_sets_are_kept_apart(logs, other):
 
 
 @pytest.mark.parametrize(
-    'name, seeds',
-    [('cifar10', 3), ('cifar10_temperature', 3), ('cifar10_labels', 1), ('cifar100', 3)],
-)
-def test_tables_kept_are_those_of_the_logs_kept(name, seeds):
-    kept = HOME / 'results' / name
-    table = sweep.make_table(kept)
-    assert table.to_csv(index=False) == (kept / 'table.csv').read_text()
-    assert table['seeds'].min() >= seeds
-    rows, _, _ = sweep.markdown(table).partition('\n\n')
-    assert rows in (HOME / 'results' / 'README.md').read_text()
-
-
-def test_rows_of_both_pages_are_those_of_the_logs_kept():
-    """Of each objective: accuracy, its gain over standard at t = 0.5 and at t = 0.1, twice."""
-    kept = HOME / 'results' / 'cifar10_30'
-    own, tuned = (sweep.make_table(kept, against) for against in (0.5, 0.1))
-    assert tuned.to_csv(index=False) == (kept / 'table.csv').read_text()
-
-    def told(row, name, sign=''):
-        if pd.isna(row[name]):
-            return ''
-        return f'{row[name]:{sign}.2f} ± {row[f"{name}_std"]:.2f}'
-
-    rows = []
-    for (_, a), (_, b) in zip(own.iterrows(), tuned.iterrows()):
-        title = a['objective']
-        if a['temperature'] == 0.1:
-            title += ', tuned t'
-        cells = [title, str(a['temperature']), str(a['seeds'])]
-        for metric in 'knn', 'linear_cached':
-            gain = f'{metric}_gain'
-            cells += [told(a, metric), told(a, gain, '+'), told(b, gain, '+')]
-        rows.append(f'| {" | ".join(cells)} |')
-    pages = []
-    for place in HOME, HOME / 'results':
-        pages.append((place / 'README.md').read_text().splitlines())
-    first, results = pages
-    assert sorted(line for line in first if ' ± ' in line and line[0] == '|') == sorted(rows)
-    assert set(rows) <= set(results)
-
-
-@pytest.mark.parametrize(
     'words, message',
     [
         (['--seeds', '0'], '--seeds'),

@@ -1,0 +1,104 @@
+"""The kept results: tables and figures of the pages are those of the kept logs."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import HOME
+
+import label_free
+import sweep
+from photos import evaluate
+
+RESULTS = HOME / 'results'
+PAGE = (RESULTS / 'README.md').read_text()
+
+
+@pytest.mark.parametrize(
+    'name, seeds',
+    [('cifar10', 3), ('cifar10_temperature', 3), ('cifar10_labels', 1), ('cifar100', 3)],
+)
+def test_tables_kept_are_those_of_the_logs_kept(name, seeds):
+    kept = RESULTS / name
+    table = sweep.make_table(kept)
+    assert table.to_csv(index=False) == (kept / 'table.csv').read_text()
+    assert table['seeds'].min() >= seeds
+    rows, _, _ = sweep.markdown(table).partition('\n\n')
+    assert rows in PAGE
+
+
+def test_rows_of_both_pages_are_those_of_the_logs_kept():
+    """Of each objective: accuracy, its gain over standard at t = 0.5 and at t = 0.1, twice."""
+    kept = RESULTS / 'cifar10_30'
+    own, tuned = (sweep.make_table(kept, against) for against in (0.5, 0.1))
+    assert tuned.to_csv(index=False) == (kept / 'table.csv').read_text()
+
+    def told(row, name, sign=''):
+        if pd.isna(row[name]):
+            return ''
+        return f'{row[name]:{sign}.2f} ± {row[f"{name}_std"]:.2f}'
+
+    rows = []
+    for (_, a), (_, b) in zip(own.iterrows(), tuned.iterrows()):
+        title = a['objective']
+        if a['temperature'] == 0.1:
+            title += ', tuned t'
+        cells = [title, str(a['temperature']), str(a['seeds'])]
+        for metric in 'knn', 'linear_cached':
+            gain = f'{metric}_gain'
+            cells += [told(a, metric), told(a, gain, '+'), told(b, gain, '+')]
+        rows.append(f'| {" | ".join(cells)} |')
+    pages = []
+    for place in HOME, HOME / 'results':
+        pages.append((place / 'README.md').read_text().splitlines())
+    first, results = pages
+    assert sorted(line for line in first if ' ± ' in line and line[0] == '|') == sorted(rows)
+    assert set(rows) <= set(results)
+
+
+# What alignment, uniformity and RankMe say
+
+
+@pytest.mark.parametrize(
+    'title, names',
+    [
+        ('CIFAR-10, 5 epochs', ['cifar10', 'cifar10_temperature']),
+        ('CIFAR-10, 30 epochs', ['cifar10_30']),
+        ('Imagenette, 20 epochs', ['imagenette_held_out']),
+    ],
+)
+def test_the_choice_without_labels_is_that_of_the_logs_kept(title, names):
+    means = label_free.means_over_seeds([RESULTS / name for name in names])
+    for cells in label_free.compare(means)[1:]:
+        assert f'| {title} | {" | ".join(map(str, cells))} |' in PAGE
+
+
+def test_a_measure_that_orders_the_losses_as_knn_does_chooses_the_best():
+    means = pd.DataFrame(
+        dict(knn=[50, 60, 70], alignment=[3, 2, 1], uniformity=[-3, -2, -1], rankme=[1, 9, 8]),
+        index=['a', 'b', 'c'],
+        dtype=float,
+    )
+    assert label_free.compare(means)[1:] == [
+        ['alignment', 3, '+1.00', 'c', '0.0', 'c'],
+        ['uniformity', 3, '-1.00', 'a', '20.0', 'c'],
+        ['RankMe', 3, '+0.50', 'b', '10.0', 'c'],
+    ]
+
+
+# Near-duplicates
+
+
+def test_the_best_f1_of_pairs_is_that_of_the_best_threshold():
+    belong = np.array([True, False, True, False])
+    assert evaluate.best_f1(np.array([0.9, 0.8, 0.7, 0.1]), belong) == pytest.approx(4 / 5)
+    # A threshold does not separate pairs of equal similarity
+    assert evaluate.best_f1(np.array([0.9, 0.9, 0.1, 0.1]), belong) == pytest.approx(2 / 3)
+
+
+def test_groups_count_by_pairs_and_as_wholes():
+    group = np.array([0, 0, 1, 1, 1, 2])  # what belongs together
+    label = np.array([0, 0, 1, 1, 2, 2])  # what was found
+    precision, recall, f1, whole = evaluate.scores(label, group, np.full(6, True))
+    assert (precision, recall) == pytest.approx((2 / 3, 2 / 4))
+    assert f1 == pytest.approx(4 / 7)
+    assert whole == 1 / 2
