@@ -6,7 +6,6 @@ from collections import Counter
 import pandas as pd
 import pytest
 import torch
-from ranks import on_ranks
 
 import bench
 import main
@@ -186,23 +185,6 @@ def test_the_roof_is_that_of_the_slower_of_matmul_and_copy(copy, expected, monke
     monkeypatch.setattr(bench, 'alternate', lambda *_: [1.0, copy])
     least = bench.least_ms(2, torch.device('cpu'), side=1000, size=500_000)
     assert least == pytest.approx(expected)
-
-
-@pytest.mark.skipif(
-    not bench.Path('/proc/self/clear_refs').exists(), reason='only Linux tells the most memory'
-)
-def memory_of_100_megabytes(rank, world):
-    """What peak_memory() says of them, after more was held and reset, in a process of its own."""
-    device = torch.device('cpu')
-    torch.ones(50_000_000)
-    before = bench.peak_memory(device, reset=True)
-    torch.ones(25_000_000)
-    return bench.peak_memory(device) - before
-
-
-def test_the_most_memory_is_that_since_the_reset(tmp_path):
-    (found,) = on_ranks(1, memory_of_100_megabytes, tmp_path)
-    assert 90e6 < found < 150e6
 
 
 def test_all_keeps_the_rows_of_every_bench(tiny, tmp_path, monkeypatch, capsys):

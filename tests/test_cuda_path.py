@@ -69,10 +69,8 @@ def train(results, batch_size, *flags):
 @pytest.mark.parametrize(
     'fits, flags',
     [
-        (True, ['--oracle']),
-        (False, ['--views', '3', '--anneal', 'down']),
-        (False, ['--positives', 'label', '--joint_views']),
-        (True, ['--micro_batch', '2']),
+        (True, ['--oracle', '--micro_batch', '2']),
+        (False, ['--views', '3', '--anneal', 'down', '--positives', 'label', '--joint_views']),
     ],
     ids=str,
 )

@@ -600,16 +600,6 @@ def test_second_functional_derivatives_are_refused():
         torch.func.grad(lambda z: first(z).sum())(z1)
 
 
-@each_setting
-def test_it_compiles_whole(setting):
-    torch._dynamo.reset()
-    compiled = torch.compile(contrastive_loss, fullgraph=True, backend='aot_eager')
-    views = unit_views(6, 5)
-    found = value_and_gradient(compiled, views, **setting)
-    expected = value_and_gradient(contrastive_loss, views, **setting)
-    torch.testing.assert_close(found, expected)
-
-
 # Tiles and memory
 
 

@@ -737,7 +737,7 @@ def test_published_command_lines_run_as_printed(tmp_path, monkeypatch, capsys):
     (tmp_path / 'results' / 'stl10').mkdir(parents=True)
     monkeypatch.chdir(tmp_path / 'code')
     write_stl10(tmp_path / 'code' / 'data', monkeypatch, train=200, test=10, unlabeled=60)
-    monkeypatch.setattr(main, 'network', lambda args: model.Model(128, 'resnet18', width=0.25))
+    monkeypatch.setattr(main, 'network', lambda args: model.Model(128, 'resnet18', width=1 / 16))
     monkeypatch.setattr(linear, 'tqdm', lambda epochs, *args, **kwargs: list(epochs)[:1])
 
     def stop(*args):

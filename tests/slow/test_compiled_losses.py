@@ -1,4 +1,4 @@
-"""The objective compiled by torch's own compiler, inductor."""
+"""The objective as one graph, compiled by torch's own compiler, inductor."""
 
 import torch
 from test_losses import each_setting, unit_views, value_and_gradient

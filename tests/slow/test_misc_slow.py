@@ -16,8 +16,10 @@ import torch
 from conftest import HOME, Job
 from nbclient import NotebookClient
 from PIL import Image
+from ranks import on_ranks
 from test_misc import some_names
 
+import bench
 import embed
 import linear
 import main
@@ -208,3 +210,23 @@ def test_hard_negatives_help_on_sequences():
     for seed in 0, 1:
         gain = sequences.accuracy(seed, 60, **hard) - sequences.accuracy(seed, 60, **standard)
         assert gain > 2
+
+
+# The bench
+
+
+def memory_of_100_megabytes(rank, world):
+    """What peak_memory() says of them, after more was held and reset, in a process of its own."""
+    device = torch.device('cpu')
+    torch.ones(50_000_000)
+    before = bench.peak_memory(device, reset=True)
+    torch.ones(25_000_000)
+    return bench.peak_memory(device) - before
+
+
+@pytest.mark.skipif(
+    not bench.Path('/proc/self/clear_refs').exists(), reason='only Linux tells the most memory'
+)
+def test_the_most_memory_is_that_since_the_reset(tmp_path):
+    (found,) = on_ranks(1, memory_of_100_megabytes, tmp_path)
+    assert 90e6 < found < 150e6
