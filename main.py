@@ -663,8 +663,11 @@ def check_memory(args, device):
 def smaller_micro_batch(args):
     """The next smaller --micro_batch that divides a rank's images, as ' such as n'; '' if none."""
     images = args.batch_size // ranks().world
-    now = args.micro_batch or images
-    for n in range(now - 1, 1, -1):
+    most = images
+    if args.micro_batch or args.joint_views:
+        most = (args.micro_batch or images) - 1
+    # Without --joint_views, all images at once are one view at a time, which takes less memory.
+    for n in range(most, 1, -1):
         if images % n == 0:
             return f' such as {n}'
     return ''

@@ -273,16 +273,20 @@ def add_precision(group, what):
     )
 
 
-def fill_precision(args, settings=None, arch=''):
-    """Give --precision, where not given, its value in settings or this machine's, and say so.
+def default_precision(arch):
+    """The precision in which this machine computes fastest with a network, 'bf16' or 'fp32'.
 
     On CPUs many of timm's models are slower in bf16 than in fp32.
     """
+    if is_timm(arch) and not torch.cuda.is_available():
+        return 'fp32'
+    return runtime.default_precision()
+
+
+def fill_precision(args, settings=None, arch=''):
+    """Give --precision, where not given, its value in settings or this machine's, and say so."""
     if args.precision is None:
-        default = runtime.default_precision()
-        if is_timm(arch) and not torch.cuda.is_available():
-            default = 'fp32'
-        fill(args, dict(precision=default), settings)
+        fill(args, dict(precision=default_precision(arch)), settings)
         say(f'Precision: {args.precision} (another one by --precision)')
 
 

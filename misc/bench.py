@@ -8,8 +8,8 @@
     python misc/bench.py training --arch resnet18      # views and steps beside lightly's
     python misc/bench.py profile                       # where the time of main.py's steps goes
 
-step, epoch, training and profile take all flags of main.py. Without any, a GPU is timed with
-main.py's defaults, and a CPU with a ResNet-18 on 32 images of 16 px. A row holds medians in
+step, epoch, training and profile take all flags of main.py. A GPU starts from main.py's defaults, a
+CPU from a ResNet-18 on 32 images of 16 px in fp32; flags change that. A row holds medians in
 milliseconds. Its ratio says how many times as fast ours is as the reference. For the published
 network on a GPU, roof is the share of the speed that the GPU's matmul rate and copy bandwidth,
 measured in the same run, allow. lightly and kornia are timed if they are installed. On two CPU
@@ -73,7 +73,7 @@ def make_parser():
     parser = flags.Parser(
         prog='bench.py',
         description=__doc__.partition('\n')[0],
-        epilog="Other flags are main.py's, for step, epoch and profile.",
+        epilog="Other flags are main.py's, for step, epoch, training and profile.",
     )
     parser.add_argument(
         'what', nargs='?', choices=[*BENCHES, 'all', 'training', 'profile'], help='what to time'
@@ -108,7 +108,8 @@ def main(argv=None):
     if args.device == 'cpu':
         command += [*SMALL.split(), '--compile', 'False']
     command += given
-    settings, _, found = arguments(command)
+    with TemporaryDirectory() as empty:  # no run, whose settings would be taken
+        settings, _, found = arguments([*command, '--results_dir', empty])
     versions = f'torch {torch.__version__}, Pillow {PIL.__version__}, OpenCV {cv2.__version__}'
     print(f'{device_name(device)}; {versions}')
     torch.backends.cudnn.benchmark = True
@@ -509,7 +510,7 @@ def bench_training(repeat, device, settings):
     if not is_installed('lightly'):
         return
     data = load(settings)
-    data.train = data.train[: TRAINING_BATCHES * settings.batch_size]
+    data.train = images = data.train[: TRAINING_BATCHES * settings.batch_size]
     data.train_labels = data.train_labels[: len(data.train)]
     loader = training_views(settings, data, device)
     _, step = training_step(settings, device)
@@ -520,7 +521,7 @@ def bench_training(repeat, device, settings):
             step(views)
 
     for precision in ('fp32', 'bf16'):
-        theirs = lightly_epoch(settings, data.train, device, precision)
+        theirs = lightly_epoch(settings, images, device, precision)
         times = alternate(repeat, device, theirs, ours)
         what = f", main.py's training in {settings.precision} beside lightly's in {precision}"
         yield step_row(what, settings, device, *(ms / TRAINING_BATCHES for ms in times))

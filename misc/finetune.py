@@ -83,7 +83,7 @@ def make_parser():
     training.add_argument(
         '--precision',
         choices=('bf16', 'fp32'),
-        help='numbers of the encoder (bf16 on a GPU that has it, else fp32)',
+        help='numbers of the encoder (bf16 where the machine is faster with it, else fp32)',
     )
     training.add_argument(
         '--seed',

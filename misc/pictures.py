@@ -226,29 +226,21 @@ def neighbours(args):
     if with_classes:
         truths = data.test_labels[chosen].tolist()
 
-    figure, grid = neighbour_grid(len(chosen), columns, len(opened))
-    for axes, query, truth in zip(grid[:, 0], chosen, truths):
+    figure, first, blocks = neighbour_grid(len(chosen), columns, len(opened))
+    for axes, query, truth in zip(first, chosen, truths):
         text = data.classes[truth] if with_classes else ''
         picture(axes, images[query], text)
     titles = names([run for _, run, _ in opened])
-    for n, (title, (net, run, _)) in enumerate(zip(titles, opened)):
-        block = grid[:, 1 + n * (columns + 1) :][:, : columns + 1]  # a gap, and the neighbours
-        known = unit(features(net, data.train, memory, run))  # (memory, F)
-        cosine = unit(features(net, images, chosen, run)) @ known.T  # (rows, memory)
-        if images is data.train:
-            cosine.fill_diagonal_(-2)  # the queries come first in memory: not an image itself
-        near, found = cosine.topk(columns)
-        found = memory[found]  # (rows, columns)
-        for axes, truth, values, indices in zip(block, truths, near.tolist(), found.tolist()):
-            axes[0].axis('off')
-            for panel, value, index in zip(axes[1:], values, indices):
+    for title, block, (net, run, _) in zip(titles, blocks, opened):
+        cosines, found = nearest(net, run, data, images, chosen, memory, columns)
+        for axes, truth, values, indices in zip(block, truths, cosines.tolist(), found.tolist()):
+            for panel, value, index in zip(axes, values, indices):
                 neighbour(panel, data, index, value, truth, named=args.query)
         if with_classes:
             right = data.train_labels[found] == torch.tensor(truths)[:, None]
             title += f": {right.sum()} of {right.numel()} of the query's class"
-        first = block[0, 1]
-        place = dict(transform=first.transAxes, fontsize=8, in_layout=False)
-        first.text(0, 1.15, shown(title), **place)
+        place = dict(transform=block[0, 0].transAxes, fontsize=8, in_layout=False)
+        block[0, 0].text(0, 1.15, shown(title), **place)
         if args.query and data.names:
             for query, indices in zip(args.query, found.tolist()):
                 print(f'{query}: {", ".join(data.names[i] for i in indices)}')
@@ -256,6 +248,23 @@ def neighbours(args):
     about = f'{run["data"]}: images (left) and their nearest {kind} by cosine of features\n'
     figure.suptitle(shown(about), fontsize=9)
     return figure
+
+
+def nearest(net, run, data, images, chosen, memory, columns):
+    """The largest cosines of queries with training images, and the indices of these.
+
+    Args:
+        images: (N, 3, H, W) uint8, with the queries at the indices chosen (rows,).
+        memory: indices (n,) of the training images that are searched.
+
+    Returns two tensors (rows, columns), the nearest first.
+    """
+    known = unit(features(net, data.train, memory, run))  # (n, F)
+    cosine = unit(features(net, images, chosen, run)) @ known.T  # (rows, n)
+    if images is data.train:
+        cosine.fill_diagonal_(-2)  # the queries come first in memory: not an image itself
+    cosines, places = cosine.topk(columns)
+    return cosines, memory[places]
 
 
 def neighbours_by_features(args):
@@ -275,14 +284,13 @@ def neighbours_by_features(args):
         paths = [embedded.path(i) for i in chosen]
         rows = embedded.features[chosen]
     cosine = rows @ embedded.features.T  # (q, F) x (F, n) -> (q, n)
-    figure, grid = neighbour_grid(len(paths), columns, 1)
-    for axes, path, own in zip(grid, paths, cosine):
-        picture(axes[0], decode_or_grey(path, embedded.about))
-        axes[1].axis('off')
+    figure, first, (block,) = neighbour_grid(len(paths), columns, 1)
+    for query, panels, path, own in zip(first, block, paths, cosine):
+        picture(query, decode_or_grey(path, embedded.about))
         found = search.best(own, path, embedded, columns)
-        for panel in axes[2 + len(found) :]:
+        for panel in panels[len(found) :]:
             panel.axis('off')
-        for panel, i in zip(axes[2:], found):
+        for panel, i in zip(panels, found):
             text = f'{Path(embedded.names[i]).stem[-11:]}\n{own[i]:.3f}'
             picture(panel, decode_or_grey(embedded.path(i), embedded.about), text)
         print(f'{path}: {", ".join(embedded.names[found])}')
@@ -328,16 +336,22 @@ def decode_query(path, data, run):
 
 
 def neighbour_grid(rows, columns, encoders):
-    """A figure and its panels: of each row the query and, of each encoder, a gap and neighbours."""
+    """A figure, its panels for queries (rows,), and for each encoder's neighbours (rows, columns)."""
     width = 1 + (columns + 0.3) * encoders  # in images
-    return plt.subplots(
+    figure, grid = plt.subplots(
         rows,
-        1 + (columns + 1) * encoders,
+        1 + (1 + columns) * encoders,
         figsize=(8, 8 * (rows + 1.6) / width),
         dpi=110,
         width_ratios=[1] + ([0.3] + [1] * columns) * encoders,
         squeeze=False,
     )
+    blocks = []
+    for panels in np.split(grid[:, 1:], encoders, axis=1):  # (rows, 1 + columns)
+        for gap in panels[:, 0]:
+            gap.axis('off')
+        blocks.append(panels[:, 1:])
+    return figure, grid[:, 0], blocks
 
 
 def neighbour(panel, data, index, cosine, truth, named):

@@ -5,7 +5,7 @@
 #     bash misc/published.sh results/published                            # HCL, beta = 1
 #     bash misc/published.sh results/simclr --estimator standard          # another column
 #
-# Further arguments are flags of main.py. The same command continues a run that was stopped.
+# Further arguments are flags of main.py, but --epochs. The same command continues a run that was stopped.
 set -eu
 results=$1
 shift

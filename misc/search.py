@@ -278,8 +278,8 @@ def find_groups(args, features):
 def table_of(embedded, groups):
     """A DataFrame of the photos in groups, lists of rows: in each the one to keep comes first.
 
-    Groups are sorted by their nearest pair with the one that is kept. The column row has the places
-    of the photos in the Embedded.
+    Groups are sorted by the photo that is least like the one to keep, the safest group first. The
+    column row has the places of the photos in the Embedded.
     """
     if not groups:
         return pd.DataFrame(columns=['row', *COLUMNS])
@@ -298,8 +298,8 @@ def table_of(embedded, groups):
     table['keep'] = ~table['group'].duplicated()
     kept = table['row'].where(table['keep']).ffill().astype(int)
     table['cosine'] = cosines(embedded.features, table['row'].to_numpy(), kept.to_numpy())
-    nearest = table['cosine'].where(~table['keep']).groupby(table['group']).max()
-    rank = nearest.rank(method='first', ascending=False).astype(int)
+    least = table['cosine'].where(~table['keep']).groupby(table['group']).min()
+    rank = least.rank(method='first', ascending=False).astype(int)
     table['group'] = table['group'].map(rank)
     order = ['group', 'keep', 'cosine', 'name']
     return table.sort_values(order, ascending=[True, False, False, True], ignore_index=True)

@@ -115,7 +115,7 @@ def main(argv=None):
     if not args.table_only:
         check_own(rest)
         probe = probe_flags(args.probe)
-        precision = precision_of(rest, results)
+        precision = precision_of(training.parse(rest), results)
         rest = with_precision(rest, precision)
         probe = with_precision(probe, precision)
         planned = plan(args, rest)
@@ -150,20 +150,18 @@ def probe_flags(text):
     return words
 
 
-def precision_of(words, results):
+def precision_of(settings, results):
     """The precision of all runs and probes: as given, as of the first run, or this machine's.
 
     Another machine, on which the sweep may go on, would choose otherwise.
     """
-    for i, word in enumerate(words):
-        flag, _, value = word.partition('=')
-        if flag == '--precision':
-            return value or ''.join(words[i + 1 : i + 2])
+    if settings.precision:
+        return settings.precision
     for file in sorted(results.glob('*/config.json')):
         config = runs.read_config(file)
         if config:
             return config['settings']['precision']
-    return runtime.default_precision()
+    return flags.default_precision(settings.arch)
 
 
 def with_precision(words, precision):

@@ -69,4 +69,4 @@ if __name__ == '__main__':
         found = torch.tensor(
             [100 * retrieval(seed, args.steps, **objective) for seed in range(args.seeds)]
         )
-        print(f'{name}: retrieval @1 {found.mean():.1f} ± {found.std(correction=0):.1f} %')
+        print(f'{name}: retrieval @1 {found.mean():.1f} ± {found.std():.1f} %')

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pandas as pd
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'misc')]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / 'misc'))
 import sweep
 from hardneg import runs, runtime
 from hardneg.runtime import UsageError

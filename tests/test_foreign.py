@@ -447,7 +447,7 @@ def test_a_table_counts_runs_alone(tiny, tmp_path, capsys):
     (tmp_path / 'a' / 'log.csv').write_text(LOGS[0])
     assert len(sweep.make_table(tmp_path)) == 1
     assert "a: config.json is another program's, left out" in capsys.readouterr().err
-    assert sweep.precision_of([], tmp_path) == 'fp32'
+    assert sweep.precision_of(main.parse([]), tmp_path) == 'fp32'
 
 
 @given(st.lists(st.text('abcxyz_ ', min_size=1), min_size=1, unique=True))

@@ -87,10 +87,9 @@ def test_a_run_keeps_its_precision_whatever_the_machine_would_choose(
 
 def test_a_sweep_keeps_the_precision_of_its_first_run(begun, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, 'default_precision', lambda: 'bf16')
-    assert sweep.precision_of(['--lr', '1'], tmp_path) == 'bf16'
-    assert sweep.precision_of(['--lr', '1'], begun.parent) == 'fp32'
-    for words in (['--precision', 'fp16'], ['--precision=fp16', '--lr', '1']):
-        assert sweep.precision_of(words, begun.parent) == 'fp16'
+    assert sweep.precision_of(main.parse([]), tmp_path) == 'bf16'
+    assert sweep.precision_of(main.parse([]), begun.parent) == 'fp32'
+    assert sweep.precision_of(main.parse(['--precision=fp16']), begun.parent) == 'fp16'
     assert sweep.with_precision(['--lr', '1'], 'bf16') == ['--lr', '1', '--precision', 'bf16']
     given = ['--precision=fp16']
     assert sweep.with_precision(given, 'bf16') == given
