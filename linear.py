@@ -101,7 +101,7 @@ def add_label_fraction(group):
         '--label_fraction',
         type=flags.part,
         default=1.0,
-        help="part of each class's training images to learn from, drawn by --seed (%(default)s)",
+        help="part of each class's training images to learn from, drawn with --seed (%(default)s)",
     )
 
 
@@ -125,7 +125,7 @@ def arguments(argv=None):
 
 @dataclass
 class Probe:
-    """What the probes of two encoders share."""
+    """What the probes of the trained and of the untrained encoder share."""
 
     args: Any
     data: Data
@@ -144,9 +144,7 @@ def main(argv=None):
     data, settings, own = labelled_data(args, path, net)
     device = runtime.start()
     name = probe_name(args, data, own, kind(args))
-    # Probes of one kind share that of model_0.pth. Other ranks would give up waiting.
-    alone = ranks().world == 1
-    runtime.on_rank0(lambda: lock(path.parent, f'.{name}.lock', wait=alone))
+    lock_probe(path, name)
     probe = Probe(args, data, flags.recipe(settings), name, device)
 
     def told(checkpoint, accuracy):
@@ -159,6 +157,7 @@ def main(argv=None):
     text = f'{told(path, first)} (@5 {five:.2f} %)'
     untrained = path.with_name('model_0.pth')
     if untrained.exists() and untrained != path:
+        lock_probe(untrained, name)  # which the probes of other checkpoints share
         accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
         if accuracy is None:
             start = load_model(untrained, head=False)
@@ -168,6 +167,15 @@ def main(argv=None):
             before = 'before training'
         text += f'; {before}: {told(untrained, accuracy)}'
     say(f'{text}; files in {path.parent}')
+
+
+def lock_probe(path, name):
+    """Wait until no other process probes this checkpoint in this way.
+
+    Several ranks do not wait: those that are not rank 0 would time out.
+    """
+    alone = ranks().world == 1
+    runtime.on_rank0(lambda: lock(path.parent, f'.{path.stem}_{name}.lock', wait=alone))
 
 
 def labelled_data(args, path, net):

@@ -4,13 +4,13 @@
     torchrun --nproc_per_node 8 main.py --tau_plus 0.1 --beta 1.0  # the same batch on eight GPUs
     python main.py --dataset_name shapes --arch resnet18 --width 0.25 --results_dir results/shapes
 
-The last command is fit for a CPU. A run writes to --results_dir alone, and the same command
-continues a run that was stopped. It needs a CPU, or a GPU with CUDA or ROCm; Apple's GPUs are not
+The last command is small enough for a CPU. A run writes only to --results_dir, and the same command
+resumes a run that was stopped. It runs on a CPU, or on a GPU with CUDA or ROCm; Apple GPUs are not
 used. On two CPU cores a ResNet-18 takes about 180 views of 16 px a second; ResNet-50 at 32 px needs
 a GPU.
 
-The objectives come first; to add a method of your own, add a function and its name there. The flags
-follow. The epochs and the training step stand in main().
+The objectives come first: to add a method of your own, write a function and register its name
+there. Then come the flags, main() with the epochs, and TrainingStep.
 """
 
 import argparse
@@ -275,10 +275,10 @@ def make_parser():
 
 
 def defaults():
-    """The settings of a run without flags, as far as they depend on nothing else.
+    """The settings of a run without flags, which stand in for what a config.json lacks.
 
-    They stand for what an earlier config.json lacks. A new flag is among them if it has a default
-    that is not None; one that may be None to the end is named here.
+    A flag whose default is None is left out, as its value depends on others, on the machine or on
+    the data. If None may be the final value, it is named here.
     """
     settings = vars(make_parser().parse_args([]))
     known = dict(init=None, micro_batch=None, **flags.DATA, **flags.VIEWS)
@@ -292,11 +292,11 @@ def arguments(argv=None):
     """The final settings; the Model of --init and the Folder of a folder data set, each or None.
 
     Raises:
-        UsageError: flags do not fit each other, or --init.
-        UserError: the machine or a file does not serve.
+        UsageError: flags contradict each other, or do not fit --init.
+        UserError: the machine or a file cannot be used.
     """
     args = parse(argv)
-    # A run that is continued keeps what another machine would choose otherwise.
+    # A resumed run keeps choices that depend on the machine.
     before = {}
     results = Path(args.results_dir)
     config = runs.config_of(results)
@@ -376,7 +376,9 @@ def starting_weights(args, before):
     arch = args.arch if is_timm(args.arch) else None
     net = load_model(path, head=False, prefix=prefix, arch=arch)
     if is_timm(net.backbone['arch']) and not arch:
-        raise UsageError(f'--init {path} is a {net.backbone["arch"]}: give it by --arch')
+        raise UsageError(
+            f'--init {path} is a {net.backbone["arch"]}: give --arch {net.backbone["arch"]}'
+        )
     if args.stem is None:
         args.stem = net.backbone['stem']
     differ = []
@@ -392,7 +394,7 @@ def starting_weights(args, before):
 
 
 def timm_weights(args, before):
-    """The Model of --init timm, or None where a run goes on, which needs no weights.
+    """The Model of --init timm, or None when a run resumes, which needs no weights.
 
     The setting becomes the full name of the weights, and their CRC.
     """
@@ -423,17 +425,13 @@ def main(argv=None):
     device = runtime.start()
     saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), defaults(), data, device))
 
-    torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
-    net = build_network(args, init)
-    net.to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(args, net)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == 'fp16')
-    autocast = runtime.autocast(device, args.precision)
+    train_step = TrainingStep(args, device, init)
+    net, scaler = train_step.net, train_step.scaler
     steps = len(data.train) // args.batch_size
     progress = runs.Progress(losses=torch.zeros(steps, device=device))
     if saved:
-        runs.restore(results, saved, progress, net, optimizer, scaler)
+        runs.restore(results, saved, progress, net, train_step.optimizer, scaler)
     if progress.epoch == args.epochs:
         # A kill between the two writes leaves last.pth without the last row of the log.
         runtime.on_rank0(lambda: write_table(results / 'log.csv', progress.log, runs.LOG))
@@ -441,20 +439,15 @@ def main(argv=None):
         return
     if saved:
         say(f'Continuing {results} in epoch {progress.epoch + 1} after step {progress.step}')
-
-    check_memory(args, device)
-    embeddings = Embeddings(net, args.joint_views)
-    objective = OBJECTIVES[args.estimator]
     if args.compile:
         say('Compiling takes one to three minutes, before the first step')
-        objective = compiled(args, objective, net, embeddings, device)
-    embed = runtime.distributed(embeddings, device)
+
+    check_memory(args, device)
+    keep_on_device(args, data, device)
     loader = training_views(args, data, device)
     labels = data.train_labels.to(device)
-    settings = argparse.Namespace(**vars(args))
-    micro_batches = MicroBatches(embed, args.micro_batch, autocast)
     identity = dict(settings=vars(args), data_digest=data.digest)
-    saver = runs.Saver(results, identity, net, optimizer, scaler)
+    saver = runs.Saver(results, identity, net, train_step.optimizer, scaler)
     look_every = 20 if device.type == 'cuda' else 1  # a look waits for the device
     bar = tqdm(
         total=args.epochs * steps,
@@ -462,38 +455,25 @@ def main(argv=None):
         unit='step',
         disable=runtime.no_bar(),
     )
-    try:
-        with runtime.Signals() as signals:
-            evaluator = Evaluator(net, device, autocast, signals)
+    with runtime.Signals() as signals:  # to the end of the last write
+        try:
+            evaluator = Evaluator(net, device, train_step.autocast, signals)
             if not progress.log:
                 measure_untrained(args, data, evaluator, progress, saver)
 
             for epoch in range(progress.epoch + 1, args.epochs + 1):
                 net.train()
                 if args.anneal == 'down':
-                    settings.beta = annealed(args.beta, epoch, args.epochs)
+                    train_step.settings.beta = annealed(args.beta, epoch, args.epochs)
                 began = time.monotonic() - progress.seconds
 
-                # A run that is continued goes on after the steps of the epoch that it has taken.
+                # A resumed run skips the steps of the epoch that it has taken.
                 batches = loader.epoch(epoch, progress.step)
                 if args.augment == 'pil':  # a worker may stand still
                     batches = signals.awaited(batches)
                 for views, index in batches:
-                    for group in optimizer.param_groups:
-                        group['lr'] = learning_rate(args, epoch - 1 + progress.step / steps)
-                    optimizer.zero_grad()
-                    loss_of = partial(objective, labels=labels[index], settings=settings)
-                    if args.micro_batch:
-                        loss = micro_batches.backward(views, loss_of, scaler)
-                    else:
-                        with autocast:
-                            z = embed(*views)  # V x (b, 3, h, w) -> V x (b, D)
-                        loss = loss_of(z)  # not under autocast: in float32
-                        scaler.scale(loss).backward()
-                    scaler.step(optimizer)
-                    scaler.update()
-
-                    progress.losses[progress.step] = loss.detach()
+                    lr = learning_rate(args, epoch - 1 + progress.step / steps)
+                    progress.losses[progress.step] = train_step(views, labels[index], lr)
                     progress.step += 1
                     if progress.step % look_every == 0 or progress.step == steps:
                         losses = progress.losses[: progress.step].cpu()
@@ -516,28 +496,83 @@ def main(argv=None):
                 last = epoch == args.epochs
                 if args.knn_every and (epoch % args.knn_every == 0 or last):
                     row |= monitor(args, data, evaluator)
-                progress.epoch, progress.step = epoch, 0
-                progress.seconds = 0.0
-                progress.log.append(row)
+                progress.epoch_ended(row)
                 saver.epoch_ended(progress, keep=epoch % args.save_every == 0 or last)
                 scale = ''
                 if scaler.is_enabled():  # halved at each step that fp16's overflow skips
                     scale = f', fp16 scale {scaler.get_scale():g}'
                 say(f'epoch {epoch}/{args.epochs}: {describe(row)}{scale}')
-    except runtime.Stopped as stopped:
-        saver.save(progress, buffers=runtime.averaged_buffers(net))
-        saver.wait()
-        say(
-            f'Stopped in epoch {progress.epoch + 1} after step {progress.step}, saved in '
-            f'{results}; the same command continues'
-        )
-        raise SystemExit(128 + stopped.signum) from None
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f'error: {out_of_memory(args, error)}') from None
-    finally:
-        bar.close()
-        saver.wait()
+        except runtime.Stopped as stopped:
+            if progress.epoch or progress.step:
+                saver.save(progress, buffers=runtime.averaged_buffers(net))
+                saver.wait()
+                say(
+                    f'Stopped in epoch {progress.epoch + 1} after step {progress.step}, saved in '
+                    f'{results}; the same command continues'
+                )
+            else:
+                say('Stopped before the first step; the same command begins anew')
+            raise SystemExit(128 + stopped.signum) from None
+        except torch.OutOfMemoryError as error:
+            raise SystemExit(f'error: {out_of_memory(args, error)}') from None
+        finally:
+            bar.close()
+            saver.wait()
     say(f'Finished. Next: {next_command(args, data)}')
+
+
+class TrainingStep:
+    """The network, its optimizer, and the step that trains it.
+
+    Args:
+        args: all settings.
+        device: torch.device.
+        init: the Model that f starts from, or None.
+
+    Attributes:
+        net: model.Model.
+        optimizer, scaler, autocast: as in PyTorch's recipe of mixed precision.
+        settings: what the objective gets; beta may change between epochs.
+    """
+
+    def __init__(self, args, device, init=None):
+        torch.manual_seed(args.seed)
+        self.net = build_network(args, init).to(device, memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(args, self.net)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == 'fp16')
+        self.autocast = runtime.autocast(device, args.precision)
+        self.settings = argparse.Namespace(**vars(args))
+        self.objective = OBJECTIVES[args.estimator]
+        embeddings = Embeddings(self.net, args.joint_views)
+        if args.compile:
+            self.objective = compiled(args, self.objective, self.net, embeddings, device)
+        self.embed = runtime.distributed(embeddings, device)
+        self.micro_batches = None
+        if args.micro_batch:
+            self.micro_batches = MicroBatches(self.embed, args.micro_batch, self.autocast)
+
+    def __call__(self, views, labels, lr):
+        """Take a step and return the loss before it.
+
+        Args:
+            views: V tensors (b, 3, h, w), the views of this rank's images.
+            labels: (b,) integers.
+            lr: learning rate.
+        """
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+        self.optimizer.zero_grad()
+        loss_of = partial(self.objective, labels=labels, settings=self.settings)
+        if self.micro_batches:
+            loss = self.micro_batches.backward(views, loss_of, self.scaler)
+        else:
+            with self.autocast:
+                z = self.embed(*views)  # V x (b, 3, h, w) -> V x (b, D)
+            loss = loss_of(z)  # not under autocast: in float32
+            self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
 
 
 def next_command(args, data):
@@ -606,25 +641,26 @@ def build_optimizer(args, net):
     raise ValueError(f'no optimizer {args.optimizer}')
 
 
-def training_views(args, data, device):
-    """What yields the random views of each epoch, batch by batch.
-
-    Images that fit on a GPU are moved to it, and off the host.
-    """
-    labels = None
-    if args.positives == 'label':
-        labels = data.train_labels
-    batches = Batches(len(data.train), args.batch_size, args.views, args.seed, labels)
-    recipe = flags.recipe(vars(args))
+def keep_on_device(args, data, device):
+    """Move the images of data to a GPU if they fit beside a step, the test images first."""
     step = 0
     if device.type == 'cuda':
         step = step_bytes(args) + loss_bytes(args)
     if runtime.fits(device, data.test, reserved=step):
         data.test = data.test.to(device)
+    if args.augment == 'device' and runtime.fits(device, data.train, reserved=step):
+        data.train = data.train.to(device)
+
+
+def training_views(args, data, device):
+    """What yields the random views of each epoch, batch by batch."""
+    labels = None
+    if args.positives == 'label':
+        labels = data.train_labels
+    batches = Batches(len(data.train), args.batch_size, args.views, args.seed, labels)
+    recipe = flags.recipe(vars(args))
     if args.augment == 'pil':
         return ReferenceViews(data.train, batches, args.image_size, device, recipe, args.workers)
-    if runtime.fits(device, data.train, reserved=step):
-        data.train = data.train.to(device)
     return DeviceViews(data.train, batches, args.image_size, device, recipe, args.compile)
 
 
@@ -649,7 +685,7 @@ def loss_bytes(args):
 
 
 def check_memory(args, device):
-    """Tell if a step on a CPU needs more memory than there is: the system kills such processes."""
+    """Warn if a step on a CPU needs more memory than there is: the system kills such processes."""
     if device.type != 'cpu':
         return
     needed, free = step_bytes(args), runtime.free_memory()
@@ -682,18 +718,17 @@ def out_of_memory(args, error):
 
 
 def measure_untrained(args, data, evaluator, progress, saver):
-    """The log's row of epoch 0, and the first state from which the run can continue."""
+    """Add the log's row of epoch 0, and keep the encoder before training."""
     if evaluator.device.type == 'cpu' and args.dataset_name != 'shapes':
         say(
             'No CUDA device: training on the CPU. What is too slow or too large there gets faster '
-            'by --arch resnet18 --width 0.25, a smaller --image_size, and --micro_batch 32'
+            'with --arch resnet18 --width 0.25, a smaller --image_size, and --micro_batch 32'
         )
     row = {'epoch': 0}
     if args.knn_every:
         row |= monitor(args, data, evaluator)
     progress.log.append(row)
-    saver.save(progress, keep=True)
-    saver.wait()
+    saver.keep_untrained()
     if args.knn_every:
         name = 'before training' if args.init else 'untrained'
         say(f'{name}: {describe(row)}')
@@ -731,7 +766,7 @@ def monitor(args, data, evaluator):
         reason = runtime.memory_reason(error)
         raise SystemExit(
             f"error: the GPU's memory is full as kNN compares {len(labelled):,} images ({reason}): "
-            'free some, or train without the monitor by --knn_every 0'
+            'free some, or train without the monitor, with --knn_every 0'
         ) from None
     return {'test_acc@1': first, 'test_acc@5': five, **row}
 
@@ -776,9 +811,9 @@ def annealed(beta, epoch, epochs, steps=9):
 def check_data(args, data):
     """Raise UsageError if a flag does not fit the data."""
     if args.stem == 'imagenet' and args.image_size <= 16:
-        # torch's gradient in bf16 on CPUs is wrong then.
+        # Layer 4 would see a single pixel, for which torch's gradient in bf16 on CPUs is wrong.
         raise UsageError(
-            f'--stem imagenet leaves less than a pixel of views of {args.image_size} px: choose '
+            f'--stem imagenet needs views of more than 16 px, not {args.image_size}: choose --stem '
             'cifar'
         )
     timm_models.check_sizes(args.arch, args.image_size, args.test_size or data.train.shape[2])

@@ -16,7 +16,7 @@ from hardneg import timm_models
 from hardneg.augment import MEAN, STD, standardize
 from hardneg.files import read_checkpoint, tensors
 from hardneg.runs import read_config
-from hardneg.runtime import UserError, say
+from hardneg.runtime import UsageError, UserError, say
 from hardneg.timm_models import is_timm
 
 ARCHS = {  # the block, and the number of blocks in each stage
@@ -171,15 +171,22 @@ def unit(x):
 def load_encoder(source, prefix=None, arch=None):
     """The Model of a checkpoint or, where no file has this name, timm/NAME with timm's weights.
 
-    Its f is needed alone: g is None where the weights have no head like ours.
+    Only f is required: g is None if the weights contain no head like ours.
 
     Args:
         source: path, or timm/NAME.
-        prefix, arch: as load_model() takes them.
+        prefix, arch: as load_model() takes them, for a checkpoint alone.
+
+    Raises:
+        UsageError: a prefix or another arch is given for timm/NAME.
+        UserError: as load_model() does.
     """
-    if timm_models.names_weights(source):
-        return pretrained_model(timm_models.full_name(source))
-    return load_model(source, False, prefix, arch)
+    if not timm_models.names_weights(source):
+        return load_model(source, head=False, prefix=prefix, arch=arch)
+    name = timm_models.full_name(source)
+    if prefix is not None or (arch and timm_models.full_name(arch) != name):
+        raise UsageError(f'--prefix and --arch are for checkpoints; {source} is a model of timm')
+    return pretrained_model(name)
 
 
 def pretrained_model(arch):
@@ -205,7 +212,8 @@ def load_model(path, head=True, prefix=None, arch=None):
 
     Args:
         head: whether g is needed. If not, a checkpoint without a head like ours loads, with g None.
-        prefix: that of the encoder to take; None: there is one.
+        prefix: what stands before the names of the encoder to take; None: nothing, or what stands
+            before the only ResNet.
         arch: timm/NAME, of a state_dict by timm's names or by ours. None: that of the run whose
             config.json lies beside the checkpoint, if it is timm's, or else a ResNet.
 
@@ -216,7 +224,7 @@ def load_model(path, head=True, prefix=None, arch=None):
     named = _named_tensors(path, read_checkpoint(path))
     arch = arch or _arch_beside(path)
     if arch and is_timm(arch):
-        return _timm_model(path, named, timm_models.full_name(arch), head)
+        return _timm_model(path, _without_prefix(path, named, prefix), arch, head)
     found = _prefix_of_encoder(path, named, prefix)
     from_torchvision = f'{found}layer1.0.conv1.weight' in named
     state, left = _parts(named, found, from_torchvision)
@@ -240,8 +248,20 @@ def _arch_beside(path):
     return config.get('settings', {}).get('arch')
 
 
+def _without_prefix(path, named, prefix):
+    """The tensors whose names begin with the prefix, by the rest of their names; all if None."""
+    if not prefix:
+        return named
+    prefix = f'{prefix.removesuffix(".")}.'
+    found = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
+    if not found:
+        raise UserError(f'{path} has no tensor whose name begins with {prefix}')
+    return found
+
+
 def _timm_model(path, named, arch, head):
     """The Model timm/NAME whose tensors have timm's names or, after f. and g., ours."""
+    arch = timm_models.full_name(arch)
     if not any(name.startswith('f.') for name in named):
         named = {f'f.{name}': x for name, x in named.items()}
     sizes = [1, 1]

@@ -26,7 +26,7 @@ from hardneg.augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kern
 from hardneg.batches import seeded
 from hardneg.decoding import decoded
 from hardneg.folder import TEST, TRAIN, find_folder, in_any_form
-from hardneg.runtime import STOP_SIGNALS, UserError, say
+from hardneg.runtime import STOP_SIGNALS, UserError, ranks, say
 
 # The data sets
 
@@ -208,7 +208,7 @@ def folder_data(found, unlabeled, *, store_size=0, fit='crop', cache_dir=None, s
     if damaged and not skip_damaged:
         lines = [
             f'{root}: {len(damaged)} images damaged or too large. Repair or shrink them, or leave '
-            'them out by --skip_damaged:'
+            'them out with --skip_damaged:'
         ]
         for name, why in damaged.items():
             lines.append(f'{root / name}: {why}')
@@ -400,7 +400,8 @@ class ReferenceViews:
         self.device = torch.device(device)
         self.keys = Keys(batches)
         rank_batch = batches.batch_size // batches.world * batches.views
-        ahead = 2 * workers * rank_batch * 3 * size**2  # bytes: a worker is two batches ahead
+        # Each worker is two batches ahead. The ranks of a machine share its /dev/shm.
+        ahead = ranks().local_world * 2 * workers * rank_batch * 3 * size**2  # bytes
         if ahead and Path('/dev/shm').is_dir() and ahead > shutil.disk_usage('/dev/shm').free:
             raise UserError(
                 f'/dev/shm has no room for the {ahead / 1e6:.0f} MB of batches that {workers} '

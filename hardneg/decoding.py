@@ -374,7 +374,7 @@ def _opened(content, size):
         # Before EXIF is asked for: a damaged PNG would hide that it failed. It also turns a TIFF.
         file.load()
         orientation = None
-        with contextlib.suppress(Exception):  # damaged EXIF is no damaged image
+        with contextlib.suppress(Exception):  # damaged EXIF does not damage the image
             orientation = file.getexif().get(ORIENTATION)
         image = _to_eight_bits(file)
         dark = sixteen_bits and _brightest(image) < 64  # of 256, as 2^14 is of 2^16

@@ -72,7 +72,7 @@ def read_embedded(path, root=None):
         embedded = Embedded(**arrays, about=about)
         _check(embedded)
     except FileNotFoundError:
-        raise UserError(f'{path}: no such file. misc/embed.py makes it by --out') from None
+        raise UserError(f'{path}: no such file. misc/embed.py --out makes it') from None
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror or error})') from None
     except (ValueError, KeyError, TypeError, EOFError, *DAMAGED) as error:

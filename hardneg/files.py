@@ -80,7 +80,7 @@ def write_tensors(path, content):
 
 
 def crc(path):
-    """The CRC-32 of a file, by which a probe knows its checkpoint."""
+    """The CRC-32 of a file. A probe records its checkpoint's."""
     return zlib.crc32(Path(path).read_bytes())
 
 
@@ -127,7 +127,7 @@ def _check_writable(directory):
 
 
 def cache_directory():
-    """The user's directory for what can be made again, and for locks.
+    """The user's cache directory, for files that can be made again, and for locks.
 
     It is the first of $XDG_CACHE_HOME/hardneg and ~/.cache/hardneg that can be written.
 
@@ -146,7 +146,7 @@ def cache_directory():
             return place
     tried = ' and '.join(map(str, places)) or '~/.cache'
     raise UserError(
-        f'{tried} cannot be written: choose a directory by --cache_dir or XDG_CACHE_HOME'
+        f'{tried} cannot be written: choose a directory with --cache_dir or XDG_CACHE_HOME'
     )
 
 
@@ -164,7 +164,7 @@ def read_json(path):
     None: there is no such file, or it is another program's, as it has no MARK.
 
     Raises:
-        UserError: the file cannot be read, or is no JSON.
+        UserError: the file cannot be read, or is not JSON.
     """
     try:
         content = json.loads(Path(path).read_text('utf-8-sig'))

@@ -287,7 +287,7 @@ def fill_precision(args, settings=None, arch=''):
     """Give --precision, where not given, its value in settings or this machine's, and say so."""
     if args.precision is None:
         fill(args, dict(precision=default_precision(arch)), settings)
-        say(f'Precision: {args.precision} (another one by --precision)')
+        say(f'Precision: {args.precision} (change it with --precision)')
 
 
 def fill(args, defaults, settings=None):
@@ -378,7 +378,7 @@ def choose_sizes(args, found, before):
 
 
 def resolve_objective(args):
-    """Turn the objective's flags into the values that act, and tell of those without effect.
+    """Give the objective's flags their final values, and warn about those without effect.
 
     Raises:
         UsageError: they contradict each other.

@@ -109,7 +109,7 @@ def find_folder(root, unlabeled=True, holdout=0.0):
     if not files:
         raise UserError(
             f'{root}: no image in it or below it (looked for .jpg, .png and others): give the '
-            'directory of the images by --root'
+            'directory of the images with --root'
         )
     order = torch.tensor(parts).argsort(stable=True)
     return Folder(
@@ -130,12 +130,12 @@ def _images_of(group, listing, bar):
 
 
 def _check_enough(group, images, listing, holdout):
-    """Note as a problem that a class has no image, or one alone and holdout needs two."""
-    needed = 1
+    """Note as a problem that a class has too few images: none, or a single one with holdout."""
+    needed, why = 1, ''
     if holdout:
-        needed = 2
+        needed, why = 2, '; --holdout needs two, to train and to test'
     if group.part != UNLABELED and len(images) < needed:
-        listing.problems.append(f'{group.directories[0]}: {len(images) or "no"} image in it')
+        listing.problems.append(f'{group.directories[0]}: {len(images) or "no"} image in it{why}')
 
 
 def held_out(files, holdout):
@@ -182,7 +182,7 @@ def _layout(listing, unlabeled, holdout):
     if len(classes) < 2 or not takes_classes:
         if not unlabeled:
             raise UserError(
-                f'{root} has no labels: name a labelled data set by --dataset_name and --root, '
+                f'{root} has no labels: name a labelled data set with --dataset_name and --root, '
                 'or, where directories are classes, give --holdout 0.1'
             )
         return [], [_without_labels(root, top, test, classes)]
@@ -284,7 +284,7 @@ def _without_labels(root, top, test, classes):
 
 
 def _tell_of_others(root, test):
-    """Tell of directories and images beside root/train that are not read."""
+    """Warn about directories and images beside root/train that are not read."""
     known = root / 'train', test, root / 'unlabeled'
     others = [str(path) for path in _directories(root) if path not in known]
     images = _images_in(root)
@@ -406,7 +406,7 @@ class Listing:
         self.left.setdefault(why, []).append(path)
 
     def leave_out_beside_classes(self, top, classes):
-        """Leave out what lies in top and is no class. classes are as _class_directories() says."""
+        """Leave out everything in top that is not a class; classes as _class_directories() says."""
         known = {self.root / 'unlabeled'}
         known.update(*classes.values())
         for path in sorted(top.glob('*')):

@@ -384,7 +384,7 @@ def _view_tiles(rows, columns, classes, plan):
     the twin of that at (i, j), and only one of the two comes.
 
     The tiles are s * log2(e), since exp2 is several times faster than exp on some CPUs. They are
-    -inf where a column is no negative of a row. The caller may overwrite them.
+    -inf where a column is not a negative of a row. The caller may overwrite them.
 
     Args:
         rows: (V b, D), columns: (V B, D) or None, view by view.

@@ -46,7 +46,8 @@ def near_duplicates(features, ratio=RATIO):
     if n <= NEAREST:
         raise UserError(
             f'{n} images: the rule for near-duplicates needs {NEAREST + 1}, as it looks at the '
-            f'{NEAREST}th nearest. Give a cosine by --at_least, or a number of pairs by --top_pairs'
+            f'{NEAREST}th nearest. Give a cosine with --at_least, or a number of pairs with '
+            '--top_pairs'
         )
     cosine, index = nearest(features, NEAREST)
     distance = (2 - 2 * cosine).clamp(min=0).sqrt()  # (n, NEAREST)

@@ -1,6 +1,7 @@
 """What a run writes, and how it is read back: config.json, log.csv, checkpoints, probes."""
 
 import hashlib
+import math
 import os
 import platform
 import re
@@ -57,7 +58,7 @@ PROBES = {  # by the names of their files
     'linear_cached': 'linear probe on cached features',
     'logistic': 'logistic regression',
 }
-# Settings that may change while a run goes on
+# Settings that may change when a run resumes
 FREE = ('root', 'cache_dir', 'workers', 'results_dir', 'save_every', 'knn_every', 'compile')
 # Settings that are directories. A relative one is relative to the working directory and, in a JSON
 # file, to the directory of the file, so that the file says from anywhere where the data lie.
@@ -109,6 +110,13 @@ class Progress:
     seconds: float = 0.0
     log: list = field(default_factory=list)
 
+    def epoch_ended(self, row):
+        """Count the epoch, whose row of the log is a dict."""
+        self.epoch += 1
+        self.step = 0
+        self.seconds = 0.0
+        self.log.append(row)
+
 
 def open_run(results, settings, defaults, data, device):
     """Lock the directory, and write config.json at the start of a run.
@@ -159,30 +167,21 @@ def open_run(results, settings, defaults, data, device):
         )
     saved = None
     if state_file.exists():
-        saved = _read_state(state_file, trained)
-        begun = saved['epoch'] > 0 or saved['step'] > 0
-        if begun and differ:
+        if differ:
             raise UserError(differ)
-        if differ:  # no step was taken, perhaps as memory was full: this run replaces it
-            state_file.unlink()
-            (results / 'log.csv').unlink(missing_ok=True)
-            saved = None
-    if saved:
+        saved = _read_state(state_file, trained)
         differ = difference(state_file, saved, config, defaults)
         if differ:
             raise UserError(differ)
         if code not in (None, config['code']):
             say(f'{results}: the code has changed since this run began')
-    else:
+    else:  # of a run that took no step, perhaps as memory was full, the new one takes the place
         write_config(config_file, config)
     return saved
 
 
 def _trained(results):
-    """The names of the files in the directory that a training run has left.
-
-    model_0.pth is none: a run that was killed before its first state leaves it.
-    """
+    """The names of the files in the directory that a run writes once it has taken a step."""
     names = []
     for path in sorted(results.glob('*')):
         if re.fullmatch(r'model_[1-9]\d*\.pth|last\.pth|log\.csv', path.name):
@@ -277,7 +276,7 @@ class Saver:
         self.scaler = scaler
         self.thread = ThreadPoolExecutor(1)
         self.writing = None
-        self.last = time.monotonic()
+        self.last = -math.inf  # so the first state is due at once
 
     def wait(self):
         """Return when all is written; UserError if it cannot be."""
@@ -287,6 +286,12 @@ class Saver:
     def due(self):
         """Whether the last state is too old."""
         return time.monotonic() - self.last > SAVE_SECONDS
+
+    def keep_untrained(self):
+        """Write the network as model_0.pth."""
+        if ranks().rank == 0:
+            state = {name: x.cpu() for name, x in self.net.state_dict().items()}
+            write_tensors(self.results / 'model_0.pth', state)
 
     def epoch_ended(self, progress, keep):
         """Write the log; the encoder, if it is kept; the state with it, or once a minute."""
@@ -404,13 +409,13 @@ def read_config(path, kinds=CONFIG):
         if name not in config or not isinstance(config[name], kind):
             raise UserError(f'{path} is damaged or not of a run: {name} is missing or wrong')
     if not isinstance(config.get('code', ''), str):
-        raise UserError(f'{path} is damaged or not of a run: code is no digest')
+        raise UserError(f'{path} is damaged or not of a run: code is not a digest')
     for name, value in config['settings'].items():
         if isinstance(value, (dict, list)):
-            raise UserError(f'{path} is damaged or not of a run: {name} is no setting')
+            raise UserError(f'{path} is damaged or not of a run: {name} is not a setting')
     for name in PLACES:
         if not isinstance(config['settings'].get(name, ''), (str, type(None))):
-            raise UserError(f'{path} is damaged or not of a run: {name} is no directory')
+            raise UserError(f'{path} is damaged or not of a run: {name} is not a directory')
     settings = with_probabilities(config['settings'])
     config['settings'] = _moved(settings, Path(path).parent, '.')
     return config
@@ -448,17 +453,8 @@ def config_of(results):
 
 
 def has_begun(results):
-    """Whether the run in a directory has taken a step. One that cannot be read counts as begun."""
-    state = results / 'last.pth'
-    if not state.exists():
-        return bool(_trained(results))
-    try:
-        saved = read_checkpoint(state)
-    except UserError:  # open_run() says what is wrong
-        return True
-    if not isinstance(saved, dict):
-        return True
-    return (saved.get('epoch'), saved.get('step')) != (0, 0)
+    """Whether the run in a directory has left more than its config.json and untrained encoder."""
+    return bool(_trained(results))
 
 
 def with_probabilities(settings):

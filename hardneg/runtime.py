@@ -52,7 +52,7 @@ def say_anywhere(text):
 
 
 def no_bar():
-    """The value of tqdm's disable: one bar for all ranks, none where the output is no terminal."""
+    """tqdm's `disable`: one bar, on rank 0, and none if the output is not a terminal."""
     if ranks().rank == 0:
         return None
     return True
@@ -303,13 +303,13 @@ def _check_kernels():
 
 
 def check_machine(precision):
-    """Tell of a GPU that cannot be used, and of a precision that does not suit it.
+    """Warn about a GPU that cannot be used, and about a precision that does not suit it.
 
     precision None is the machine's own.
 
     Raises:
         UserError: there are more ranks than GPUs, or torch has no kernels for the GPU.
-        UsageError: the GPU has not this precision.
+        UsageError: the GPU does not support this precision.
     """
     if precision == 'tf32':
         _check_tf32()
@@ -337,7 +337,7 @@ def check_machine(precision):
         say(
             f'There is a GPU, but torch {torch.__version__} cannot use it: the driver is older '
             'than this torch needs, torch was built for CPUs, or the container was started '
-            'without GPUs. The run goes on on the CPU'
+            'without GPUs. The run continues on the CPU'
         )
 
 
@@ -475,7 +475,7 @@ def memory_reason(error):
 def run(main):
     """Run a script's main(). An error that the user can cause ends in one line, not a traceback."""
     if hasattr(sys.stdout, 'reconfigure'):  # a notebook's stream has no such method
-        # File names may have letters that the locale has not.
+        # File names may contain characters that the locale cannot encode.
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()

@@ -58,9 +58,23 @@ def create(arch, pretrained=False, **options):
     name = arch.removeprefix(PREFIX)
     options |= dict(pretrained=pretrained, num_classes=0)
     try:
-        return timm.create_model(name, dynamic_img_size=True, **options)
+        model = timm.create_model(name, dynamic_img_size=True, **options)
     except TypeError:  # this model knows no such option
-        return timm.create_model(name, **options)
+        model = timm.create_model(name, **options)
+    return without_dropout(model)
+
+
+def without_dropout(model):
+    """The model, with its dropout and stochastic depth off.
+
+    Both passes of --micro_batch must compute the same, and so must a run that resumes.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif hasattr(module, 'drop_prob'):  # timm's stochastic depth
+            module.drop_prob = 0.0
+    return model
 
 
 def configuration(arch):
@@ -74,7 +88,7 @@ def mean_and_std(arch):
 
 
 def classifiers(arch):
-    """The names of the layers that classify, which f has not."""
+    """Names of the classifier layers, which f does not have."""
     names = configuration(arch).classifier or ()
     if isinstance(names, str):
         return (names,)
@@ -146,7 +160,7 @@ def pretrained(arch):
         raise UserError(
             f'the weights of {arch} could not be downloaded ({reason}): download them on a machine '
             'with a network, and copy its ~/.cache/huggingface here; or give a file of them, to '
-            'main.py by --init FILE, to other scripts by --model_path FILE --arch timm/NAME'
+            'main.py with --init FILE, to other scripts with --model_path FILE --arch timm/NAME'
         ) from None
 
 

@@ -42,19 +42,9 @@ from hardneg.augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kern
 from hardneg.batches import Batches, DeviceViews, seeded
 from hardneg.files import write_table
 from hardneg.losses import contrastive_loss, textbook_loss
-from hardneg.micro_batch import MicroBatches
 from hardneg.runs import device_name
 from hardneg.runtime import UserError
-from main import (
-    OBJECTIVES,
-    arguments,
-    build_network,
-    build_optimizer,
-    compiled,
-    network,
-    training_views,
-)
-from model import Embeddings
+from main import TrainingStep, arguments, keep_on_device, network, training_views
 from utils import ReferenceViews, load, load_data
 
 HOME = Path(__file__).parents[1]
@@ -369,34 +359,9 @@ def training_step(args, device):
 
     views are V tensors (B, 3, h, w) uint8.
     """
-    torch.manual_seed(args.seed)
-    net = build_network(args)
-    net.to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(args, net)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == 'fp16')
-    autocast = runtime.autocast(device, args.precision)
+    step = TrainingStep(args, device)
     labels = torch.randint(10, (args.batch_size,), device=device)
-    embed = Embeddings(net, args.joint_views)
-    objective = OBJECTIVES[args.estimator]
-    if args.compile:
-        objective = compiled(args, objective, net, embed, device)
-    loss_of = partial(objective, labels=labels, settings=args)
-    micro_batches = MicroBatches(embed, args.micro_batch, autocast)
-
-    def step(views):
-        optimizer.zero_grad()
-        if args.micro_batch:
-            loss = micro_batches.backward(views, loss_of, scaler)
-        else:
-            with autocast:
-                z = embed(*views)  # V x (B, 3, h, w) -> V x (B, D)
-            loss = loss_of(z)
-            scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        return loss.detach()
-
-    return net, step
+    return step.net, partial(step, labels=labels, lr=args.lr)
 
 
 def published_step(args, device):
@@ -512,6 +477,7 @@ def bench_training(repeat, device, settings):
     data = load(settings)
     data.train = images = data.train[: TRAINING_BATCHES * settings.batch_size]
     data.train_labels = data.train_labels[: len(data.train)]
+    keep_on_device(settings, data, device)
     loader = training_views(settings, data, device)
     _, step = training_step(settings, device)
     epochs = itertools.count(1)
@@ -586,6 +552,7 @@ class Transformed(torch.utils.data.Dataset):
 def profile(repeat, device, settings, found):
     """Print torch.profiler's table of main.py's steps, the making of views included."""
     data = load(settings, found=found)
+    keep_on_device(settings, data, device)
     batches = endless(training_views(settings, data, device))
     _, step = training_step(settings, device)
     for _ in range(3):  # compiles and warms up

@@ -158,8 +158,8 @@ def fill_from_file(args, before):
     for name in (*SIZES, 'precision'):
         if getattr(args, name) not in (None, settings[name]):
             raise UserError(
-                f'{args.out} holds features by --{name} {settings[name]}: leave out --{name}, or '
-                'choose another --out'
+                f'{args.out} holds features made with --{name} {settings[name]}: leave out '
+                f'--{name}, or choose another --out'
             )
     root = before.about['root']
     moved = args.root is not None and os.path.realpath(args.root) != os.path.realpath(root)
@@ -199,7 +199,7 @@ def image_files(root):
         UserError: there are none, or some cannot be read.
     """
     if not root.is_dir():
-        raise UserError(f'{root} is not a directory: say by --root where the images are')
+        raise UserError(f'{root} is not a directory: say with --root where the images are')
     listing = Listing(root)
     with tqdm(
         desc=f'Listing {root}', unit=' files', delay=3, leave=False, disable=runtime.no_bar()

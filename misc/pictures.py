@@ -215,7 +215,7 @@ def neighbours(args):
     _, run, data = opened[0]
     if any(other.digest != data.digest for _, _, other in opened):
         raise UserError(
-            'the encoders were trained on different data: say by --root which images to search'
+            'the encoders were trained on different data: say with --root which images to search'
         )
     images, chosen, memory = queries(args, run, data)
     columns = min(max(3, 10 // len(opened)), len(memory) - 1)
@@ -320,7 +320,9 @@ def queries(args, run, data):
     # Encoding millions would take hours on a CPU.
     memory = some(len(data.train), args.memory, args.seed)
     if len(memory) < len(data.train):
-        runtime.say(f'{len(memory):,} of {len(data.train):,} images are searched: more by --memory')
+        runtime.say(
+            f'{len(memory):,} of {len(data.train):,} images are searched: more with --memory'
+        )
     if not args.query:
         return data.train, memory[:5], memory
     images = torch.from_numpy(np.stack([decode_query(path, data, run) for path in args.query]))
@@ -336,7 +338,7 @@ def decode_query(path, data, run):
 
 
 def neighbour_grid(rows, columns, encoders):
-    """A figure, its panels for queries (rows,), and for each encoder's neighbours (rows, columns)."""
+    """A figure and its panels: for queries (rows,); of each encoder, for neighbours (rows, n)."""
     width = 1 + (columns + 0.3) * encoders  # in images
     figure, grid = plt.subplots(
         rows,

@@ -128,7 +128,7 @@ def main(argv=None):
     embedded = read_embedded(args.features, args.root)
     root = embedded.about['root']
     if not Path(root).is_dir():
-        raise UserError(f'{root} is not a directory: give that of the photos by --root')
+        raise UserError(f'{root} is not a directory: give that of the photos with --root')
     out = Path(args.out)
     check_directory(out.parent)
     check_machine(embedded)
@@ -187,7 +187,7 @@ def open_encoder(embedded, device, model_path=None, arch=None):
     source = model_path or settings['model_path']
     net = load_encoder(source, settings['prefix'], arch or settings['arch']).eval()
     if timm_models.tensors_crc(net.f) != about['encoder']:
-        raise UserError(f'{source} is not the encoder of the features: give that by --model_path')
+        raise UserError(f'{source} is not the encoder of the features: give that with --model_path')
     net.to(device, memory_format=torch.channels_last)
     return Evaluator(net, device, runtime.autocast(device, settings['precision']))
 

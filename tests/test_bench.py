@@ -83,26 +83,6 @@ def test_the_step_is_the_first_step_of_main(tiny, tmp_path, flags):
         assert torch.equal(state[name], x), name
 
 
-@pytest.mark.parametrize('flags', [[], ['--compile', 'True'], ['--compile', 'False']])
-def test_the_step_is_compiled_as_that_of_main(tiny, tmp_path, monkeypatch, flags):
-    calls = []
-
-    def compile(net, **options):
-        calls.append((type(net), options))
-
-    monkeypatch.setattr(torch.nn.Module, 'compile', compile)
-    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)  # of views
-    monkeypatch.setattr(runtime, 'compiles_or_goes_on', lambda: None)
-    words = [*tiny, '--epochs', '1', '--results_dir', str(tmp_path), *flags]
-    main.main(words)
-    expected = list(calls)
-    calls.clear()
-    args, _, _ = main.arguments(words)
-    bench.training_step(args, torch.device('cpu'))
-    assert calls == expected
-    assert len(calls) == ('True' in flags)
-
-
 def test_the_published_step_computes_what_main_computes():
     args, _, _ = main.arguments(['--lr', '1e-5', *SIZES])
     device = torch.device('cpu')

@@ -189,12 +189,18 @@ def test_collectives_of_two_ranks_see_the_device(waits_of, monkeypatch, tmp_path
 
 
 LATE = "whole['model'] = _on_host(self.net.state_dict()); self.writing ="
+STEP = main.TrainingStep
 FAULTS = [
-    (main, 'main', 'loss.detach()', 'loss.item()'),
+    (STEP, '__call__', 'loss.detach()', 'loss.item()'),
     (main, 'main', '% look_every', '% 1'),
     (main, 'main', 'labels[index]', 'labels[index.cpu()]'),
-    (main, 'main', 'scaler.scale(loss).backward()', 'loss.backward() if loss.isfinite() else 0'),
-    (main, 'main', 'loss_of(z)', 'loss_of([x[x.isfinite().all(1)] for x in z])'),
+    (
+        main.TrainingStep,
+        '__call__',
+        'self.scaler.scale(loss).backward()',
+        'loss.backward() if loss.isfinite() else 0',
+    ),
+    (STEP, '__call__', 'loss_of(z)', 'loss_of([x[x.isfinite().all(1)] for x in z])'),
     (main, 'main', 'data.train_labels.to(device)', 'data.train_labels'),
     (evaluate.Evaluator, '_blocks', '.to(self.device)', ''),
     (losses, '_classes', ', device=labels.device', ''),

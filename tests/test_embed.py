@@ -221,9 +221,9 @@ def test_only_new_and_changed_images_are_encoded_again(encoder, photos, tmp_path
 @pytest.mark.parametrize(
     'flags, message',
     [
-        (['--fit', 'pad'], r'by --fit crop: leave out --fit, or choose another --out'),
-        (['--store_size', '24'], 'by --store_size 0: leave out'),
-        (['--precision', 'bf16'], 'by --precision fp32: leave out'),
+        (['--fit', 'pad'], r'with --fit crop: leave out --fit, or choose another --out'),
+        (['--store_size', '24'], 'with --store_size 0: leave out'),
+        (['--precision', 'bf16'], 'with --precision fp32: leave out'),
         (['--model_path', 'other'], 'features of another encoder, .*model_1.pth'),
         (['--root', 'other'], 'features of the images in .*photos: choose another --out'),
     ],

@@ -119,6 +119,17 @@ def test_a_stopped_probe_leaves_the_finished_one(copied, monkeypatch):
     assert contents(copied) == before
 
 
+def test_probes_of_two_checkpoints_share_the_lock_of_the_untrained_one_alone(copied, monkeypatch):
+    locked = []
+    monkeypatch.setattr(linear, 'lock', lambda place, name, wait: locked.append(name))
+    for epoch in 0, 2:
+        shutil.copy(copied / 'model_3.pth', copied / f'model_{epoch}.pth')
+    for epoch in 2, 3:
+        linear.main(['--model_path', str(copied / f'model_{epoch}.pth'), '--epochs', '1'])
+    names = [f'.model_{epoch}_linear.lock' for epoch in (2, 0, 3, 0)]
+    assert locked == names
+
+
 def test_a_checkpoint_alone_is_probed_on_stl10(finished, tmp_path, capsys):
     shutil.copy(finished / 'model_3.pth', tmp_path)
     with pytest.raises(UserError, match=r'STL10 is not in .*stl10_binary'):

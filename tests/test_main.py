@@ -383,6 +383,7 @@ def test_a_state_is_saved_once_a_minute_though_no_encoder_is_kept(tmp_path, monk
     monkeypatch.setattr(runs.Saver, 'save', save)
     monkeypatch.setattr(runs.time, 'monotonic', lambda: next(clock))
     saver = runs.Saver(tmp_path, {}, None, None, None)
+    saver.last = runs.time.monotonic()
     for epoch in range(1, 6):
         saver.epoch_ended(runs.Progress(None, epoch), keep=epoch == 2)
     assert saved == [(2, True), (4, False), (5, False)]
@@ -391,7 +392,8 @@ def test_a_state_is_saved_once_a_minute_though_no_encoder_is_kept(tmp_path, monk
 @pytest.mark.parametrize('seconds, due', [(599, False), (601, True)])
 def test_a_state_is_due_after_ten_minutes(tmp_path, monkeypatch, seconds, due):
     saver = runs.Saver(tmp_path, {}, None, None, None)
-    monkeypatch.setattr(runs.time, 'monotonic', lambda: saver.last + seconds)
+    saver.last = 0.0
+    monkeypatch.setattr(runs.time, 'monotonic', lambda: seconds)
     assert saver.due() == due
 
 
@@ -449,7 +451,8 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(tiny, tmp_path, augment, m
         with pytest.raises(SystemExit) as stop:
             train(flags, tmp_path / 'parts')
         assert stop.value.code == 143
-        assert f'after step {step}, saved' in capsys.readouterr().out
+        told = f'after step {step}, saved' if step else 'before the first step'
+        assert told in capsys.readouterr().out
     train(flags, tmp_path / 'parts')
     assert [signal.getsignal(signum) for signum in runtime.STOP_SIGNALS] == before
     assert_same_outcome(tmp_path / 'parts', outcome(tmp_path / 'whole'))
@@ -658,7 +661,7 @@ def test_a_first_step_that_overflows_fp16_leaves_sgd_as_it_was(tmp_path, tiny, m
     [
         (['--batch_size', '31'], 'larger than the data set, 30 images'),
         (['--k', '30'], 'larger than the kNN memory, 29 images'),
-        (['--stem', 'imagenet'], 'leaves less than a pixel of views of 8 px'),
+        (['--stem', 'imagenet'], '--stem imagenet needs views of more than 16 px, not 8'),
     ],
 )
 def test_flags_that_do_not_fit_the_data(tiny, tmp_path, flags, message, monkeypatch):
@@ -675,7 +678,7 @@ def test_flags_that_do_not_fit_the_data(tiny, tmp_path, flags, message, monkeypa
     assert not (tmp_path / 'new').exists()
 
 
-@pytest.mark.parametrize('free, such_as', [(1e12, None), (1e3, ' such as 4'), (None, None)])
+@pytest.mark.parametrize('free, such_as', [(1e12, None), (1e3, ' such as 8'), (None, None)])
 def test_a_step_that_exceeds_the_memory_of_a_cpu_is_told(
     tiny, tmp_path, monkeypatch, capsys, free, such_as
 ):
@@ -687,7 +690,15 @@ def test_a_step_that_exceeds_the_memory_of_a_cpu_is_told(
         assert f'choose a --micro_batch{such_as}, or --arch resnet18' in said
 
 
-@pytest.mark.parametrize('flags, advice', [([], ' such as 4,'), (['--micro_batch', '2'], ',')])
+@pytest.mark.parametrize(
+    'flags, advice',
+    [
+        ([], ' such as 8,'),  # one view at a time
+        (['--joint_views'], ' such as 4,'),
+        (['--micro_batch', '8'], ' such as 4,'),
+        (['--micro_batch', '2'], ','),
+    ],
+)
 def test_a_full_memory_names_the_next_smaller_part(tiny, tmp_path, monkeypatch, flags, advice):
     def full(*views, **options):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')

@@ -196,7 +196,7 @@ def test_flags_that_do_not_fit_are_usage_errors(made, words, message):
 
 def test_what_is_missing_or_has_moved_is_named(made, tmp_path):
     photo = str(made / 'photos' / '3.png')
-    with pytest.raises(UserError, match=r'no\.npz: no such file\. misc/embed.py makes it'):
+    with pytest.raises(UserError, match=r'no\.npz: no such file\. misc/embed.py --out makes it'):
         search.main([str(tmp_path / 'no.npz'), photo])
     with pytest.raises(UserError, match=r'away\.png: No such file or directory$'):
         search.main([str(made / 'f.npz'), str(tmp_path / 'away.png')])
@@ -211,7 +211,7 @@ def test_what_is_missing_or_has_moved_is_named(made, tmp_path):
     found.about['root'] = str(tmp_path / 'gone')
     found.about['settings']['model_path'] = str(tmp_path / 'gone.pth')
     write_embedded(moved / 'f.npz', found)
-    with pytest.raises(UserError, match='gone is not a directory: give .* by --root'):
+    with pytest.raises(UserError, match='gone is not a directory: give .* with --root'):
         search.main([str(moved / 'f.npz'), photo])
     with pytest.raises(UserError, match=r'a \.csv is not searched'):
         search.main([str(moved / 'f.csv'), photo])

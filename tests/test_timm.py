@@ -210,7 +210,32 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch, weights):
     assert weights == []
 
 
+def test_dropout_and_stochastic_depth_are_off():
+    """Else the passes of a batch in parts, or a run that resumes, would drop other activations."""
+    for options in dict(drop_rate=0.5, attn_drop_rate=0.5), dict(drop_path_rate=0.5):
+        net = timm_models.create('timm/test_vit', **options).train()
+        images = torch.rand(4, 3, 160, 160)
+        assert torch.equal(net(images), net(images))
+
+
+def test_an_encoder_is_taken_by_its_prefix_from_among_others(tmp_path):
+    net = Model(8, 'timm/test_vit', 8, 'none')
+    state = {f'base.{name}': x for name, x in net.f.state_dict().items()}
+    torch.save(state | {'momentum.cls_token': torch.zeros(1)}, tmp_path / 'moco.pth')
+    found = load_encoder(tmp_path / 'moco.pth', 'base', 'timm/test_vit')
+    assert torch.equal(found.f.cls_token, net.f.cls_token)
+    with pytest.raises(UserError, match=r'no tensor whose name begins with other\.'):
+        load_encoder(tmp_path / 'moco.pth', 'other', 'timm/test_vit')
+
+
 # What does not fit
+
+
+@pytest.mark.parametrize('other', [dict(prefix='base'), dict(arch='timm/test_convnext')])
+def test_timms_weights_take_no_prefix_and_no_other_arch(other, weights):
+    with pytest.raises(UsageError, match='--prefix and --arch are for checkpoints; timm/test_vit'):
+        load_encoder('timm/test_vit', **other)
+    load_encoder('timm/test_vit', arch='timm/test_vit')
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_neighbours_of_images_without_labels_are_other_training_images(results, 
 
 def test_their_encoder_is_probed_on_a_labelled_set(results, tree, capsys):
     path = ['--model_path', str(results / 'model_2.pth'), '--epochs', '1', '--batch_size', '8']
-    with pytest.raises(UserError, match='has no labels: name a labelled data set by'):
+    with pytest.raises(UserError, match='has no labels: name a labelled data set with'):
         linear.main(path)
     linear.main([*path, '--dataset_name', 'folder', '--root', str(tree)])
     assert 'linear probe' in capsys.readouterr().out
@@ -175,7 +175,7 @@ def test_a_start_that_was_given_up_leaves_no_sizes_to_the_next_command(tmp_path,
         patch.setattr(main, 'learning_rate', killed)  # in the first step
         with pytest.raises(KeyboardInterrupt):
             main.main([*words, str(tmp_path / 'large')])
-    assert (tmp_path / 'r' / 'last.pth').exists()
+    assert (tmp_path / 'r' / 'model_0.pth').exists()
     args, _, _ = main.arguments([*words, str(tmp_path / 'small')])
     assert (args.image_size, args.stem) == (32, 'cifar')
     main.main([*words, str(tmp_path / 'large')])

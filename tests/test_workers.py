@@ -41,7 +41,9 @@ def test_views_can_be_sent_to_workers_that_are_not_forked():
 
 
 def test_shared_memory_that_is_too_small_for_the_workers_is_named(monkeypatch):
-    needed = 2 * 2 * 16 * 2 * 3 * 8 * 8  # 2 workers, 2 batches ahead, of 16 images with 2 views
+    # 3 ranks with 2 workers each, 2 batches ahead, of 16 images with 2 views
+    needed = 3 * 2 * 2 * 16 * 2 * 3 * 8 * 8
+    monkeypatch.setattr('utils.ranks', lambda: runtime.Ranks(0, 3, 0, 3))
 
     def with_free(free):
         monkeypatch.setattr('shutil.disk_usage', lambda path: Namespace(free=free))
