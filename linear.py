@@ -140,21 +140,16 @@ def main(argv=None):
     net = load_encoder(args.model_path, args.prefix, args.arch)
     flags.fill_precision(args, arch=net.backbone['arch'])
     path = timm_models.place(args.model_path, args.results_dir)
-    knn = runs.accuracies(path)
+    logged = runs.accuracies(path)
     data, settings, own = labelled_data(args, path, net)
     device = runtime.start()
     name = probe_name(args, data, own, kind(args))
     lock_probe(path, name)
     probe = Probe(args, data, flags.recipe(settings), name, device)
 
-    def told(checkpoint, accuracy):
-        text = f'{args.probe} probe {accuracy:.2f} %'
-        if own and checkpoint.name in knn:
-            text = f'kNN {knn[checkpoint.name]:.2f} %, {text}'
-        return text
-
+    knn = logged if own else {}
     first, five = probe_encoder(probe, path, net, args.model_path)
-    text = f'{told(path, first)} (@5 {five:.2f} %)'
+    text = f'{accuracies(args.probe, first, knn.get(path.name))} (@5 {five:.2f} %)'
     untrained = path.with_name('model_0.pth')
     if untrained.exists() and untrained != path:
         lock_probe(untrained, name)  # which the probes of other checkpoints share
@@ -165,8 +160,16 @@ def main(argv=None):
         before = 'untrained'
         if settings.get('init'):
             before = 'before training'
-        text += f'; {before}: {told(untrained, accuracy)}'
+        text += f'; {before}: {accuracies(args.probe, accuracy, knn.get(untrained.name))}'
     say(f'{text}; files in {path.parent}')
+
+
+def accuracies(probe, accuracy, knn):
+    """The accuracies (percent) of an encoder as text: of the probe and, if not None, of kNN."""
+    text = f'{probe} probe {accuracy:.2f} %'
+    if knn is not None:
+        text = f'kNN {knn:.2f} %, {text}'
+    return text
 
 
 def lock_probe(path, name):
@@ -286,18 +289,29 @@ def train_linear(probe, evaluator, layer, out):
     """Train the layer by Adam, write a row for each epoch, and return the last one."""
     args, data, net = probe.args, probe.data, evaluator.net
     optimizer = torch.optim.Adam(layer.parameters(), args.lr, weight_decay=args.weight_decay)
-    pairs = training_pairs(probe, evaluator)
+    labels = data.train_labels.to(probe.device)
+    batches = Batches(len(labels), args.batch_size, views=1, seed=args.seed, drop_last=False)
+    if args.cached:
+        features = all_features(probe, evaluator, data.train)
+    else:
+        loader = random_views(probe, batches)
     test_features = all_features(probe, evaluator, data.test)
     test_labels = data.test_labels.to(probe.device)
+    update_bn = args.bn == 'train'
     rows = []
     epochs = range(1, args.epochs + 1)
     for epoch in tqdm(epochs, out.name, disable=runtime.no_bar(), leave=False):
-        train = one_epoch(layer, pairs(epoch), len(data.train), optimizer)
+        if args.cached:
+            pairs = cached_pairs(features, labels, batches.epoch(epoch))
+        else:
+            views = loader.epoch(epoch)
+            pairs = features_of_views(net, views, labels, evaluator.autocast, update_bn)
+        train = one_epoch(layer, pairs, len(data.train), optimizer)
         if not math.isfinite(train[0]):
             raise UserError(f'the loss is {train[0]} in epoch {epoch}: --lr {args.lr} is too high')
         tested = True
-        if args.bn == 'train':
-            # The features of the test images drift, and take as long as an epoch.
+        if update_bn:
+            # The features of the test images change, and take as long as an epoch.
             tested = epoch % 10 == 0 or epoch == args.epochs
             if tested:
                 net.load_state_dict(runtime.averaged_buffers(net), strict=False)
@@ -329,22 +343,12 @@ def all_features(probe, evaluator, images):
     return evaluator.features(images, torch.arange(len(images)), probe.args.test_size)
 
 
-def training_pairs(probe, evaluator):
-    """A function of the epoch that yields the features (B, F) and labels (B,) of its batches."""
-    args, data, device = probe.args, probe.data, probe.device
-    labels = data.train_labels.to(device)
-    batches = Batches(len(labels), args.batch_size, views=1, seed=args.seed, drop_last=False)
-    if args.cached:
-        features = all_features(probe, evaluator, data.train)
-        return lambda epoch: cached_pairs(features, labels, batches.epoch(epoch))
-    images = data.train
-    if runtime.fits(device, images):
-        images = images.to(device)
-    views = DeviceViews(images, batches, args.image_size, device, probe.recipe)
-    drift = args.bn == 'train'
-    return lambda epoch: features_of_views(
-        evaluator.net, views.epoch(epoch), labels, evaluator.autocast, drift
-    )
+def random_views(probe, batches):
+    """DeviceViews of the training images, which move to a GPU if they fit on it."""
+    images = probe.data.train
+    if runtime.fits(probe.device, images):
+        images = images.to(probe.device)
+    return DeviceViews(images, batches, probe.args.image_size, probe.device, probe.recipe)
 
 
 def write_rows(out, rows):
@@ -367,13 +371,13 @@ def cached_pairs(features, labels, batches):
         yield features[batch[0]], labels[batch[0]]
 
 
-def features_of_views(net, batches, labels, autocast, drift):
+def features_of_views(net, batches, labels, autocast, update_bn):
     """Yield the features (B, F) and labels (B,) of each batch of views, of all ranks.
 
-    Features have a graph if the encoder is not frozen. With drift BatchNorm's statistics update.
+    Features have a graph if the encoder is not frozen. update_bn updates BatchNorm's statistics.
     """
     for (x,), index in batches:
-        net.train(drift and len(x) > 1)  # BatchNorm needs more than one image
+        net.train(update_bn and len(x) > 1)  # BatchNorm needs more than one image
         with autocast:
             feature = net.f(net.normalize(x)).flatten(1).float()  # (b, 3, h, w) -> (b, F)
         yield runtime.gather(feature), runtime.gather(labels[index])

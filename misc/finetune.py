@@ -181,7 +181,7 @@ def finetune(args, net, data, out, about):
     rows = []
     epochs = range(1, args.epochs + 1)
     for epoch in tqdm(epochs, out.name, disable=runtime.no_bar(), leave=False):
-        pairs = features_of_views(net, views.epoch(epoch), labels, autocast, drift=True)
+        pairs = features_of_views(net, views.epoch(epoch), labels, autocast, update_bn=True)
         train = one_epoch(classifier, pairs, len(labels), optimizer)
         if not math.isfinite(train[0]):
             raise UserError(
