@@ -22,7 +22,7 @@ from torchvision import transforms
 from torchvision.datasets.utils import check_integrity
 
 from hardneg import shapes
-from hardneg.augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kernel_size, flips
+from hardneg.augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kernel_size
 from hardneg.batches import seeded
 from hardneg.decoding import decoded
 from hardneg.folder import TEST, TRAIN, find_folder, in_any_form
@@ -282,23 +282,6 @@ class GaussianBlur(torch.nn.Module):
         return Image.fromarray(cv2.GaussianBlur(np.array(image), kernel, sigma))
 
 
-class Flips(torch.nn.Module):
-    """Flips a PIL image left to right and upside down, as augment.flips() decides."""
-
-    def __init__(self, horizontal, vertical):
-        super().__init__()
-        self.horizontal = horizontal
-        self.vertical = vertical
-
-    def forward(self, image):
-        mirrored, upside_down = flips(torch.rand(1), self.horizontal, self.vertical)
-        if mirrored:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if upside_down:
-            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        return image
-
-
 def reference_transform(
     size,
     blur=True,
@@ -315,7 +298,11 @@ def reference_transform(
     strengths = [jitter * strength for strength in JITTER]
     steps = [
         transforms.RandomResizedCrop(size, (crop_min, 1.0), CROP_RATIO),
-        Flips(horizontal_flip, vertical_flip),
+        transforms.RandomHorizontalFlip(horizontal_flip),
+    ]
+    if vertical_flip:
+        steps.append(transforms.RandomVerticalFlip(vertical_flip))
+    steps += [
         transforms.RandomApply([transforms.ColorJitter(*strengths)], p=0.8),
         transforms.RandomGrayscale(grayscale),
     ]

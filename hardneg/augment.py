@@ -83,7 +83,7 @@ def parameters(
         jitter: strength of the four changes of colour, in [0, 2.5], relative to SimCLR's.
         grayscale: probability that a view loses its colours.
         horizontal_flip, vertical_flip: probabilities, independent of each other, that a view is
-            flipped left to right, and upside down. True means 0.5, False 0.
+            flipped left to right, and upside down.
     """
     u_area, u_ratio, u_top, u_left, u_jitter, *u_factors, u_hue, u_order, u_blur, u_sigma = u[:-2]
     u_flip, u_gray = u[-2:]
@@ -122,14 +122,13 @@ def parameters(
 def flips(u, horizontal, vertical):
     """Which views are flipped left to right, and which upside down: (n,) each.
 
-    u (n,) are uniform in [0, 1), and the other two are probabilities. Where u decides the first, it
-    leaves a uniform number that decides the second: u / p below p, and (u - p) / (1 - p) above.
+    u (n,) are uniform in [0, 1), and the other two are probabilities. One number decides both: given
+    u < p, u / p is uniform again, else (u - p) / (1 - p), and that decides the second flip.
     """
-    p = 0.5 if horizontal is True else float(horizontal)
-    q = 0.5 if vertical is True else float(vertical)
+    p = float(horizontal)
     mirrored = u < p
     rest = torch.where(mirrored, u / max(p, 1e-30), (u - p) / max(1 - p, 1e-30))
-    return mirrored, rest.clamp(max=1 - 2**-24) < q  # rounding may give 1
+    return mirrored, rest.clamp(max=1 - 2**-24) < vertical  # rounding may give 1
 
 
 def _crop_size(u_area, u_ratio, height, width, crop_min):

@@ -205,7 +205,7 @@ def _read_state(file, trained):
 
 def difference(place, there, here, defaults):
     """How settings or data of a run, dicts like a config.json, differ from others; '' if not."""
-    before = {**defaults, **with_probabilities(there['settings'])}
+    before = {**defaults, **there['settings']}
     now = {**defaults, **here['settings']}
     differ = []
     for name in {**before, **now}:
@@ -416,8 +416,7 @@ def read_config(path, kinds=CONFIG):
     for name in PLACES:
         if not isinstance(config['settings'].get(name, ''), (str, type(None))):
             raise UserError(f'{path} is damaged or not of a run: {name} is not a directory')
-    settings = with_probabilities(config['settings'])
-    config['settings'] = _moved(settings, Path(path).parent, '.')
+    config['settings'] = _moved(config['settings'], Path(path).parent, '.')
     return config
 
 
@@ -455,15 +454,6 @@ def config_of(results):
 def has_begun(results):
     """Whether the run in a directory has left more than its config.json and untrained encoder."""
     return bool(_trained(results))
-
-
-def with_probabilities(settings):
-    """The settings, in which true and false of a flip have become 0.5 and 0."""
-    settings = dict(settings)
-    for name in ('horizontal_flip', 'vertical_flip'):
-        if isinstance(settings.get(name), bool):
-            settings[name] = 0.5 * settings[name]
-    return settings
 
 
 def read_run(directory, defaults=None):

@@ -482,17 +482,6 @@ def test_a_run_that_goes_on_under_changed_code_says_so(tiny, tmp_path, monkeypat
         assert (changed in capsys.readouterr().out) == told
 
 
-def test_flips_of_an_earlier_config_may_be_true_or_false(tiny, tmp_path, capsys):
-    flags = [*tiny, '--epochs', '1', '--vertical_flip', '--results_dir', str(tmp_path)]
-    main.main(flags)
-    config = read_json(tmp_path / 'config.json')
-    assert config['settings']['vertical_flip'] == 0.5
-    config['settings'] |= dict(vertical_flip=True, horizontal_flip=True)
-    write_json(tmp_path / 'config.json', config)
-    main.main(flags)
-    assert 'holds this run, finished' in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     'flags',
     [
