@@ -122,8 +122,8 @@ def parameters(
 def flips(u, horizontal, vertical):
     """Which views are flipped left to right, and which upside down: (n,) each.
 
-    u (n,) are uniform in [0, 1), and the other two are probabilities. One number decides both: given
-    u < p, u / p is uniform again, else (u - p) / (1 - p), and that decides the second flip.
+    u (n,) are uniform in [0, 1), and the other two are probabilities. One number decides both
+    flips: given u < p, u / p is uniform again, else (u - p) / (1 - p), and decides the second.
     """
     p = float(horizontal)
     mirrored = u < p

@@ -356,25 +356,35 @@ def choose_sizes(args, found, before):
     side = None
     if found and not before:
         side = short_side(found.root, found.files)
-    if args.image_size is None and 'image_size' not in before and side and side > 64:
-        args.image_size = min(224, side)
-    fill(args, dict(image_size=DATA['image_size'], test_size=DATA['test_size']), before)
-    if side and args.image_size > 64:
-        fill(args, dict(store_size=round(args.image_size * 8 / 7), stem='imagenet'))
-    fill(args, dict(store_size=DATA['store_size'], stem='cifar'), before)
-    if side:
-        n = len(found.files)
-        kept = args.store_size or own_size(found.root, found.files[:1000])  # decoding reads all
-        views = args.views * int((found.parts != TEST).sum())
-        stem, flag = '', ''
-        if args.stem != 'none':  # timm's models have their own
-            stem, flag = f", the stem is {args.stem}'s", ', --stem'
-        say(
-            f'{found.root}: {n:,} images, the median of whose short sides is {side} px, are kept '
-            f'at {kept} px, which takes {n * 3 * kept**2 / 1e9:.2f} GB.\n'
-            f'Views have {args.image_size} px{stem}; an epoch is {views:,} views. Other values: '
-            f'--image_size, --store_size{flag}'
-        )
+    if not side:
+        sizes = {name: DATA[name] for name in ('image_size', 'test_size', 'store_size')}
+        fill(args, dict(sizes, stem='cifar'), before)
+        return
+    image_size = DATA['image_size']
+    if side > 64:
+        image_size = min(224, side)
+    fill(args, dict(image_size=image_size, test_size=DATA['test_size']))
+    store_size, stem = DATA['store_size'], 'cifar'
+    if args.image_size > 64:
+        store_size, stem = round(args.image_size * 8 / 7), 'imagenet'
+    fill(args, dict(store_size=store_size, stem=stem))
+    report_sizes(args, found, side)
+
+
+def report_sizes(args, found, side):
+    """Say which sizes the images of a Folder are kept and seen in; side is their median."""
+    n = len(found.files)
+    kept = args.store_size or own_size(found.root, found.files[:1000])  # decoding reads all
+    views = args.views * int((found.parts != TEST).sum())
+    stem, flag = '', ''
+    if args.stem != 'none':  # timm's models have their own
+        stem, flag = f", the stem is {args.stem}'s", ', --stem'
+    say(
+        f'{found.root}: {n:,} images, the median of whose short sides is {side} px, are kept '
+        f'at {kept} px, which takes {n * 3 * kept**2 / 1e9:.2f} GB.\n'
+        f'Views have {args.image_size} px{stem}; an epoch is {views:,} views. Other values: '
+        f'--image_size, --store_size{flag}'
+    )
 
 
 def resolve_objective(args):
