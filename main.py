@@ -29,7 +29,7 @@ from hardneg.batches import Batches, DeviceViews
 from hardneg.evaluate import Evaluator, knn, label_free
 from hardneg.files import crc, write_table
 from hardneg.folder import find_folder
-from hardneg.losses import SIDE, contrastive_loss
+from hardneg.losses import TILE_SIZE, contrastive_loss
 from hardneg.micro_batch import MicroBatches, kept_bytes, set_momentum
 from hardneg.runtime import UsageError, UserError, ranks, say
 from hardneg.timm_models import is_timm
@@ -623,7 +623,7 @@ def compiled(args, objective, net, embeddings, device):
     if not args.sync_bn:  # which torch compiles in too many pieces
         one_graph.compile(dynamic=False)
     # Many tiles, or many values of beta, would take long to compile.
-    few_tiles = args.views == 2 and args.batch_size <= SIDE[device.type]
+    few_tiles = args.views == 2 and args.batch_size <= TILE_SIZE[device.type]
     if few_tiles and args.anneal == 'none':
         objective = torch.compile(objective, dynamic=False)
     return objective
@@ -681,7 +681,7 @@ def loss_bytes(args):
     """What the loss takes on a GPU beyond its inputs, in bytes: at most ten tiles of float32."""
     columns = args.views * args.batch_size
     rows = columns // ranks().world
-    return 10 * 4 * min(rows, SIDE['cuda']) * min(columns, SIDE['cuda'])
+    return 10 * 4 * min(rows, TILE_SIZE['cuda']) * min(columns, TILE_SIZE['cuda'])
 
 
 def check_memory(args, device):

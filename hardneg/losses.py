@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 # Rows along a tile of similarities. On a CPU, 256 kB in float32: a tile stays in a core's cache.
-SIDE = {'cpu': 2**8, 'cuda': 2**12}
+TILE_SIZE = {'cpu': 2**8, 'cuda': 2**12}
 LOG2_E = math.log2(math.e)
 
 
@@ -108,7 +108,7 @@ def contrastive_loss(
             texts. N is (V - 1) (B - 1), and K more for the anchors of the first view, which alone
             meet `negatives`.
         normalize: False takes s of the rows as they are, of any length.
-        chunk_size: samples along a tile of s (default: SIDE). It changes speed, not values.
+        chunk_size: samples along a tile of s (default: TILE_SIZE). It changes speed, not values.
         group: a torch.distributed ProcessGroup. None: the default group, if initialised.
             False: this process alone.
 
@@ -169,7 +169,7 @@ def contrastive_loss(
             own_samples=b,
             samples=B,
             first=first,
-            side=chunk_size or SIDE.get(device.type, SIDE['cuda']),
+            tile_size=chunk_size or TILE_SIZE.get(device.type, TILE_SIZE['cuda']),
             intra_view=intra_view,
             beta=beta,
             bounded=normalize and _is_bounded(temperature, beta, dtype),
@@ -177,14 +177,14 @@ def contrastive_loss(
         )
         log_R, _ = _LogR.apply(rows, columns, extra, classes, N, plan)
         s_pos = torch.cat([_positives(z, v) for v in range(V)])  # V x (b, V - 1) -> (V b, V - 1)
-        terms = objective(log_R, s_pos, N, t, tau_plus)
+        terms = loss_terms(log_R, s_pos, N, t, tau_plus)
         loss = terms.sum() / (V * B * (V - 1))
         if world > 1:
             loss = _sum_over_ranks(loss, group)
     return loss
 
 
-def objective(log_R, s_pos, N, t, tau_plus):
+def loss_terms(log_R, s_pos, N, t, tau_plus):
     """-log(exp(s_v) / (exp(s_v) + Ng)) for each anchor and each of its positives v, in log space.
 
     Args:
@@ -258,7 +258,7 @@ class _Plan(NamedTuple):
     own_samples: int  # b, those of this rank
     samples: int  # B, those of all ranks
     first: int  # the place of this rank's first sample among them
-    side: int  # rows and columns of a tile, at most
+    tile_size: int  # rows and columns of a tile, at most
     intra_view: bool
     beta: float
     bounded: bool  # False: the sums are relative to a maximum
@@ -284,12 +284,12 @@ class _LogR(torch.autograd.Function):
         S, W, offset = sums
         if not plan.bounded:
             offset.fill_(-1e30)
-        for i, j, s, twin in _tiles(rows, columns, extra, classes, plan):
+        for i, j, s, also_transposed in _tiles(rows, columns, extra, classes, plan):
             if not plan.bounded:
                 _raise_offset(sums[:, i], s.amax(1), plan.beta)
             u, w = _exponentials(s, offset[i, None], plan)
             _add_sums(S[i], W[i], u, w, 1)
-            if twin:
+            if also_transposed:
                 if not plan.bounded:
                     _raise_offset(sums[:, j], s.amax(0), plan.beta)
                     u, w = _exponentials(s, offset[j], plan)
@@ -315,8 +315,8 @@ class _LogR(torch.autograd.Function):
         beta = ctx.plan.beta
         dS = (1 + beta) * d_log_R / S
         dW = -beta * d_log_R / W
-        slopes = torch.stack([dS, dW, offset])  # 3 x (V b,) -> (3, V b)
-        gradients = _Gradient.apply(rows, columns, extra, classes, slopes, ctx.plan)
+        coefficients = torch.stack([dS, dW, offset])  # 3 x (V b,) -> (3, V b)
+        gradients = _Gradient.apply(rows, columns, extra, classes, coefficients, ctx.plan)
         return *gradients, None, None, None
 
 
@@ -324,15 +324,15 @@ class _Gradient(torch.autograd.Function):
     """The gradient of _LogR, as a Function of its own so that a second derivative is an error."""
 
     @staticmethod
-    def forward(rows, columns, extra, classes, slopes, plan):
-        """As for _tiles, and (1 + beta) dL/dS, beta dL/dW and the offsets: slopes (3, V b).
+    def forward(rows, columns, extra, classes, coefficients, plan):
+        """As for _tiles, and (1 + beta) dL/dS, beta dL/dW and the offsets: coefficients (3, V b).
 
         Returns the gradients at rows, columns (None without them) and extra (None if not needed).
         """
-        mirrored = columns is None
+        symmetric = columns is None
         d_rows = torch.zeros_like(rows)
         d_columns = None
-        if not mirrored:
+        if not symmetric:
             d_columns = torch.zeros_like(columns)
         d_extra = None
         if plan.extra_needs_grad:
@@ -340,23 +340,23 @@ class _Gradient(torch.autograd.Function):
 
         with torch.autocast(rows.device.type, enabled=False):
             for i, j, s, _ in _view_tiles(rows, columns, classes, plan):
-                of_rows = slopes[:, i, None]  # (3, m) -> (3, m, 1)
-                if not mirrored:
-                    ds = _slope(s, of_rows, plan)
+                of_rows = coefficients[:, i, None]  # (3, m) -> (3, m, 1)
+                if not symmetric:
+                    ds = _tile_gradient(s, of_rows, plan)
                     d_rows[i].addmm_(ds, columns[j])
                     d_columns[j].addmm_(ds.T, rows[i])
                     continue
-                of_columns = slopes[:, None, j]  # (3, n) -> (3, 1, n)
+                of_columns = coefficients[:, None, j]  # (3, n) -> (3, 1, n)
                 if plan.bounded:
                     # Both have offset 0, and so the same exponentials.
-                    ds = _slope(s, of_rows + of_columns, plan)
+                    ds = _tile_gradient(s, of_rows + of_columns, plan)
                 else:
-                    ds = _slope(s, of_rows, plan) + _slope(s, of_columns, plan)
+                    ds = _tile_gradient(s, of_rows, plan) + _tile_gradient(s, of_columns, plan)
                 d_rows[i].addmm_(ds, rows[j])
-                if i != j:  # a tile on the diagonal is its own twin
+                if i != j:  # a tile on the diagonal is its own transpose
                     d_rows[j].addmm_(ds.T, rows[i])
             for i, j, s, _ in _extra_tiles(rows, extra, plan):
-                ds = _slope(s, slopes[:, i, None], plan)
+                ds = _tile_gradient(s, coefficients[:, i, None], plan)
                 d_rows[i].addmm_(ds, extra[j])
                 if d_extra is not None:
                     d_extra[j].addmm_(ds.T, rows[i])
@@ -378,10 +378,11 @@ def _tiles(rows, columns, extra, classes, plan):
 
 
 def _view_tiles(rows, columns, classes, plan):
-    """Yield slices i and j, a tile of similarities of rows[i] and columns[j], and if it has a twin.
+    """Yield slices i and j, the tile of similarities of rows[i] and columns[j], and whether the
+    transposed tile counts, too.
 
     Without columns the rows stand for them. The matrix is symmetric then: the tile at (j, i) is
-    the twin of that at (i, j), and only one of the two comes.
+    the transpose of that at (i, j), and only one of the two comes.
 
     The tiles are s * log2(e), since exp2 is several times faster than exp on some CPUs. They are
     -inf where a column is not a negative of a row. The caller may overwrite them.
@@ -390,18 +391,18 @@ def _view_tiles(rows, columns, classes, plan):
         rows: (V b, D), columns: (V B, D) or None, view by view.
         classes: (B,) integers, or None where each sample is a class of its own.
     """
-    mirrored = columns is None
-    if mirrored:
+    symmetric = columns is None
+    if symmetric:
         columns = rows
-    row_slices = _slices(len(rows), plan.own_samples, plan.side)
-    column_slices = _slices(len(columns), plan.samples, plan.side)
+    row_slices = _slices(len(rows), plan.own_samples, plan.tile_size)
+    column_slices = _slices(len(columns), plan.samples, plan.tile_size)
     for i in row_slices:
         scaled = rows[i] * LOG2_E
         for j in column_slices:
             same_view = i.start // plan.own_samples == j.start // plan.samples
             if same_view and not plan.intra_view:
                 continue
-            if mirrored and j.start < i.start:
+            if symmetric and j.start < i.start:
                 continue
             s = scaled @ columns[j].T
             k = plan.first + i.start % plan.own_samples  # the tile's first samples
@@ -411,27 +412,27 @@ def _view_tiles(rows, columns, classes, plan):
             else:
                 same_class = classes[k : k + s.shape[0], None] == classes[m : m + s.shape[1]]
                 s.masked_fill_(same_class, -math.inf)
-            yield i, j, s, mirrored and i != j
+            yield i, j, s, symmetric and i != j
 
 
 def _extra_tiles(rows, extra, plan):
-    """Yield the same for the rows that meet extra negatives. No tile has a twin."""
+    """Yield the same for the rows that meet extra negatives. No tile counts transposed."""
     anchors = len(rows)
     if not plan.intra_view:
         anchors = plan.own_samples
-    for i in _slices(anchors, plan.own_samples, plan.side):
+    for i in _slices(anchors, plan.own_samples, plan.tile_size):
         scaled = rows[i] * LOG2_E
-        for j in _slices(len(extra), len(extra), plan.side):
+        for j in _slices(len(extra), len(extra), plan.tile_size):
             s = scaled @ extra[j].T
             yield i, j, s, False
 
 
-def _slices(length, part, side):
-    """Slices of at most `side` rows that cover `length`, none across two parts of `part` rows."""
+def _slices(length, part, tile_size):
+    """Slices of at most `tile_size` that cover `length`, none across two parts of length `part`."""
     slices = []
     for start in range(0, length, max(part, 1)):
-        for k in range(start, start + part, side):
-            slices.append(slice(k, min(k + side, start + part)))
+        for k in range(start, start + part, tile_size):
+            slices.append(slice(k, min(k + tile_size, start + part)))
     return slices
 
 
@@ -467,9 +468,12 @@ def _add_sums(S, W, u, w, dim):
         W.add_(w.sum(dim))
 
 
-def _slope(s, slopes, plan):
-    """dL/ds = w (u dS + dW) of a tile, u = exp(s) and w = exp(beta s), given _Gradient's slopes."""
-    dS, dW, offset = slopes
+def _tile_gradient(s, coefficients, plan):
+    """dL/ds = w (u dS + dW) of a tile, with u = exp(s) and w = exp(beta s).
+
+    coefficients are those of _Gradient.
+    """
+    dS, dW, offset = coefficients
     u, w = _exponentials(s, offset, plan)
     ds = u * dS
     if w is not None:

@@ -47,7 +47,7 @@ def waits_of(monkeypatch):
             function()
         return pretend.waits
 
-    monkeypatch.setitem(losses.SIDE, 'cuda', 16)  # several tiles
+    monkeypatch.setitem(losses.TILE_SIZE, 'cuda', 16)  # several tiles
     monkeypatch.setitem(model.ARCHS, 'resnet18', (model.BasicBlock, (1, 1, 1, 1)))
     images = torch.randint(256, (64, 3, 12, 12), dtype=torch.uint8)
     labels = torch.arange(64) % 4

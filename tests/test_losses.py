@@ -650,7 +650,7 @@ def test_memory_does_not_grow_with_the_square_of_the_batch():
 
 def test_each_pair_is_visited_once_for_any_number_of_views(monkeypatch, products):
     """In tiles of at most 4 x 4, none across two views; of two that mirror each other, one."""
-    monkeypatch.setitem(losses.SIDE, 'cpu', 4)
+    monkeypatch.setitem(losses.TILE_SIZE, 'cpu', 4)
     parts = {2: [4, 2, 4, 2], 3: [4, 2, 4, 2, 4, 2]}  # 6 samples of each view
     for V, sides in parts.items():
         products.clear()
@@ -660,7 +660,7 @@ def test_each_pair_is_visited_once_for_any_number_of_views(monkeypatch, products
 
 
 def test_towers_do_not_compare_views_with_themselves(monkeypatch, products):
-    monkeypatch.setitem(losses.SIDE, 'cpu', 4)
+    monkeypatch.setitem(losses.TILE_SIZE, 'cpu', 4)
     contrastive_loss(*unit_views(6, 5), intra_view=False)
     assert products == [(4, 4), (4, 2), (2, 4), (2, 2)]
 
