@@ -276,7 +276,9 @@ class Saver:
         self.scaler = scaler
         self.thread = ThreadPoolExecutor(1)
         self.writing = None
-        self.last = -math.inf  # so the first state is due at once
+        self.last = time.monotonic()
+        if not (results / 'last.pth').exists():
+            self.last = -math.inf  # the first state is due at once
 
     def wait(self):
         """Return when all is written; UserError if it cannot be."""
