@@ -144,14 +144,17 @@ def main(argv=None):
     data, settings, own = labelled_data(args, path, net)
     device = runtime.start()
     name = probe_name(args, data, own, kind(args))
+    untrained = path.with_name('model_0.pth')
+    compares = untrained.exists() and untrained != path
     lock_probe(path, name)
+    if compares and ranks().world > 1:  # which do not wait: rather an error now than after training
+        lock_probe(untrained, name)
     probe = Probe(args, data, flags.recipe(settings), name, device)
 
     knn = logged if own else {}
     first, five = probe_encoder(probe, path, net, args.model_path)
     text = f'{accuracies(args.probe, first, knn.get(path.name))} (@5 {five:.2f} %)'
-    untrained = path.with_name('model_0.pth')
-    if untrained.exists() and untrained != path:
+    if compares:
         lock_probe(untrained, name)  # which the probes of other checkpoints share
         accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
         if accuracy is None:
@@ -173,7 +176,7 @@ def accuracies(probe, accuracy, knn):
 
 
 def lock_probe(path, name):
-    """Wait until no other process probes this checkpoint in this way.
+    """Wait until no other process probes this checkpoint in this way, and keep others out.
 
     Several ranks do not wait: those that are not rank 0 would time out.
     """

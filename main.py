@@ -441,13 +441,15 @@ def main(argv=None):
         say(f'Continuing {results} in epoch {progress.epoch + 1} after step {progress.step}')
     if args.compile:
         say('Compiling takes one to three minutes, before the first step')
+    train_step.prepare()
 
     check_memory(args, device)
     keep_on_device(args, data, device)
     loader = training_views(args, data, device)
     labels = data.train_labels.to(device)
     identity = dict(settings=vars(args), data_digest=data.digest)
-    saver = runs.Saver(results, identity, net, train_step.optimizer, scaler)
+    resumed = saved is not None
+    saver = runs.Saver(results, identity, net, train_step.optimizer, scaler, resumed)
     look_every = 20 if device.type == 'cuda' else 1  # a look waits for the device
     bar = tqdm(
         total=args.epochs * steps,
@@ -542,11 +544,16 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == 'fp16')
         self.autocast = runtime.autocast(device, args.precision)
         self.settings = argparse.Namespace(**vars(args))
+        self.device = device
+
+    def prepare(self):
+        """Compile, if asked, and join the ranks. It comes before the first step."""
+        args = self.settings
         self.objective = OBJECTIVES[args.estimator]
         embeddings = Embeddings(self.net, args.joint_views)
         if args.compile:
-            self.objective = compiled(args, self.objective, self.net, embeddings, device)
-        self.embed = runtime.distributed(embeddings, device)
+            self.objective = compiled(args, self.objective, self.net, embeddings, self.device)
+        self.embed = runtime.distributed(embeddings, self.device)
         self.micro_batches = None
         if args.micro_batch:
             self.micro_batches = MicroBatches(self.embed, args.micro_batch, self.autocast)
@@ -642,7 +649,10 @@ def build_optimizer(args, net):
 
 
 def keep_on_device(args, data, device):
-    """Move the images of data to a GPU if they fit beside a step, the test images first."""
+    """Move the images of data to a GPU if they fit beside a step, the test images first.
+
+    Training images stay in the host's memory if PIL makes their views there.
+    """
     step = 0
     if device.type == 'cuda':
         step = step_bytes(args) + loss_bytes(args)
@@ -697,7 +707,7 @@ def check_memory(args, device):
 
 
 def smaller_micro_batch(args):
-    """The next smaller --micro_batch that divides a rank's images, as ' such as n'; '' if none."""
+    """The largest --micro_batch that takes less memory than now, as ' such as n'; '' if none."""
     images = args.batch_size // ranks().world
     most = images
     if args.micro_batch or args.joint_views:

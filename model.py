@@ -16,7 +16,7 @@ from hardneg import timm_models
 from hardneg.augment import MEAN, STD, standardize
 from hardneg.files import read_checkpoint, tensors
 from hardneg.runs import read_config
-from hardneg.runtime import UsageError, UserError, say
+from hardneg.runtime import UserError, say
 from hardneg.timm_models import is_timm
 
 ARCHS = {  # the block, and the number of blocks in each stage
@@ -175,18 +175,11 @@ def load_encoder(source, prefix=None, arch=None):
 
     Args:
         source: path, or timm/NAME.
-        prefix, arch: as load_model() takes them, for a checkpoint alone.
-
-    Raises:
-        UsageError: a prefix or another arch is given for timm/NAME.
-        UserError: as load_model() does.
+        prefix, arch: as load_model() takes them, for a checkpoint.
     """
-    if not timm_models.names_weights(source):
-        return load_model(source, head=False, prefix=prefix, arch=arch)
-    name = timm_models.full_name(source)
-    if prefix is not None or (arch and timm_models.full_name(arch) != name):
-        raise UsageError(f'--prefix and --arch are for checkpoints; {source} is a model of timm')
-    return pretrained_model(name)
+    if timm_models.names_weights(source):
+        return pretrained_model(timm_models.full_name(source))
+    return load_model(source, head=False, prefix=prefix, arch=arch)
 
 
 def pretrained_model(arch):
@@ -218,7 +211,7 @@ def load_model(path, head=True, prefix=None, arch=None):
             config.json lies beside the checkpoint, if it is timm's, or else a ResNet.
 
     Raises:
-        UserError: the file holds no ResNet with that prefix, or several; or it names the first
+        UserError: the file holds no encoder with that prefix, or several; or it names the first
             tensor that is missing, unexpected, not finite or of another shape.
     """
     named = _named_tensors(path, read_checkpoint(path))
@@ -252,10 +245,11 @@ def _without_prefix(path, named, prefix):
     """The tensors whose names begin with the prefix, by the rest of their names; all if None."""
     if not prefix:
         return named
-    prefix = f'{prefix.removesuffix(".")}.'
+    prefix = _unwrapped(f'{prefix.removesuffix(".")}.')
     found = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
     if not found:
         raise UserError(f'{path} has no tensor whose name begins with {prefix}')
+    say(f'{path}: took {len(found)} tensors of prefix {prefix}, left out {len(named) - len(found)}')
     return found
 
 

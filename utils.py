@@ -387,11 +387,11 @@ class ReferenceViews:
         self.device = torch.device(device)
         self.keys = Keys(batches)
         rank_batch = batches.batch_size // batches.world * batches.views
-        # Each worker is two batches ahead. The ranks of a machine share its /dev/shm.
-        ahead = ranks().local_world * 2 * workers * rank_batch * 3 * size**2  # bytes
+        workers_here = ranks().local_world * workers  # which share the machine's /dev/shm
+        ahead = 2 * workers_here * rank_batch * 3 * size**2  # bytes: each is two batches ahead
         if ahead and Path('/dev/shm').is_dir() and ahead > shutil.disk_usage('/dev/shm').free:
             raise UserError(
-                f'/dev/shm has no room for the {ahead / 1e6:.0f} MB of batches that {workers} '
+                f'/dev/shm has no room for the {ahead / 1e6:.0f} MB of batches that {workers_here} '
                 'workers hand over: use --workers 0 or fewer, or make it larger, as docker run '
                 '--shm-size does'
             )

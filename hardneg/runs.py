@@ -266,9 +266,10 @@ class Saver:
         results: Path of the directory.
         identity: dict with the settings and the data_digest of the run.
         net, optimizer, scaler: what is saved.
+        resumed: whether the directory has a state. If not, the first one is due at once.
     """
 
-    def __init__(self, results, identity, net, optimizer, scaler):
+    def __init__(self, results, identity, net, optimizer, scaler, resumed=False):
         self.results = results
         self.identity = identity
         self.net = net
@@ -276,9 +277,7 @@ class Saver:
         self.scaler = scaler
         self.thread = ThreadPoolExecutor(1)
         self.writing = None
-        self.last = time.monotonic()
-        if not (results / 'last.pth').exists():
-            self.last = -math.inf  # the first state is due at once
+        self.last = time.monotonic() if resumed else -math.inf
 
     def wait(self):
         """Return when all is written; UserError if it cannot be."""

@@ -72,8 +72,9 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        elif hasattr(module, 'drop_prob'):  # timm's stochastic depth
-            module.drop_prob = 0.0
+        for name in 'drop_prob', 'drop_rate', 'attn_drop_p':  # what timm's own layers pass on
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
     return model
 
 

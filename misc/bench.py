@@ -360,6 +360,7 @@ def training_step(args, device):
     views are V tensors (B, 3, h, w) uint8.
     """
     step = TrainingStep(args, device)
+    step.prepare()
     labels = torch.randint(10, (args.batch_size,), device=device)
     return step.net, partial(step, labels=labels, lr=args.lr)
 

@@ -115,7 +115,7 @@ def main(argv=None):
     if not args.table_only:
         check_own(rest)
         probe = probe_flags(args.probe)
-        precision = precision_of(training.parse(rest), results)
+        precision = precision_of(training.make_parser().parse_args(rest), results)
         rest = with_precision(rest, precision)
         probe = with_precision(probe, precision)
         planned = plan(args, rest)

@@ -12,6 +12,7 @@ chosen  the loss that the measure calls best: that of the lowest alignment or un
         highest RankMe (Wang and Isola 2020, arXiv 2005.10242; Garrido et al. 2023,
         arXiv 2210.02885)
 behind  points of kNN accuracy between the chosen loss and the best one
+best    the loss of the highest kNN accuracy
 """
 
 import sys
@@ -32,7 +33,7 @@ def means_over_seeds(directories):
     """A DataFrame of kNN accuracy (percent) and the measures, with a row for each loss.
 
     Raises:
-        UsageError: there are fewer than two losses.
+        UsageError: there are fewer than two losses, or one lacks a measure.
     """
     rows = []
     for directory in directories:
@@ -41,7 +42,10 @@ def means_over_seeds(directories):
             rows.append(row | dict(loss=f'{row["objective"]}, t = {row["temperature"]:g}'))
     if len({row['loss'] for row in rows}) < 2:
         raise UsageError('name directories that hold finished runs of two losses or more')
-    return pd.DataFrame(rows).groupby('loss')[['knn', *SIGNS]].mean()
+    means = pd.DataFrame(rows).groupby('loss')[['knn', *SIGNS]].mean()
+    if means.isna().any(axis=None):
+        raise UsageError('the logs of some runs hold no kNN accuracy, or no label-free measures')
+    return means
 
 
 def compare(means):

@@ -159,6 +159,16 @@ def test_functions_take_turns_and_the_first_turn_does_not_count(monkeypatch):
     assert medians == [2000, 20_000]
 
 
+def test_what_lies_in_the_directory_of_results_gives_no_settings(tmp_path, monkeypatch):
+    (tmp_path / 'results').mkdir()
+    (tmp_path / 'results' / 'config.json').write_text('{}')  # an error, if it was read
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(bench, 'timings', lambda *args: seen.append(args[3].image_size) or [])
+    bench.main(['step', '--device', 'cpu'])
+    assert seen == [16]
+
+
 @pytest.mark.parametrize('copy, expected', [(0.01, 7.8), (0.1, 26.2)])
 def test_the_roof_is_that_of_the_slower_of_matmul_and_copy(copy, expected, monkeypatch):
     # In 1 ms 2 GFLOP; in 0.01 or 0.1 ms 1 MB, read and written

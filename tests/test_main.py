@@ -382,8 +382,7 @@ def test_a_state_is_saved_once_a_minute_though_no_encoder_is_kept(tmp_path, monk
 
     monkeypatch.setattr(runs.Saver, 'save', save)
     monkeypatch.setattr(runs.time, 'monotonic', lambda: next(clock))
-    saver = runs.Saver(tmp_path, {}, None, None, None)
-    saver.last = runs.time.monotonic()
+    saver = runs.Saver(tmp_path, {}, None, None, None, resumed=True)
     for epoch in range(1, 6):
         saver.epoch_ended(runs.Progress(None, epoch), keep=epoch == 2)
     assert saved == [(2, True), (4, False), (5, False)]
@@ -391,8 +390,10 @@ def test_a_state_is_saved_once_a_minute_though_no_encoder_is_kept(tmp_path, monk
 
 @pytest.mark.parametrize('seconds, due', [(599, False), (601, True)])
 def test_a_state_is_due_after_ten_minutes(tmp_path, monkeypatch, seconds, due):
-    saver = runs.Saver(tmp_path, {}, None, None, None)
-    saver.last = 0.0
+    monkeypatch.setattr(runs.time, 'monotonic', lambda: 0.0)
+    saver = runs.Saver(tmp_path, {}, None, None, None, resumed=True)
+    first = runs.Saver(tmp_path, {}, None, None, None)
+    assert first.due()  # there is no state yet
     monkeypatch.setattr(runs.time, 'monotonic', lambda: seconds)
     assert saver.due() == due
 

@@ -17,7 +17,7 @@ import model
 import page
 import plot
 import search
-from hardneg.embedded import read_embedded, write_embedded
+from hardneg.embedded import Embedded, read_embedded, write_embedded
 from hardneg.files import write_tensors
 from hardneg.runtime import UserError
 from model import unit
@@ -161,6 +161,16 @@ def test_a_cosine_and_a_number_of_pairs_are_other_rules(made, tmp_path):
     assert strict.empty  # no copies are as near as that
     search.main([str(made / 'f.npz'), '--at_least', '1', '--out', str(tmp_path / 'none.html')])
     Parsed(tmp_path / 'none.html')
+
+
+def test_groups_come_in_the_order_of_their_least_similar_photo():
+    angles = torch.tensor([0.0, 0.1, 0.6, 2.0, 2.3])  # cosines 0.995 and 0.825, and 0.955
+    features = torch.stack([angles.cos(), angles.sin()], 1).numpy()
+    numbers = np.arange(5, 0, -1)  # the first photo of each group is kept
+    embedded = Embedded(np.array(list('abcde')), features, numbers, numbers, numbers, {})
+    table = search.table_of(embedded, [torch.tensor([0, 1, 2]), torch.tensor([3, 4])])
+    assert table['name'].tolist() == ['d', 'e', 'a', 'b', 'c']
+    assert table['group'].tolist() == [1, 1, 2, 2, 2]
 
 
 def test_a_wrong_place_of_the_photos_is_told(made, tmp_path, capsys):

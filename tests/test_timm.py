@@ -17,6 +17,7 @@ import export
 import linear
 import main
 import plot
+import sweep
 from hardneg import runtime, timm_models
 from hardneg.evaluate import resized
 from hardneg.files import crc, read_json
@@ -216,26 +217,21 @@ def test_dropout_and_stochastic_depth_are_off():
         net = timm_models.create('timm/test_vit', **options).train()
         images = torch.rand(4, 3, 160, 160)
         assert torch.equal(net(images), net(images))
+    assert timm_models.create('timm/ghostnet_050').train().drop_rate == 0  # of its forward()
 
 
 def test_an_encoder_is_taken_by_its_prefix_from_among_others(tmp_path):
     net = Model(8, 'timm/test_vit', 8, 'none')
-    state = {f'base.{name}': x for name, x in net.f.state_dict().items()}
+    state = {f'module.base.{name}': x for name, x in net.f.state_dict().items()}
     torch.save(state | {'momentum.cls_token': torch.zeros(1)}, tmp_path / 'moco.pth')
-    found = load_encoder(tmp_path / 'moco.pth', 'base', 'timm/test_vit')
-    assert torch.equal(found.f.cls_token, net.f.cls_token)
+    for prefix in 'base', 'module.base.':
+        found = load_encoder(tmp_path / 'moco.pth', prefix, 'timm/test_vit')
+        assert torch.equal(found.f.cls_token, net.f.cls_token)
     with pytest.raises(UserError, match=r'no tensor whose name begins with other\.'):
         load_encoder(tmp_path / 'moco.pth', 'other', 'timm/test_vit')
 
 
 # What does not fit
-
-
-@pytest.mark.parametrize('other', [dict(prefix='base'), dict(arch='timm/test_convnext')])
-def test_timms_weights_take_no_prefix_and_no_other_arch(other, weights):
-    with pytest.raises(UsageError, match='--prefix and --arch are for checkpoints; timm/test_vit'):
-        load_encoder('timm/test_vit', **other)
-    load_encoder('timm/test_vit', arch='timm/test_vit')
 
 
 @pytest.mark.parametrize(
@@ -277,13 +273,15 @@ def test_weights_that_cannot_be_downloaded_are_named(monkeypatch):
         load_encoder('timm/test_vit')
 
 
-def test_a_cpu_computes_them_in_fp32(monkeypatch, tiny):
+def test_a_cpu_computes_them_in_fp32(monkeypatch, tiny, tmp_path):
     monkeypatch.setattr(runtime, 'default_precision', lambda: 'bf16')
     words = tiny[: tiny.index('--precision')]
     words = [*words, '--width', '1', '--image_size', '16']
     for arch, precision in ((KINDS[0], 'fp32'), ('resnet18', 'bf16')):
         args, _, _ = main.arguments([*words, '--arch', arch])
         assert args.precision == precision
+        settings = main.parse(['--arch', arch])
+        assert sweep.precision_of(settings, tmp_path) == precision
 
 
 def test_synchronised_batchnorm_keeps_timms_activations():
