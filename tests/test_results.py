@@ -59,6 +59,23 @@ def test_rows_of_both_pages_are_those_of_the_logs_kept():
     assert set(rows) <= set(PAGE.splitlines())
 
 
+def test_figures_of_imagenette_are_those_of_the_logs_kept():
+    """The rows, with the hours of a run, the untrained encoder, and the choice of a temperature."""
+    kept = RESULTS / 'imagenette'
+    hours = sweep.make_table(kept, 0.2)['minutes'] / 60
+    for row, time in zip(rows_of(kept, tuned=0.2), hours):
+        assert f'{row} {time:.1f} |' in PAGE
+    text = ' '.join(PAGE.split())
+    knn = pd.read_csv(kept / 'standard_0' / 'log.csv')['test_acc@1'][0]
+    probe = pd.read_csv(kept / 'standard_0' / 'model_0_linear_cached.csv')['test_acc@1'].iloc[-1]
+    assert f'The untrained encoder has {knn:.1f} % in kNN and {probe:.1f} % in the probe' in text
+    found = []
+    for t in '0.1', '0.2', '0.3':
+        log = pd.read_csv(RESULTS / 'imagenette_held_out' / f't{t}' / 'standard_0' / 'log.csv')
+        found.append(f'{log["test_acc@1"].iloc[-1]:.1f}')
+    assert f'kNN is {found[0]}, {found[1]} and {found[2]} % at t = 0.1, 0.2 and 0.3' in text
+
+
 # What alignment, uniformity and RankMe say
 
 
@@ -68,6 +85,7 @@ def test_rows_of_both_pages_are_those_of_the_logs_kept():
         ('CIFAR-10, 5 epochs', ['cifar10', 'cifar10_temperature']),
         ('CIFAR-10, 30 epochs', ['cifar10_30']),
         ('Imagenette, 20 epochs', ['imagenette_held_out']),
+        ('Imagenette, 100 epochs', ['imagenette']),
     ],
 )
 def test_the_choice_without_labels_is_that_of_the_logs_kept(title, names):
