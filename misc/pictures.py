@@ -344,7 +344,7 @@ def neighbour_grid(rows, columns, encoders):
         rows,
         1 + (1 + columns) * encoders,
         figsize=(8, 8 * (rows + 1.6) / width),
-        dpi=110,
+        dpi=165,
         width_ratios=[1] + ([0.3] + [1] * columns) * encoders,
         squeeze=False,
     )

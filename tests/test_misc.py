@@ -467,7 +467,7 @@ def test_every_picture_is_written(run_of_one_epoch, tmp_path, monkeypatch, capsy
     out = tmp_path / f'{what}.png'
     plot.main([what, str(path), '--out', str(out)])
     pixels = plt.imread(out)
-    widths = dict(similarity=640, temperature=800, neighbours=880)
+    widths = dict(similarity=640, temperature=800, neighbours=1320)
     assert pixels.shape[1] == widths.get(what, 1280)
     different = np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)
     assert len(different) > 50  # a picture, not a blank sheet
