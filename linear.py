@@ -153,7 +153,7 @@ def main(argv=None):
 
     knn = logged if own else {}
     first, five = probe_encoder(probe, path, net, args.model_path)
-    text = f'{accuracies(args.probe, first, knn.get(path.name))} (@5 {five:.2f} %)'
+    text = f'{summary(args.probe, first, knn.get(path.name))} (@5 {five:.2f} %)'
     if compares:
         lock_probe(untrained, name)  # which the probes of other checkpoints share
         accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
@@ -163,11 +163,11 @@ def main(argv=None):
         before = 'untrained'
         if settings.get('init'):
             before = 'before training'
-        text += f'; {before}: {accuracies(args.probe, accuracy, knn.get(untrained.name))}'
+        text += f'; {before}: {summary(args.probe, accuracy, knn.get(untrained.name))}'
     say(f'{text}; files in {path.parent}')
 
 
-def accuracies(probe, accuracy, knn):
+def summary(probe, accuracy, knn):
     """The accuracies (percent) of an encoder as text: of the probe and, if not None, of kNN."""
     text = f'{probe} probe {accuracy:.2f} %'
     if knn is not None:

@@ -175,7 +175,7 @@ def open_run(results, settings, defaults, data, device):
             raise UserError(differ)
         if code not in (None, config['code']):
             say(f'{results}: the code has changed since this run began')
-    else:  # of a run that took no step, perhaps as memory was full, the new one takes the place
+    else:  # a run that took no step, perhaps because memory was full, is replaced
         write_config(config_file, config)
     return saved
 

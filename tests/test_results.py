@@ -31,14 +31,6 @@ def rows_of(kept, tuned):
     own, best = (sweep.make_table(kept, against) for against in (0.5, tuned))
     assert best.to_csv(index=False) == (kept / 'table.csv').read_text()
 
-    def told(row, name, sign=''):
-        if pd.isna(row[name]):
-            return ''
-        text = f'{row[name]:{sign}.2f}'
-        if not pd.isna(row[f'{name}_std']):
-            text += f' ± {row[f"{name}_std"]:.2f}'
-        return text
-
     rows = []
     for (_, a), (_, b) in zip(own.iterrows(), best.iterrows()):
         title = a['objective']
@@ -47,7 +39,7 @@ def rows_of(kept, tuned):
         cells = [title, str(a['temperature']), str(a['seeds'])]
         for metric in 'knn', 'linear_cached':
             gain = f'{metric}_gain'
-            cells += [told(a, metric), told(a, gain, '+'), told(b, gain, '+')]
+            cells += [sweep.cell(a, metric), sweep.cell(a, gain), sweep.cell(b, gain)]
         rows.append(f'| {" | ".join(cells)} |')
     return rows
 
