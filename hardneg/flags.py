@@ -1,6 +1,7 @@
 """Command-line flags: a parser with errors of one line, checked types, flags that scripts share."""
 
 import argparse
+import difflib
 import os
 import sys
 
@@ -56,6 +57,19 @@ class Parser(argparse.ArgumentParser):
             if not lone:
                 kept.append(_not_a_flag(word))
         return super().parse_known_args(kept, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        settings, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            message = f'unrecognized arguments: {" ".join(unknown)}'
+            flag = unknown[0].partition('=')[0]
+            known = list(self._option_string_actions)
+            near = [name for name in known if name.startswith(flag)]
+            near += difflib.get_close_matches(flag, known)
+            if near:
+                message += f'. Did you mean {near[0]}?'
+            self.error(message)
+        return settings
 
     def error(self, message):
         text = None

@@ -7,7 +7,6 @@ symbols are replaced. It prints the kNN accuracy of each objective, mean and sta
 seeds, and takes some minutes on a CPU.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from hardneg import flags
 from hardneg.losses import contrastive_loss
 
 SYMBOLS, LENGTH, WINDOW = 8, 128, 48
@@ -79,8 +79,13 @@ def accuracy(seed, steps=400, **objective):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--seeds', type=int, default=5, help='runs of each objective (%(default)s)')
+    parser = flags.Parser(description=__doc__.partition('\n')[0])
+    parser.add_argument(
+        '--seeds',
+        type=flags.integer(2, 1000),
+        default=5,
+        help='runs of each objective (%(default)s)',
+    )
     seeds = parser.parse_args().seeds
     simclr = None
     for name, objective in OBJECTIVES.items():

@@ -120,6 +120,10 @@ def main(argv=None):
         probe = with_precision(probe, precision)
         planned = plan(args, rest)
         check_flags(planned[: len(planned) // args.seeds], probe)  # those of one seed
+        print(
+            f'{len(planned)} runs. A line tells of each that ends; see log.csv until then',
+            flush=True,
+        )
         train_all(planned, probe, args.jobs)
     table = make_table(results, args.against)
     text = markdown(table, args.against)

@@ -9,7 +9,6 @@ that the call works and learns, on 450 images of ten digits. CLIP's own loss ret
 where halves of one digit are often alike. Images and texts may differ.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from hardneg import flags
 from hardneg.losses import contrastive_loss
 
 OBJECTIVES = {
@@ -61,9 +61,16 @@ def retrieval(seed, steps, **objective):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--seeds', type=int, default=5, help='runs of each objective (%(default)s)')
-    parser.add_argument('--steps', type=int, default=1000, help='training steps (%(default)s)')
+    parser = flags.Parser(description=__doc__.partition('\n')[0])
+    parser.add_argument(
+        '--seeds',
+        type=flags.integer(2, 1000),
+        default=5,
+        help='runs of each objective (%(default)s)',
+    )
+    parser.add_argument(
+        '--steps', type=flags.count, default=1000, help='training steps (%(default)s)'
+    )
     args = parser.parse_args()
     for name, objective in OBJECTIVES.items():
         found = torch.tensor(

@@ -227,7 +227,8 @@ def test_the_profile_shows_views_step_and_optimizer(capsys):
 def test_flags_that_main_does_not_know_are_an_error(capsys):
     with pytest.raises(SystemExit):
         bench.main(['step', '--device', 'cpu', '--batchsize', '8'])
-    assert capsys.readouterr().err == 'main.py: error: unrecognized arguments: --batchsize 8\n'
+    expected = 'unrecognized arguments: --batchsize 8. Did you mean --batch_size?'
+    assert capsys.readouterr().err == f'main.py: error: {expected}\n'
 
 
 def test_training_beside_lightlys_is_timed_in_both_precisions(capsys):
