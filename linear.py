@@ -38,6 +38,9 @@ from hardneg.timm_models import encoder_crc
 from model import load_encoder, load_model
 from utils import Data, load
 
+# Flags that say where the encoder is, not how it is probed
+ENCODER = ('model_path', 'prefix', 'arch')
+
 
 def make_parser():
     parser = flags.Parser(prog='linear.py', description=__doc__.partition('\n')[0])
@@ -118,8 +121,7 @@ def arguments(argv=None):
             f'--batch_size {args.batch_size} leaves a rank less than it needs: 1 image, 2 with '
             '--bn train'
         )
-    if args.results_dir and not timm_models.names_weights(args.model_path):
-        raise UsageError('--results_dir is for timm/NAME: what a checkpoint gives lies beside it')
+    timm_models.check_results_dir(args.model_path, args.results_dir)
     return args
 
 
@@ -140,7 +142,7 @@ def main(argv=None):
     net = load_encoder(args.model_path, args.prefix, args.arch)
     flags.fill_precision(args, arch=net.backbone['arch'])
     path = timm_models.place(args.model_path, args.results_dir)
-    logged = runs.accuracies(path)
+    logged = runs.logged_accuracies(path)
     data, settings, own = labelled_data(args, path, net)
     device = runtime.start()
     name = probe_name(args, data, own, kind(args))
@@ -250,7 +252,7 @@ def probed_before(probe, path):
     if settings is None:
         return None
     for flag, value in runs.deciding(vars(probe.args)).items():
-        if flag not in ('model_path', 'prefix', 'arch') and settings.get(flag) != value:
+        if flag not in ENCODER and settings.get(flag) != value:
             return None
     return last['test_acc@1']
 
@@ -298,9 +300,10 @@ def train_linear(probe, evaluator, layer, out):
         features = all_features(probe, evaluator, data.train)
     else:
         loader = random_views(probe, batches)
-    test_features = all_features(probe, evaluator, data.test)
-    test_labels = data.test_labels.to(probe.device)
     update_bn = args.bn == 'train'
+    if not update_bn:
+        test_features = all_features(probe, evaluator, data.test)
+    test_labels = data.test_labels.to(probe.device)
     rows = []
     epochs = range(1, args.epochs + 1)
     for epoch in tqdm(epochs, out.name, disable=runtime.no_bar(), leave=False):
@@ -314,7 +317,7 @@ def train_linear(probe, evaluator, layer, out):
             raise UserError(f'the loss is {train[0]} in epoch {epoch}: --lr {args.lr} is too high')
         tested = True
         if update_bn:
-            # The features of the test images change, and take as long as an epoch.
+            # The features of the test images change. They take as long as an epoch.
             tested = epoch % 10 == 0 or epoch == args.epochs
             if tested:
                 net.load_state_dict(runtime.averaged_buffers(net), strict=False)
@@ -342,8 +345,12 @@ def train_logistic(probe, evaluator, layer):
 
 
 def all_features(probe, evaluator, images):
-    """f's features (n, F) of all images at the size for tests."""
-    return evaluator.features(images, torch.arange(len(images)), probe.args.test_size)
+    """f's features (n, F) of all images at the size for tests; UserError if they overflow."""
+    features = evaluator.features(images, torch.arange(len(images)), probe.args.test_size)
+    if not features.isfinite().all():
+        precision = probe.args.precision
+        raise UserError(f'features are not finite with --precision {precision}: try fp32')
+    return features
 
 
 def random_views(probe, batches):

@@ -771,7 +771,7 @@ def monitor(args, data, evaluator):
         return row
     labelled = (data.train_labels >= 0).nonzero()[:, 0]  # (n, 1) -> (n,)
     try:
-        first, five = accuracies(args, data, evaluator, labelled)
+        first, five = knn_accuracies(args, data, evaluator, labelled)
     except torch.OutOfMemoryError as error:
         reason = runtime.memory_reason(error)
         raise SystemExit(
@@ -781,7 +781,7 @@ def monitor(args, data, evaluator):
     return {'test_acc@1': first, 'test_acc@5': five, **row}
 
 
-def accuracies(args, data, evaluator, labelled):
+def knn_accuracies(args, data, evaluator, labelled):
     """kNN accuracies @1 and @5, in percent, by the training images at the indices labelled (n,)."""
     memory = evaluator.features(data.train, labelled, args.test_size)
     queries = evaluator.features(data.test, torch.arange(len(data.test)), args.test_size)
@@ -820,12 +820,7 @@ def annealed(beta, epoch, epochs, steps=9):
 
 def check_data(args, data):
     """Raise UsageError if a flag does not fit the data."""
-    if args.stem == 'imagenet' and args.image_size <= 16:
-        # Layer 4 would see a single pixel, for which torch's gradient in bf16 on CPUs is wrong.
-        raise UsageError(
-            f'--stem imagenet needs views of more than 16 px, not {args.image_size}: choose --stem '
-            'cifar'
-        )
+    flags.check_views(args.image_size, args.stem)
     timm_models.check_sizes(args.arch, args.image_size, args.test_size or data.train.shape[2])
     if args.batch_size > len(data.train):
         raise UsageError(
@@ -833,7 +828,7 @@ def check_data(args, data):
             'images: lower it'
         )
     labelled = int((data.train_labels >= 0).sum())
-    if data.classes and args.k > labelled:
+    if args.knn_every and data.classes and args.k > labelled:
         raise UsageError(f'--k {args.k} is larger than the kNN memory, {labelled} images: lower it')
     kept = data.train.shape[2]
     if args.dataset_name == 'folder' and args.image_size > kept:

@@ -17,7 +17,7 @@ BLOCK = 256  # images that one rank encodes before the next block
 PIXELS = 2**19
 # On a GPU, where few start too many kernels: at most, and the bytes of memory that one takes with
 # the published stem in float32
-GPU_PIXELS = 2**23
+MOST_PIXELS = 2**23
 PIXEL_BYTES = 3000
 
 
@@ -81,7 +81,7 @@ class Evaluator:
         if self.device.type == 'cpu':
             return PIXELS
         free, _ = torch.cuda.mem_get_info(self.device)
-        return max(PIXELS, min(GPU_PIXELS, int(free / 2) // PIXEL_BYTES))
+        return max(PIXELS, min(MOST_PIXELS, int(free / 2) // PIXEL_BYTES))
 
     def _blocks(self, images, index):
         """Yield this rank's blocks: the place i of each in index, and its images on the device."""

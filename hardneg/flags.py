@@ -63,10 +63,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             message = f'unrecognized arguments: {" ".join(unknown)}'
             flag = unknown[0].partition('=')[0]
-            known = list(self._option_string_actions)
+            known = [name for name in self._option_string_actions if name.startswith('--')]
             near = [name for name in known if name.startswith(flag)]
             near += difflib.get_close_matches(flag, known)
-            if near:
+            if near and len(flag) > len('--'):
                 message += f'. Did you mean {near[0]}?'
             self.error(message)
         return settings
@@ -351,6 +351,15 @@ def tell_root(args, settings):
     there = os.path.abspath(settings['root'])
     if here != there:
         say(f'Looking for {args.dataset_name} in {here}; the data of the run were in {there}')
+
+
+def check_views(image_size, stem):
+    """Raise UsageError if an encoder with this stem cannot train on views of image_size px."""
+    if stem == 'imagenet' and image_size <= 16:
+        # Layer 4 would see a single pixel, for which torch's gradient in bf16 on CPUs is wrong.
+        raise UsageError(
+            f'--stem imagenet needs views of more than 16 px, not {image_size}: choose --stem cifar'
+        )
 
 
 def recipe(settings):

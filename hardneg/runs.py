@@ -582,7 +582,7 @@ def read_probe(directory, epochs, name, data_digest=None):
     return settings, rows.iloc[-1]
 
 
-def accuracies(checkpoint):
+def logged_accuracies(checkpoint):
     """The kNN accuracy (percent) of each encoder, by file name, in the log beside a checkpoint.
 
     A log without a run's config.json beside it is another program's.

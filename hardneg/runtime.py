@@ -496,13 +496,15 @@ def run(main):
             f"error: the GPU's memory is full ({reason}): lower --batch_size, free memory, or use "
             'the CPU by CUDA_VISIBLE_DEVICES='
         )
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):
-            raise
-        sys.exit(
-            'error: a worker of --augment pil was killed, perhaps as memory ran out: use fewer '
-            '--workers. The same command continues from the last saved state'
-        )
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words
+            sys.exit('error: memory is full: lower --batch_size, or free memory')
+        if 'DataLoader worker' in str(error):
+            sys.exit(
+                'error: a worker of --augment pil was killed, perhaps as memory ran out: use fewer '
+                '--workers. The same command continues from the last saved state'
+            )
+        raise
     except KeyboardInterrupt:
         print('Interrupted', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

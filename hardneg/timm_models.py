@@ -30,7 +30,7 @@ def library():
 
 
 def full_name(arch):
-    """`timm/NAME.TAG`, with timm's default tag if arch has none.
+    """`timm/NAME.TAG`, with timm's default tag if arch has none, or `timm/NAME` without weights.
 
     Raises:
         UsageError: timm has no such model, or no such weights of it.
@@ -44,7 +44,9 @@ def full_name(arch):
     tags = [known.partition('.')[2] for known in timm.list_pretrained(f'{name}.*')]
     if not tag:
         tag = timm.get_pretrained_cfg(name).tag
-    elif tag not in tags:
+        if tag not in tags:  # none, or 'untrained'
+            return f'{PREFIX}{name}'
+    if tag not in tags:
         raise UsageError(f'timm has no weights {tag!r} of {name}: {", ".join(tags) or "none"}')
     return f'{PREFIX}{name}.{tag}'
 
@@ -110,6 +112,12 @@ def place(source, results_dir=None):
         return Path(source)
     name = full_name(source).removeprefix(PREFIX)
     return Path(results_dir or Path('results', name), f'{name}.pth')
+
+
+def check_results_dir(source, results_dir):
+    """Raise UsageError if there is a results_dir, and source is a file."""
+    if results_dir and not names_weights(source):
+        raise UsageError('--results_dir is for timm/NAME: what a checkpoint gives lies beside it')
 
 
 def encoder_crc(source, net):

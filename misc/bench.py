@@ -44,7 +44,7 @@ from hardneg.files import write_table
 from hardneg.losses import contrastive_loss, textbook_loss
 from hardneg.runs import device_name
 from hardneg.runtime import UserError
-from main import TrainingStep, arguments, keep_on_device, network, training_views
+from main import TrainingStep, arguments, keep_on_device, needs_no_labels, network, training_views
 from utils import ReferenceViews, load, load_data
 
 HOME = Path(__file__).parents[1]
@@ -362,7 +362,21 @@ def training_step(args, device):
     step = TrainingStep(args, device)
     step.prepare()
     labels = torch.randint(10, (args.batch_size,), device=device)
-    return step.net, partial(step, labels=labels, lr=args.lr)
+    of_views = partial(step, labels=labels, lr=args.lr)
+    return step.net, with_tf32(args.precision == 'tf32', of_views)
+
+
+def with_tf32(allowed, function):
+    """The function, with convolutions on a GPU that may round to TF32 or not, as it runs.
+
+    torch's default, which other code has, is True.
+    """
+
+    def run(*args):
+        torch.backends.cudnn.allow_tf32 = allowed
+        return function(*args)
+
+    return run
 
 
 def published_step(args, device):
@@ -379,7 +393,7 @@ def published_step(args, device):
         optimizer.step()
         return loss.detach()
 
-    return step
+    return with_tf32(True, step)
 
 
 def bench_step(repeat, device, settings):
@@ -475,8 +489,9 @@ def bench_training(repeat, device, settings):
     """
     if not is_installed('lightly'):
         return
-    data = load(settings)
-    data.train = images = data.train[: TRAINING_BATCHES * settings.batch_size]
+    data = load(settings, needs_no_labels(settings))
+    steps = min(TRAINING_BATCHES, len(data.train) // settings.batch_size)
+    data.train = images = data.train[: steps * settings.batch_size]
     data.train_labels = data.train_labels[: len(data.train)]
     keep_on_device(settings, data, device)
     loader = training_views(settings, data, device)
@@ -491,7 +506,7 @@ def bench_training(repeat, device, settings):
         theirs = lightly_epoch(settings, images, device, precision)
         times = alternate(repeat, device, theirs, ours)
         what = f", main.py's training in {settings.precision} beside lightly's in {precision}"
-        yield step_row(what, settings, device, *(ms / TRAINING_BATCHES for ms in times))
+        yield step_row(what, settings, device, *(ms / steps for ms in times))
 
 
 def lightly_epoch(settings, images, device, precision):
@@ -521,7 +536,7 @@ def lightly_epoch(settings, images, device, precision):
     f = net.f.to(device)
     criterion = NTXentLoss()
     optimizer = torch.optim.SGD([*f.parameters(), *head.parameters()], lr=0.06)
-    autocast = runtime.autocast(device, precision)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == 'bf16')
 
     def epoch():
         for x0, x1 in loader:
@@ -533,7 +548,7 @@ def lightly_epoch(settings, images, device, precision):
             optimizer.step()
             optimizer.zero_grad()
 
-    return epoch
+    return with_tf32(True, epoch)
 
 
 class Transformed(torch.utils.data.Dataset):
@@ -552,7 +567,7 @@ class Transformed(torch.utils.data.Dataset):
 
 def profile(repeat, device, settings, found):
     """Print torch.profiler's table of main.py's steps, the making of views included."""
-    data = load(settings, found=found)
+    data = load(settings, needs_no_labels(settings), found)
     keep_on_device(settings, data, device)
     batches = endless(training_views(settings, data, device))
     _, step = training_step(settings, device)

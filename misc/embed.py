@@ -208,7 +208,7 @@ def image_files(root):
     seen = {}
     for file in sorted(files, key=lambda file: (root / file[0]).is_symlink()):  # links last
         path = root / file[0]
-        first = seen.setdefault(path.resolve(), file)
+        first = seen.setdefault(os.path.realpath(path), file)
         if first is not file:
             listing.leave_out(path, 'linked to another of them')
     listing.report()

@@ -42,7 +42,7 @@ def make_parser():
     encoder.add_argument(
         '--model_path',
         type=flags.path,
-        default='results/model_400.pth',
+        default=flags.MODEL_PATH,
         help='checkpoint, or none for random weights (%(default)s)',
     )
     encoder.add_argument(
@@ -123,6 +123,7 @@ def main(argv=None):
     path = timm_models.place(source, args.results_dir)
     data, settings, own = labelled_data(args, path, net)
     flags.fill(args, flags.VIEWS, settings)
+    flags.check_views(args.image_size, net.backbone['stem'])
     device = runtime.start()
     torch.manual_seed(args.seed)
     if args.like:

@@ -300,7 +300,7 @@ def neighbours_by_features(args):
 
 
 def decode_or_grey(path, about):
-    """The image in a file (3, 160, 160) uint8, as the encoder saw it; grey if it cannot be read."""
+    """The image in a file (3, 160, 160) uint8, square as for the encoder; grey if not readable."""
     found = decode_or_why(path, 160, about['settings']['fit'])
     if isinstance(found, str):
         runtime.say(f'{path}: {found}. If the images have moved, give --root')

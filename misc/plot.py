@@ -130,7 +130,9 @@ def main(argv=None):
         elif args.what in OF_DIRECTORIES:
             directory = args.paths[0]
         else:
-            directory = timm_models.place(str(args.paths[0]), args.results_dir).parent
+            source = str(args.paths[0])
+            timm_models.check_results_dir(source, args.results_dir)
+            directory = timm_models.place(source, args.results_dir).parent
         args.out = directory / f'{args.what}.png'
     if Path(args.out).suffix != '.png':
         parser.error(f'--out {args.out}: pictures are PNG files, their names end in .png')
@@ -266,14 +268,14 @@ def graphs(args):
     handles = {}
     for axes, ((data, digest), rows) in zip(panels[0], groups):
         untrained = rows.loc[rows['objective'] == 'untrained', 'accuracy']
-        accuracies(axes, -1, untrained, color=GREY, marker='o')
+        draw_accuracies(axes, -1, untrained, color=GREY, marker='o')
         axes.axhline(untrained.mean(), color=GREY, linestyle=':')
         for i, (label, objective, tau_plus) in enumerate(series):
             own = rows[(rows['objective'] == objective) & (rows['tau_plus'] == tau_plus)]
             aside = 0.8 * ((i + 0.5) / len(series) - 0.5)  # beside the others of the same beta
             look = dict(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
             for beta, values in own.groupby('beta')['accuracy']:
-                handles[label] = accuracies(axes, betas.index(beta) + aside, values, **look)
+                handles[label] = draw_accuracies(axes, betas.index(beta) + aside, values, **look)
         middle = (rows['accuracy'].max() + rows['accuracy'].min()) / 2
         axes.set_ylim(middle - span / 2, middle + span / 2)
         texts = ['untrained'] + [f'{beta:g}' for beta in betas]
@@ -327,7 +329,7 @@ def series_of(rows):
     return found
 
 
-def accuracies(axes, x, values, color, marker):
+def draw_accuracies(axes, x, values, color, marker):
     """Dots of the values and, beside them, their mean and standard deviation, which it returns."""
     axes.scatter(np.full(len(values), x - 0.06), values, s=16, color=color, alpha=0.4, linewidths=0)
     look = dict(color=color, marker=marker, capsize=2)

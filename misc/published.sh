@@ -9,7 +9,7 @@
 set -eu
 results=$1
 shift
-cd "$(dirname "$0")/.."
-python main.py --micro_batch 128 --precision fp32 --compile False --augment pil \
+home=$(dirname "$0")/..
+python "$home/main.py" --micro_batch 128 --precision fp32 --compile False --augment pil \
     --results_dir "$results" "$@"
-python linear.py --model_path "$results/model_400.pth" --bn train --precision fp32
+python "$home/linear.py" --model_path "$results/model_400.pth" --bn train --precision fp32

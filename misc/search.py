@@ -17,6 +17,7 @@ The encoder and the size of the images are those of the file. A search encodes o
 for. Among 100,000 photos it takes seconds on a CPU, most of them to start.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -213,8 +214,8 @@ def encode(paths, embedded, evaluator):
 def best(cosine, path, embedded, top):
     """Indices of the `top` highest of cosines (n,), nearest first, but for the file at path."""
     order = torch.from_numpy(cosine).topk(min(top + 1, len(cosine))).indices.tolist()
-    own = Path(path).resolve()
-    return [i for i in order if embedded.path(i).resolve() != own][:top]
+    own = os.path.realpath(path)
+    return [i for i in order if os.path.realpath(embedded.path(i)) != own][:top]
 
 
 def tell_of_missing(count, embedded):

@@ -42,6 +42,8 @@ for name in training.OBJECTIVES:
 # Flags that the sweep sets
 OWN = ('--estimator', '--debiased', '--beta', '--seed')
 OWN_OF_PROBE = ('--model_path', '--dataset_name', '--root')
+# Flags of linear.py that give a probe another name, which the table does not have
+NOT_TABULATED = ('--label_fraction', '--holdout', '--store_size', '--fit')
 
 METRICS = ['knn', *runs.PROBES]  # accuracies, percent
 LABEL_FREE = ['alignment', 'uniformity', 'rankme']
@@ -151,6 +153,8 @@ def probe_flags(text):
         flag = word.partition('=')[0]
         if flag in OWN_OF_PROBE:
             raise UsageError(f'--probe: the sweep sets {flag} itself')
+        if flag in NOT_TABULATED:
+            raise UsageError(f'--probe: the table has no column for {flag}: use linear.py')
     return words
 
 
@@ -341,7 +345,7 @@ def how(settings):
     values = runs.deciding(defaults | settings)
     texts = []
     for name in sorted(values):
-        if name not in ('model_path', 'prefix', 'arch'):
+        if name not in linear.ENCODER:
             texts.append(f'{name} {values[name]}')
     return ', '.join(texts)
 
@@ -398,6 +402,10 @@ def standard_accuracies(found, pair, against):
         is_standard &= found['temperature'] == against
         pair = [name for name in pair if name not in ('temperature', 'knn_temperature')]
     standard = found.loc[is_standard, [*pair, *METRICS]]
+    if standard.duplicated(pair).any():
+        raise UserError(
+            f'--against {against}: its SimCLR runs differ in --knn_temperature alone: keep one kind'
+        )
     merged = found[pair].merge(standard, 'left', pair, validate='m:1')
     return merged[METRICS].where(~is_standard)
 

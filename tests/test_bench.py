@@ -96,6 +96,18 @@ def test_the_published_step_computes_what_main_computes():
     assert ours[2] < ours[0]
 
 
+def test_each_timed_step_sets_its_own_rounding_of_convolutions():
+    args, _, _ = main.arguments(SIZES)
+    device = torch.device('cpu')
+    views = bench.fixed_views(args, device)
+    _, step = bench.training_step(args, device)
+    published = bench.published_step(args, device)
+    published([bench.normalize(x) for x in views])
+    assert torch.backends.cudnn.allow_tf32  # torch's default
+    step(views)
+    assert not torch.backends.cudnn.allow_tf32  # --precision fp32
+
+
 def test_the_oracle_is_timed_with_labels(monkeypatch):
     given = []
 

@@ -315,6 +315,7 @@ def test_links_to_images_that_are_there_are_left_out(encoder, photos, tmp_path, 
     (photos / '00.png').symlink_to(photos / '3.png')
     (tmp_path / 'elsewhere.png').write_bytes((photos / '0.png').read_bytes())
     (photos / 'link.png').symlink_to(tmp_path / 'elsewhere.png')
+    (photos / 'loop.png').symlink_to('loop.png')
     run(encoder, photos, tmp_path / 'f.npz')
     names = read_embedded(tmp_path / 'f.npz').names.tolist()
     assert names == ['0.png', '1.png', '2.png', '3.png', '4.png', 'link.png']

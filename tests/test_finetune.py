@@ -12,7 +12,7 @@ import linear
 from hardneg import runs
 from hardneg.evaluate import resized
 from hardneg.files import crc, read_json, write_tensors
-from hardneg.runtime import UserError
+from hardneg.runtime import UsageError, UserError
 from model import Model, load_model
 from utils import load_data
 
@@ -172,6 +172,13 @@ def test_wrong_flags_end_in_one_line(capsys, words, message):
     assert stop.value.code == 2
     assert error.count('\n') == 1
     assert message in error
+
+
+def test_views_that_the_stem_cannot_learn_from_are_refused(tree, tmp_path):
+    torch.save(Model(arch='resnet18', width=0.25, stem='imagenet').state_dict(), tmp_path / 'a.pth')
+    flags = f'--model_path {tmp_path / "a.pth"} --results_dir {tmp_path}'
+    with pytest.raises(UsageError, match='needs views of more than 16 px, not 8'):
+        tune(flags, *tiny_data(tree))
 
 
 def test_a_rate_that_diverges_is_named(checkpoint, tree, tmp_path, monkeypatch):

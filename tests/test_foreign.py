@@ -392,7 +392,7 @@ def test_a_log_of_another_program_beside_a_run_is_not_read(tmp_path):
     )
     for log in (LOGS[0], LOGS[2]):
         (tmp_path / 'log.csv').write_text(log)
-        assert runs.accuracies(tmp_path / 'model_1.pth') == {}
+        assert runs.logged_accuracies(tmp_path / 'model_1.pth') == {}
 
 
 values = st.recursive(

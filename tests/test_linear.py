@@ -149,9 +149,9 @@ def test_a_path_that_is_no_checkpoint_is_named(tmp_path, finished):
             linear.main(['--model_path', str(path)])
 
 
-@pytest.mark.parametrize('bn, times', [('eval', 1), ('train', 3)])
+@pytest.mark.parametrize('bn, times', [('eval', 1), ('train', 2)])
 def test_test_features_are_computed_again_only_if_statistics_drift(copied, monkeypatch, bn, times):
-    """Once; or also after every tenth epoch and the last. The last batch has one image."""
+    """Once; or after every tenth epoch and the last. The last batch has one image."""
     found = []
     features = Evaluator.features
 
@@ -316,6 +316,20 @@ def test_another_data_set_is_probed_at_the_encoders_sizes(copied, monkeypatch):
             probe(copied, *flags)
     own_root = files.read_json(copied / 'config.json')['settings']['root']
     assert given == [('stl10', 'data', 16, 8), ('folder', own_root, 16, 8)]
+
+
+@pytest.mark.parametrize('kind', ['--cached', '--probe=logistic'])
+def test_features_that_overflow_are_told(copied, monkeypatch, kind):
+    encode = linear.Evaluator.features
+
+    def overflow(self, *args):
+        features = encode(self, *args)
+        features[2] = torch.inf
+        return features
+
+    monkeypatch.setattr(linear.Evaluator, 'features', overflow)
+    with pytest.raises(UserError, match='features are not finite with --precision fp32'):
+        probe(copied, kind)
 
 
 @pytest.mark.parametrize('fraction', [0.3, 1e-9])

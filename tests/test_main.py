@@ -668,6 +668,11 @@ def test_flags_that_do_not_fit_the_data(tiny, tmp_path, flags, message, monkeypa
     assert not (tmp_path / 'new').exists()
 
 
+def test_a_run_without_knn_needs_no_k(tiny, tmp_path):
+    train([*tiny, '--epochs', '1', '--k', '1000', '--knn_every', '0'], tmp_path)
+    assert (tmp_path / 'model_1.pth').exists()
+
+
 @pytest.mark.parametrize('free, such_as', [(1e12, None), (1e3, ' such as 8'), (None, None)])
 def test_a_step_that_exceeds_the_memory_of_a_cpu_is_told(
     tiny, tmp_path, monkeypatch, capsys, free, such_as

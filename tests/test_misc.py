@@ -29,7 +29,7 @@ from hardneg import flags, runs
 from hardneg.augment import normalize
 from hardneg.files import crc, read_json, write_json, write_table
 from hardneg.losses import contrastive_loss
-from hardneg.runtime import UserError
+from hardneg.runtime import UsageError, UserError
 from utils import load_data
 
 HARD = 'HCL, τ⁺ = 0.1, β = 0.5'
@@ -129,6 +129,14 @@ def test_gains_may_be_over_standard_at_a_temperature_of_its_own(logs):
     change(logs / 'standard_1' / 'config.json', dict(temperature=0.5, knn_temperature=0.5))
     table = table_of(logs, '--against', '0.1').set_index(['estimator', 'temperature'])
     assert table['knn_gain'].dropna().to_dict() == {('hard', 0.1): 4}
+
+
+def test_gains_over_two_runs_of_one_seed_are_refused(logs):
+    change(logs / 'standard_0' / 'config.json', dict(temperature=0.1, knn_temperature=0.1))
+    same = dict(temperature=0.1, knn_temperature=0.5, seed=0)
+    change(logs / 'standard_1' / 'config.json', same)
+    with pytest.raises(UserError, match='--against 0.1: its SimCLR runs differ in --knn_temp'):
+        table_of(logs, '--against', '0.1')
 
 
 def test_a_table_keeps_other_settings_apart_and_leaves_unfinished_runs_out(logs, capsys):
@@ -273,6 +281,7 @@ def test_ranks_and_data_sets_are_kept_apart(logs, other):
         (['--probe', '"'], 'No closing quotation'),
         (['--probe', '--model_path x'], 'sets --model_path itself'),
         (['--probe=--root=x'], 'sets --root itself'),
+        (['--probe', '--label_fraction 0.1'], 'no column for --label_fraction'),
         (['--probe', '--cached --bn train'], '--bn train needs random views'),
         (['--table_only'], '--table_only trains nothing'),
     ],
@@ -480,6 +489,8 @@ def test_a_picture_lies_beside_its_run_or_checkpoint(run_of_one_epoch, tmp_path)
     plot.main(['similarity', str(results / 'model_1.pth')])
     found = sorted(path.name for path in results.glob('*.png'))
     assert found == ['curves.png', 'similarity.png']
+    with pytest.raises(UsageError, match='--results_dir is for timm/NAME'):
+        plot.main(['similarity', str(results / 'model_1.pth'), '--results_dir', str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -653,7 +664,7 @@ def test_the_published_reproduction_trains_and_probes_with_the_authors_settings(
     fake.chmod(0o755)
     environment = dict(os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}')
     command = ['bash', str(HOME / 'misc' / 'published.sh'), 'results/b2', '--beta', '2']
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
     train, probe = (tmp_path / 'asked').read_text().splitlines()
     args = main.parse(train.split()[1:])
     assert (args.micro_batch, args.precision, args.augment, args.beta) == (128, 'fp32', 'pil', 2)

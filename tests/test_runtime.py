@@ -354,6 +354,12 @@ def test_signals_outside_of_the_main_thread_are_left_alone_and_a_line_says_so(ha
             1,
             "error: the GPU's memory is full (CUDA out of memory): lower",
         ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+            1,
+            'error: memory is full: lower --batch_size',
+        ),
+        (MemoryError(), 1, 'error: memory is full: lower --batch_size'),
     ],
     ids=lambda value: type(value).__name__,
 )

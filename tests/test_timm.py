@@ -108,6 +108,13 @@ def test_a_run_resumes_to_the_same_bits(tiny, tmp_path, monkeypatch, arch, flags
     assert_same_outcome(tmp_path / 'stopped', outcome(tmp_path / 'whole'))
 
 
+def test_a_model_without_weights_has_the_name_by_which_it_is_read():
+    for arch in 'timm/mobilenetv2_035', 'timm/davit_large':  # tags: 'untrained' and None
+        assert timm_models.full_name(arch) == arch
+        with pytest.raises(UserError, match='timm has no weights of'):
+            timm_models.pretrained(arch)
+
+
 @kinds
 def test_every_script_reads_a_run(tiny, tree, tmp_path, arch, capsys):
     path = train(tiny, tmp_path, arch)
