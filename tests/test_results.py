@@ -68,6 +68,46 @@ def test_figures_of_imagenette_are_those_of_the_logs_kept():
     assert f'kNN is {found[0]}, {found[1]} and {found[2]} % at t = 0.1, 0.2 and 0.3' in text
 
 
+def test_hcl_leads_early_on_photos_and_gains_nothing_in_the_end():
+    kept = RESULTS / 'imagenette'
+    leads = []
+    for seed in 0, 1:
+        simclr, hcl = (
+            pd.read_csv(kept / f'{name}_{seed}' / 'log.csv')['test_acc@1']
+            for name in ('standard', 'hard_b1')
+        )
+        leads.append(hcl - simclr)
+    lead = pd.concat(leads, axis=1).mean(axis=1)
+    assert lead[[10, 20, 30, 60]].round().tolist() == [3, 3, 3, 1]
+    assert lead[[80, 90, 100]].abs().max() < 0.5
+    row = sweep.make_table(kept, 0.5).set_index('estimator').loc['hard']
+    knn, probe = (
+        f'{row[f"{name}_gain"]:+.1f} ± {row[f"{name}_gain_std"]:.1f}'
+        for name in ('knn', 'linear_cached')
+    )
+    text = ' '.join((HOME / 'README.md').read_text().split())
+    assert f'{knn} in kNN, {probe} in the probe' in text
+
+
+def test_probes_on_random_views_are_those_of_the_logs_kept():
+    kept = RESULTS / 'imagenette'
+    encoders = {
+        'SimCLR, t = 0.5': 'standard_0/model_100',
+        'SimCLR, t = 0.2': 't0.2/standard_0/model_100',
+        'HCL, β = 1': 'hard_b1_0/model_100',
+        'untrained': 'hard_b1_0/model_0',
+    }
+    for title, encoder in encoders.items():
+        cells = [title]
+        for probe in 'linear_cached', 'linear', 'linear_bn_train':
+            file = kept / f'{encoder}_{probe}.csv'
+            found = ''
+            if file.exists():
+                found = f'{pd.read_csv(file)["test_acc@1"].iloc[-1]:.2f}'
+            cells.append(found)
+        assert f'| {" | ".join(cells)} |' in PAGE
+
+
 # What alignment, uniformity and RankMe say
 
 
