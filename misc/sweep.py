@@ -413,7 +413,10 @@ def standard_accuracies(found, pair, against):
 def markdown(table, against=None):
     """The table for people: mean ± standard deviation, and below it what the rows share."""
     settings = list(table)[list(table).index(TOLD[0]) :]
-    differ = [name for name in settings if table[name].nunique(dropna=False) > 1]
+    values = {name: table[name] for name in settings}
+    for name in TOLD:
+        values[name] = table[name][table[name] != '']  # rows without this probe tell nothing of it
+    differ = [name for name in settings if values[name].nunique(dropna=False) > 1]
     shown = []
     for metric in METRICS:
         if table[metric].notna().any():
@@ -429,8 +432,8 @@ def markdown(table, against=None):
     minutes = least if least == most else f'{least} to {most}'
     shared = []
     for name in SHARED:
-        if name not in differ and table[name].iloc[0] != '':
-            shared.append(f'{name} {table[name].iloc[0]}')
+        if name not in differ and len(values[name]):
+            shared.append(f'{name} {values[name].iloc[0]}')
     return (
         f'{runs.markdown(lines)}\n± is the standard deviation over seeds. Training took {minutes} '
         f'minutes a run, on average. All rows: {", ".join(shared)}.\n'

@@ -131,6 +131,15 @@ def test_gains_may_be_over_standard_at_a_temperature_of_its_own(logs):
     assert table['knn_gain'].dropna().to_dict() == {('hard', 0.1): 4}
 
 
+def test_settings_of_a_probe_are_no_column_as_a_row_lacks_the_probe(logs):
+    for seed in 0, 1:
+        (logs / f'hard_{seed}' / 'model_2_linear.json').unlink()
+    table_of(logs)
+    text = (logs / 'table.md').read_text()
+    assert '| objective | seeds | kNN, % |' in text
+    assert ', linear_how batch_size' in text
+
+
 def test_gains_over_two_runs_of_one_seed_are_refused(logs):
     change(logs / 'standard_0' / 'config.json', dict(temperature=0.1, knn_temperature=0.1))
     same = dict(temperature=0.1, knn_temperature=0.5, seed=0)

@@ -86,7 +86,7 @@ def test_hcl_leads_early_on_photos_and_gains_nothing_in_the_end():
         for name in ('knn', 'linear_cached')
     )
     text = ' '.join((HOME / 'README.md').read_text().split())
-    assert f'{knn} in kNN, {probe} in the probe' in text
+    assert f'{knn} in kNN, {probe} in the probe on fixed features' in text
 
 
 def test_probes_on_random_views_are_those_of_the_logs_kept():
@@ -106,6 +106,12 @@ def test_probes_on_random_views_are_those_of_the_logs_kept():
                 found = f'{pd.read_csv(file)["test_acc@1"].iloc[-1]:.2f}'
             cells.append(found)
         assert f'| {" | ".join(cells)} |' in PAGE
+    means = []
+    for name in 'standard_0', 'hard_b1_0':
+        accuracies = pd.read_csv(kept / name / 'model_100_linear.csv')['test_acc@1']
+        means.append(f'{accuracies[-20:].mean():.1f} % for')
+    words = f'last twenty epochs is {means[0]} SimCLR and {means[1]} HCL'
+    assert words in ' '.join(PAGE.split())
 
 
 # What alignment, uniformity and RankMe say
