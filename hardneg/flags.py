@@ -206,6 +206,16 @@ def add_data_flags(parser, title):
     )
 
 
+def add_seeds(parser):
+    """Give the parser --seeds, of which a standard deviation needs two."""
+    parser.add_argument(
+        '--seeds',
+        type=integer(2, 1000),
+        default=5,
+        help='runs of each objective (%(default)s)',
+    )
+
+
 def add_model_path(group, default=MODEL_PATH, note=MODEL_PATH):
     """The flags of the scripts that read an encoder. note tells the default."""
     group.add_argument(

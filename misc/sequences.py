@@ -80,12 +80,7 @@ def accuracy(seed, steps=400, **objective):
 
 if __name__ == '__main__':
     parser = flags.Parser(description=__doc__.partition('\n')[0])
-    parser.add_argument(
-        '--seeds',
-        type=flags.integer(2, 1000),
-        default=5,
-        help='runs of each objective (%(default)s)',
-    )
+    flags.add_seeds(parser)
     seeds = parser.parse_args().seeds
     simclr = None
     for name, objective in OBJECTIVES.items():

@@ -62,12 +62,7 @@ def retrieval(seed, steps, **objective):
 
 if __name__ == '__main__':
     parser = flags.Parser(description=__doc__.partition('\n')[0])
-    parser.add_argument(
-        '--seeds',
-        type=flags.integer(2, 1000),
-        default=5,
-        help='runs of each objective (%(default)s)',
-    )
+    flags.add_seeds(parser)
     parser.add_argument(
         '--steps', type=flags.count, default=1000, help='training steps (%(default)s)'
     )

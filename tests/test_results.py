@@ -68,7 +68,7 @@ def test_figures_of_imagenette_are_those_of_the_logs_kept():
     assert f'kNN is {found[0]}, {found[1]} and {found[2]} % at t = 0.1, 0.2 and 0.3' in text
 
 
-def test_hcl_leads_early_on_photos_and_gains_nothing_in_the_end():
+def test_hcl_leads_early_on_photos_and_gains_nothing_in_knn_in_the_end():
     kept = RESULTS / 'imagenette'
     leads = []
     for seed in 0, 1:
