@@ -107,7 +107,8 @@ def contrastive_loss(
         intra_view: False compares an anchor with other views alone, as CLIP does images with
             texts. N is (V - 1) (B - 1), and K more for the anchors of the first view, which alone
             meet `negatives`.
-        normalize: False takes s of the rows as they are, of any length.
+        normalize: False takes s of the rows as they are, of any length. The floor is that of unit
+            rows, so tau_plus should be 0 then.
         chunk_size: samples along a tile of s (default: TILE_SIZE). It changes speed, not values.
         group: a torch.distributed ProcessGroup. None: the default group, if initialised.
             False: this process alone.

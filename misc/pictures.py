@@ -534,14 +534,20 @@ def push_of_one(image, positive, negatives, **objective):
 
 
 def draw_negatives(panel, negatives, kinds, pushes):
-    """Draw points (K, 2), whose areas are their pushes (K,), and the share of the near ones."""
-    pushed = pushes.clamp(min=0).numpy()  # HCL pulls the easiest a little
+    """Draw points (K, 2), whose areas are their pushes (K,), and the share of the near ones.
+
+    A push below 0 is a pull. Its point is hollow.
+    """
+    pushes = pushes.numpy()
     kinds = np.array(kinds)
     for kind, (colour, marker) in LOOKS.items():
-        own = kinds == kind
-        look = dict(color=colour, marker=marker, alpha=0.8, linewidths=0)
-        panel.scatter(*negatives[own].T, s=6 + 1500 * pushed[own], **look)
-        panel.scatter([], [], s=45, label=kind, **look)
+        look = dict(marker=marker, edgecolors=colour, linewidths=0.8)
+        for sign, inside in ((1, colour), (-1, 'none')):
+            own = (kinds == kind) & (sign * pushes > 0)
+            area = 6 + 1500 * abs(pushes[own])
+            panel.scatter(*negatives[own].T, s=area, facecolors=inside, alpha=0.8, **look)
+        panel.scatter([], [], s=45, label=kind, facecolors=colour, alpha=0.8, **look)
+    pushed = pushes.clip(min=0)
     share = 100 * pushed[kinds != 'easy negative'].sum() / pushed.sum()
     text = f'{share:.0f} % of the push\nis on hard and\nfalse negatives'
     panel.text(0, -0.05, text, ha='center', va='center')

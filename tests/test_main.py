@@ -743,7 +743,8 @@ def test_published_command_lines_run_as_printed(tmp_path, monkeypatch, capsys):
     (tmp_path / 'results' / 'stl10').mkdir(parents=True)
     monkeypatch.chdir(tmp_path / 'code')
     write_stl10(tmp_path / 'code' / 'data', monkeypatch, train=200, test=10, unlabeled=60)
-    monkeypatch.setattr(main, 'network', lambda args: model.Model(128, 'resnet18', width=1 / 16))
+    # With 4 channels instead of 8, torch's 1x1 convolution of stride 2 crashes on some CPUs.
+    monkeypatch.setattr(main, 'network', lambda args: model.Model(128, 'resnet18', width=1 / 8))
     monkeypatch.setattr(linear, 'tqdm', lambda epochs, *args, **kwargs: list(epochs)[:1])
 
     def stop(*args):
