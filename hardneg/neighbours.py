@@ -15,7 +15,6 @@ from tqdm import tqdm
 from hardneg.runtime import UserError, no_bar
 
 TILE = 2048  # rows of a tile
-PAIRS = 1_000_000  # that are listed at most
 LINKS = 1_000_000  # that wait to be joined
 # The rule of near_duplicates()
 NEAREST = 11
@@ -75,7 +74,7 @@ def joined_by_cosine(features, least):
     """Labels (n,) of the rows, equal if a chain of pairs with a cosine of `least` joins them."""
     label = torch.arange(len(features))
     waiting, count = [], 0
-    for first, second, _ in _pairs_in_tiles(features, least):
+    for first, second in _pairs_in_tiles(features, least):
         waiting.append((first, second))
         count += len(first)
         if count > LINKS:
@@ -114,29 +113,13 @@ def nearest(features, k):
     return best, index
 
 
-def pairs(features, least):
-    """The pairs i < j of rows with a cosine of at least `least`: i, j and cosine, (pairs,) each.
-
-    The largest cosine comes first.
-
-    Raises:
-        UserError: there are more than PAIRS.
-    """
-    found = [_no_pairs()]
-    count = 0
-    for tile in _pairs_in_tiles(features, least):
-        found.append(tile)
-        count += len(tile[0])
-        if count > PAIRS:
-            raise UserError(
-                f'more than {PAIRS:,} pairs have a cosine of {least} or more: give a higher one'
-            )
-    return _sorted(found)
-
-
 def top_pairs(features, count):
-    """The `count` pairs with the largest cosines, or all if there are fewer, as pairs() does."""
-    best = _no_pairs()
+    """The `count` pairs i < j of rows with the largest cosines, or all if there are fewer.
+
+    Returns i, j and cosine, (pairs,) each, the largest cosine first.
+    """
+    none = torch.zeros(0, dtype=torch.int64)
+    best = none, none, torch.zeros(0)
     for a, b, cosine in _tiles(features):
         cosine = cosine.flatten()
         values, place = cosine.topk(min(count, len(cosine)))
@@ -144,8 +127,10 @@ def top_pairs(features, count):
         values, place = values[there].cpu(), place[there].cpu()
         columns = min(TILE, len(features) - b)
         tile = a + place // columns, b + place % columns, values
-        best = [x[:count] for x in _sorted([best, tile])]
-    return tuple(best)
+        i, j, cosine = (torch.cat(x) for x in zip(best, tile))
+        order = cosine.argsort(descending=True, stable=True)[:count]
+        best = i[order], j[order], cosine[order]
+    return best
 
 
 def _tiles(features):
@@ -167,23 +152,11 @@ def _tiles(features):
 
 
 def _pairs_in_tiles(features, least):
-    """Yield i, j and cosine, (pairs,) each, of the pairs of each tile that has some, on the CPU."""
+    """Yield i and j, (pairs,) each, of the pairs of each tile that has some, on the CPU."""
     for a, b, cosine in _tiles(features):
         i, j = cosine.ge(least - COSINE_ROUNDING).nonzero().T  # (pairs, 2) -> 2 x (pairs,)
         if len(i):
-            yield (i + a).cpu(), (j + b).cpu(), cosine[i, j].cpu()
-
-
-def _no_pairs():
-    none = torch.zeros(0, dtype=torch.int64)
-    return none, none, torch.zeros(0)
-
-
-def _sorted(found):
-    """Pairs from several lists (i, j, cosine) as one, the largest cosine first."""
-    i, j, cosine = (torch.cat(x) for x in zip(*found))
-    order = cosine.argsort(descending=True, stable=True)
-    return i[order], j[order], cosine[order]
+            yield (i + a).cpu(), (j + b).cpu()
 
 
 def _joined(label, first, second):

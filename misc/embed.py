@@ -1,8 +1,7 @@
-"""Features of all images below a directory, with their names; and near-duplicates among them.
+"""Features of all images below a directory, with their names.
 
     python misc/embed.py --model_path results/mine/model_400.pth --root DIR --out features.npz
     python misc/embed.py --out features.npz           # images have changed: encodes new ones alone
-    python misc/embed.py … --out features.csv --duplicates 0.95
     torchrun --nproc_per_node 8 misc/embed.py …       # each GPU takes a part of the images
 
 An .npz holds names below DIR (n,), features (n, F), rows of unit length, the number of pixels and
@@ -11,13 +10,10 @@ two images is the product of their rows. If the file is there already, images th
 keep their features; encoder, directory and sizes that are not given are the file's. A run saves
 what it has every ten minutes, and the same command goes on from there.
 
-A .csv has a row of features for each image, and a .json beside it. It is always computed anew.
-
 Sizes, and how images become squares, are the run's, from the config.json beside the checkpoint.
-Damaged and too large images are left out; about names them. With --duplicates C,
-features_duplicates.csv lists the pairs whose cosine is at least C, the most similar first.
-misc/search.py groups near-duplicates without a threshold. The features are kept in memory: 2 GB for
-a million images by a ResNet-18, 8 GB by a ResNet-50.
+Damaged and too large images are left out; about names them. misc/search.py searches the file, and
+finds near-duplicates in it. The features are kept in memory: 2 GB for a million images by a
+ResNet-18, 8 GB by a ResNet-50.
 """
 
 import os
@@ -27,22 +23,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hardneg import flags, neighbours, runs, runtime, timm_models
+from hardneg import flags, runs, runtime, timm_models
 from hardneg.decoding import FITS, decode_or_why, tell_of_dark
 from hardneg.embedded import ARRAYS, Embedded, read_embedded, write_embedded
 from hardneg.evaluate import Evaluator
-from hardneg.files import lock, write_json, write_table
+from hardneg.files import lock
 from hardneg.folder import Listing, in_any_form, own_size
 from hardneg.runtime import UserError, ranks, say
 from model import load_encoder, unit
 
 BLOCK = 256  # images that a rank decodes while it encodes the block before
-SAVE_SECONDS = 600  # between saves of an .npz
+SAVE_SECONDS = 600  # between saves of the file
 SIZES = ('store_size', 'fit', 'test_size')
 
 
@@ -59,13 +54,7 @@ def arguments(argv=None):
         '--out',
         type=flags.path,
         default='features.npz',
-        help='file to write, .npz or .csv; an .npz that is there is brought up to date '
-        '(%(default)s)',
-    )
-    parser.add_argument(
-        '--duplicates',
-        type=flags.real(0, 1),
-        help='list the pairs of images with at least this cosine (no list)',
+        help='.npz file to write, or to bring up to date (%(default)s)',
     )
     flags.add_precision(parser, 'the encoder')
     sizes = parser.add_argument_group(
@@ -84,8 +73,8 @@ def arguments(argv=None):
         help='pixels to which they are then resized; 0: no more',
     )
     args = parser.parse_args(argv)
-    if Path(args.out).suffix not in ('.npz', '.csv'):
-        parser.error(f'--out {args.out}: its name must end in .npz or .csv')
+    if Path(args.out).suffix != '.npz':
+        parser.error(f'--out {args.out}: its name must end in .npz')
     return args
 
 
@@ -95,7 +84,7 @@ def main(argv=None):
     if ranks().rank == 0:  # it also tells, before hours of work, where nothing can be written
         lock(out.parent, f'.{out.stem}.lock')
     before = None
-    if out.suffix == '.npz' and out.exists():
+    if out.exists():
         before = read_embedded(out)
         fill_from_file(args, before)
     flags.fill(args, dict(model_path=flags.MODEL_PATH, root=flags.DATA['root']))
@@ -143,9 +132,8 @@ def main(argv=None):
             why = 'its features are not finite: choose --precision fp32'
         say(f'{len(damaged)} images damaged or too large and left out, such as {first}: {why}')
     result.about['damaged'] = damaged
-    save(out, result)
-    if args.duplicates is not None:
-        save_duplicates(out, result, args.duplicates, device)
+    write_embedded(out, result)
+    say(f'{len(result.names)} features of {net.features} numbers in {out}')
 
 
 def fill_from_file(args, before):
@@ -263,7 +251,7 @@ def tell_what_changed(out, before, found, new):
 def encode_all(found, todo, evaluator, args, out):
     """Encode the images of an Embedded at the indices todo (m,), in place.
 
-    An .npz is saved now and then, and at Ctrl-C.
+    They are saved now and then, and at Ctrl-C.
     """
     root, size = Path(found.about['root']), found.about['size']
     dark = []
@@ -276,17 +264,17 @@ def encode_all(found, todo, evaluator, args, out):
 
     saved = time.monotonic()
     blocks = encode_blocks(found.names, todo, decode, evaluator, args.test_size)
-    saves = ranks().rank == 0 and out.suffix == '.npz'
     try:
         for index, features, pixels in blocks:
-            if ranks().rank == 0:
-                found.features[index] = features
-                found.pixels[index] = pixels
-            if saves and time.monotonic() - saved > SAVE_SECONDS:
+            if ranks().rank != 0:
+                continue
+            found.features[index] = features
+            found.pixels[index] = pixels
+            if time.monotonic() - saved > SAVE_SECONDS:
                 write_embedded(out, intact(found))
                 saved = time.monotonic()
     except KeyboardInterrupt:
-        if saves:
+        if ranks().rank == 0:
             write_embedded(out, intact(found))
             say(f'Stopped, saved in {out}; the same command continues')
         raise
@@ -340,42 +328,6 @@ def encode_blocks(names, todo, decode, evaluator, test_size):
                 areas[good] = finite * torch.tensor([results[i].area for i in good]).to(areas)
             features, areas = runtime.gather(features), runtime.gather(areas)
             yield todo[start : start + together], features.cpu().numpy(), areas.cpu().numpy()
-
-
-def save(out, embedded):
-    """Write an Embedded as an .npz file, or as a .csv of the features and a .json about them."""
-    count, dimension = embedded.features.shape
-    if out.suffix == '.npz':
-        write_embedded(out, embedded)
-    else:
-        columns = ['name', *(f'f{i}' for i in range(dimension))]
-        table = pd.DataFrame(embedded.features, columns=columns[1:])
-        table.insert(0, 'name', embedded.names)
-        write_table(out, table, columns)
-        write_json(out.with_suffix('.json'), embedded.about)
-    say(f'{count} features of {dimension} numbers in {out}')
-
-
-def save_duplicates(out, embedded, least, device):
-    """Write the pairs with a cosine of `least` or more as a .csv beside the file of features."""
-    features = on_device(embedded.features, device)
-    first, second, cosine = neighbours.pairs(features, least)
-    file = out.with_name(f'{out.stem}_duplicates.csv')
-    pairs = dict(
-        first=embedded.names[first.numpy()],
-        second=embedded.names[second.numpy()],
-        cosine=cosine.numpy().round(4),
-    )
-    write_table(file, pd.DataFrame(pairs), list(pairs))
-    say(f'{len(cosine)} pairs with a cosine of {least} or more in {file}')
-
-
-def on_device(features, device):
-    """The array features (n, F) as a tensor, on the device if they fit on it."""
-    features = torch.from_numpy(features)
-    if runtime.fits(device, features, reserved=features.nbytes):  # of crowded rows a copy is made
-        return features.to(device)
-    return features
 
 
 if __name__ == '__main__':

@@ -27,7 +27,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import page
-from embed import on_device
 from hardneg import flags, neighbours, runtime, timm_models
 from hardneg.decoding import decode_or_why
 from hardneg.embedded import read_embedded
@@ -106,8 +105,6 @@ def check_flags(args):
         raise UsageError('--top, --model_path and --arch are for a search')
     args.top = args.top or 10
     features = Path(args.features)
-    if features.suffix == '.csv':
-        raise UsageError(f'{features}: a .csv is not searched; misc/embed.py --out makes an .npz')
     if args.out is None:
         args.out = features.with_name(f'{features.stem}_{kind_of_page(args)}.html')
     if Path(args.out).suffix != '.html':
@@ -261,6 +258,14 @@ def check_is_ours(file):
         ours = False
     if not ours:
         raise UserError(f'{file} is there, and no table of groups: choose another --out')
+
+
+def on_device(features, device):
+    """The array features (n, F) as a tensor, on the device if they fit on it."""
+    features = torch.from_numpy(features)
+    if runtime.fits(device, features, reserved=features.nbytes):  # of crowded rows a copy is made
+        return features.to(device)
+    return features
 
 
 def find_groups(args, features):

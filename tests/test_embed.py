@@ -1,11 +1,10 @@
-"""misc/embed.py: features are the encoder's, by names of files; duplicates are the pairs above."""
+"""misc/embed.py: features are the encoder's, by names of files."""
 
 import json
 import os
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -50,21 +49,12 @@ def features_of(encoder, images):
     return model.load_model(encoder).eval()(normalize(images))[0]
 
 
-@pytest.mark.parametrize('form', ['npz', 'csv'])
-def test_features_are_those_of_load_model_under_their_names(
-    encoder, tree, tmp_path, form, monkeypatch
-):
+def test_features_are_those_of_load_model_under_their_names(encoder, tree, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, 'BLOCK', 7)  # the last block is smaller
-    out = tmp_path / f'features.{form}'
-    run(encoder, tree, out)
-    if form == 'npz':
-        found = np.load(out)
-        names, features = found['names'].tolist(), found['features']
-        about = json.loads(str(found['about']))
-    else:
-        table = pd.read_csv(out)
-        names, features = table['name'].tolist(), table.drop(columns='name').to_numpy()
-        about = json.loads(out.with_suffix('.json').read_text())
+    run(encoder, tree, tmp_path / 'f.npz')
+    found = np.load(tmp_path / 'f.npz')
+    names, features = found['names'].tolist(), found['features']
+    about = json.loads(str(found['about']))
     assert names == sorted(path.relative_to(tree).as_posix() for path in tree.rglob('*.png'))
     assert about['size'] == 16
     assert about['encoder'] == tensors_crc(model.load_model(encoder).f)
@@ -89,9 +79,8 @@ def test_sizes_are_the_runs_unless_a_flag_says_otherwise(encoder, tree, tmp_path
     assert found == [(24, 'pad', 12), (24, 'squeeze', 0)]
 
 
-@pytest.mark.parametrize('form', ['npz', 'csv'])
 def test_damaged_and_too_large_images_are_left_out_and_all_named(
-    encoder, tmp_path, form, monkeypatch, capsys
+    encoder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 4_000_000)  # Pillow refuses twice as many
     for i in range(5):
@@ -99,16 +88,11 @@ def test_damaged_and_too_large_images_are_left_out_and_all_named(
     for name in '1.png', '3.png':
         (tmp_path / name).write_bytes(b'no image')
     Image.new('1', (3000, 3000)).save(tmp_path / 'large.png')
-    out = tmp_path / f'f.{form}'
-    run(encoder, tmp_path, out)
-    if form == 'npz':
-        found = np.load(out)
-        names, about = found['names'].tolist(), json.loads(str(found['about']))
-        assert found['features'].shape == (3, 128)
-    else:
-        names = pd.read_csv(out)['name'].tolist()
-        about = json.loads(out.with_suffix('.json').read_text())
-    assert names == ['0.png', '2.png', '4.png']
+    run(encoder, tmp_path, tmp_path / 'f.npz')
+    found = np.load(tmp_path / 'f.npz')
+    assert found['names'].tolist() == ['0.png', '2.png', '4.png']
+    assert found['features'].shape == (3, 128)
+    about = json.loads(str(found['about']))
     assert about['damaged'] == ['1.png', '3.png', 'large.png']
     said = capsys.readouterr().out
     first = f'such as {tmp_path}/1.png: empty, or not an image'
@@ -129,20 +113,6 @@ def test_among_the_images_only_the_file_is_visible_and_runs_are_left_out(encoder
     assert sorted(visible) == ['a.png', 'f.npz', 'results']
     said = capsys.readouterr().out
     assert f'{place}: left out 1 with a run in it, such as {place}/results/mine' in said
-
-
-def test_pairs_of_files_are_listed_with_their_cosines(encoder, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for name in 'a', 'b':
-        pixels = rng.integers(256, size=(16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f'{name}.png')
-        Image.fromarray(pixels).save(tmp_path / f'{name}_copy.png')
-    run(encoder, tmp_path, tmp_path / 'f.csv', '--duplicates', '0.99999')
-    rows = pd.read_csv(tmp_path / 'f_duplicates.csv')
-    pairs = rows[['first', 'second']].values.tolist()
-    assert sorted(pairs) == [['a.png', 'a_copy.png'], ['b.png', 'b_copy.png']]
-    assert rows['cosine'].tolist() == [1, 1]
-    assert '2 pairs with a cosine of 0.99999 or more' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -168,11 +138,11 @@ def test_no_home_directory_is_needed(encoder, tree, tmp_path, monkeypatch):
     assert len(np.load(tmp_path / 'f.npz')['names']) == 39
 
 
-def test_the_name_of_the_file_says_its_form(capsys):
+def test_the_name_of_the_file_ends_in_npz(capsys):
     with pytest.raises(SystemExit) as stop:
-        embed.main(['--out', 'features.txt'])
+        embed.main(['--out', 'features.csv'])
     assert stop.value.code == 2
-    assert 'its name must end in .npz or .csv' in capsys.readouterr().err
+    assert 'its name must end in .npz' in capsys.readouterr().err
 
 
 # A file that is brought up to date

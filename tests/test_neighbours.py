@@ -39,26 +39,27 @@ def test_the_nearest_rows_are_those_of_all_cosines():
     torch.testing.assert_close(whole.gather(1, index), expected.values)
 
 
-def test_pairs_are_all_above_the_cosine_once_and_the_top_ones_the_highest(monkeypatch):
+def test_the_top_pairs_are_those_of_the_highest_cosines():
     x = random_rows(60, 4)
     whole = (x @ x.T).triu(1)
-    i, j, cosine = neighbours.pairs(x, 0.8)
-    expected = (whole >= 0.8).nonzero().tolist()
-    assert sorted(zip(i.tolist(), j.tolist())) == sorted(map(tuple, expected))
-    assert len(i) > 20
-    assert (cosine.diff() <= 0).all()
+    i, j, cosine = neighbours.top_pairs(x, 20)
+    assert (i < j).all()
+    assert len(set(zip(i.tolist(), j.tolist()))) == 20
+    torch.testing.assert_close(cosine, whole.flatten().sort(descending=True).values[:20])
     torch.testing.assert_close(cosine, whole[i, j])
-    top = neighbours.top_pairs(x, 20)
-    for found, all_of_them in zip(top, (i, j, cosine)):
-        torch.testing.assert_close(found, all_of_them[:20])
-    monkeypatch.setattr(neighbours, 'PAIRS', 10)
-    with pytest.raises(UserError, match='more than 10 pairs have a cosine of 0.8 or more'):
-        neighbours.pairs(x, 0.8)
+
+
+def test_rows_are_joined_by_all_pairs_of_at_least_the_cosine():
+    x = random_rows(60, 4)
+    linked = ((x @ x.T) >= 0.9).numpy()
+    _, expected = connected_components(linked, directed=False)
+    label = neighbours.joined_by_cosine(x, 0.9).numpy()
+    np.testing.assert_array_equal(label[:, None] == label, expected[:, None] == expected)
+    assert 1 < len(np.unique(label)) < len(x)
 
 
 def test_there_may_be_no_pair_and_fewer_than_are_asked_for():
     x = torch.eye(5)
-    assert all(len(part) == 0 for part in neighbours.pairs(x, 0.5))
     assert [len(part) for part in neighbours.top_pairs(x, 100)] == [10, 10, 10]
     assert neighbours.groups(neighbours.joined_by_cosine(x, 0.5)) == []
 

@@ -223,8 +223,6 @@ def test_what_is_missing_or_has_moved_is_named(made, tmp_path):
     write_embedded(moved / 'f.npz', found)
     with pytest.raises(UserError, match='gone is not a directory: give .* with --root'):
         search.main([str(moved / 'f.npz'), photo])
-    with pytest.raises(UserError, match=r'a \.csv is not searched'):
-        search.main([str(moved / 'f.csv'), photo])
     words = ['--root', str(moved / 'photos'), '--model_path', str(moved / 'model_1.pth')]
     search.main([str(moved / 'f.npz'), photo, *words])
     (section,) = Parsed(moved / 'f_search.html').sections
