@@ -142,15 +142,17 @@ def main(argv=None):
     net = load_encoder(args.model_path, args.prefix, args.arch)
     flags.fill_precision(args, arch=net.backbone['arch'])
     path = timm_models.place(args.model_path, args.results_dir)
-    logged = runs.logged_accuracies(path)
-    data, settings, own = labelled_data(args, path, net)
+    config = runs.read_config(path.with_name('config.json'))
+    data, settings, own = labelled_data(args, config, net)
     device = runtime.start()
     name = probe_name(args, data, own, kind(args))
     untrained = path.with_name('model_0.pth')
-    compares = untrained.exists() and untrained != path
+    logged = {}
+    compares = False
+    if config:
+        logged = runs.logged_accuracies(path)
+        compares = untrained.exists() and untrained != path
     lock_probe(path, name)
-    if compares and ranks().world > 1:  # which do not wait: rather an error now than after training
-        lock_probe(untrained, name)
     probe = Probe(args, data, flags.recipe(settings), name, device)
 
     knn = logged if own else {}
@@ -186,17 +188,18 @@ def lock_probe(path, name):
     runtime.on_rank0(lambda: lock(path.parent, f'.{path.stem}_{name}.lock', wait=alone))
 
 
-def labelled_data(args, path, net):
-    """The labelled data, the settings of the run beside the checkpoint, whether they are its data.
+def labelled_data(args, config, net):
+    """The labelled data, the settings of the encoder's run, and whether the data are that run's.
 
-    Flags of data that were not given get the run's values. With --label_fraction the training
-    images are that part.
+    config is the run's config.json, or None. Flags of data that were not given get the run's
+    values. With --label_fraction the training images are that part.
 
     Raises:
         UsageError: the encoder takes no images of the size of views, or of tests.
     """
-    config = runs.read_config(path.with_name('config.json')) or {}
-    settings = config.get('settings') or net.sizes()
+    settings = net.sizes()
+    if config:
+        settings = config['settings']
     flags.fill_data_flags(args, settings)
     data = load(args, unlabeled=False)
     own = args.dataset_name == 'stl10'

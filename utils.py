@@ -38,7 +38,7 @@ class Data:
     train and test are images (N, 3, H, W) uint8, their labels (N,) int64, -1 where there is none;
     classes are the names of the classes. Without labels there are no test images and no classes.
     digest identifies the content of the whole data set, wherever it lies. damaged names the files
-    that were left out, as they are damaged or too large, names those of a folder's training images.
+    that were left out, as they are damaged or too large.
     """
 
     train: torch.Tensor
@@ -48,7 +48,6 @@ class Data:
     classes: list
     digest: str
     damaged: tuple = ()
-    names: tuple = ()
 
 
 def load(args, unlabeled=True, found=None):
@@ -232,18 +231,9 @@ def folder_data(found, unlabeled, *, store_size=0, fit='crop', cache_dir=None, s
     n = first  # training images
     if not unlabeled:
         n = int((parts == TRAIN).sum())
-    names = [name for (name, *_), good in zip(found.files, intact) if good]
     digest = digest_of(parts, labels, content.digests[intact], classes)
-    return Data(
-        images[:n],
-        labels[:n],
-        images[first:],
-        labels[first:],
-        classes,
-        digest,
-        tuple(damaged),
-        tuple(names[:n]),
-    )
+    train, test = images[:n], images[first:]
+    return Data(train, labels[:n], test, labels[first:], classes, digest, tuple(damaged))
 
 
 def digest_of(*parts):

@@ -1,8 +1,7 @@
 """Image files decoded once, to a file of pixels that later runs and all ranks of a machine map.
 
 The file holds a row for each intact image. It lies in the user's cache, never among the images, and
-beside it an index: which files the rows are of, their checksums, which files are damaged. The first
-line of the index is the checksum of the rest, which is JSON.
+beside it an index in JSON: which files the rows are of, and which files are damaged.
 """
 
 import contextlib
@@ -10,14 +9,11 @@ import hashlib
 import io
 import json
 import os
-import random
 import secrets
 import shutil
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,11 +37,6 @@ TURNS = {  # what turns an image of this orientation upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-CHANNELS = 'L', 'LA', 'RGB', 'RGBX', 'RGBA', 'RGBa', 'CMYK'
-# Pillow's raw modes of 16 bits a channel, in any order of bytes. BGR;16 has 16 bits a pixel.
-SIXTEEN_BITS = {f'{channels};16{order}' for channels, order in product(CHANNELS, 'BLN')}
-CHECKED_WHOLE = 1e9  # bytes of rows: of larger files, SAMPLE random rows are checked
-SAMPLE = 4096
 # Pillow warns from 89 megapixels on, and refuses from 179 on.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 
@@ -53,9 +44,9 @@ warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
 class Row(NamedTuple):
     """An image as decoded.
 
-    pixels are (3, size, size) uint8. digest is that of the file. dark says that the image has 16
-    bits a channel and its colours use fewer than 14 of them. area is the number of pixels of the
-    image in the file.
+    pixels are (3, size, size) uint8. digest is that of the file. dark says that the image is grey,
+    has 16 bits, and uses fewer than 14 of them. area is the number of pixels of the image in the
+    file.
     """
 
     pixels: np.ndarray
@@ -83,9 +74,8 @@ class Decoded:
 def decoded(root, files, store_size, fit='crop', cache_dir=None):
     """The Decoded of the files, which are as folder.Listing.images() returns them.
 
-    The first process decodes them to a file, and the others wait for it. Files that were decoded
-    before, for this folder or another one of this cache, are not decoded again: they are known by
-    their content. Files of this folder that kept their name, size and times are not read either.
+    The first process decodes them to a file, and the others wait for it. Files that have kept their
+    name, size and times since then are not read again.
 
     Args:
         store_size: side of the decoded images in pixels; 0: folder.own_size().
@@ -128,13 +118,6 @@ def _digest(content):
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'big')
 
 
-def _digest_of_file(path):
-    """The digest of a file's content, or None if it cannot be read: decoding tells of it."""
-    with contextlib.suppress(OSError):
-        return _digest(path.read_bytes())
-    return None
-
-
 # Reading
 
 
@@ -153,47 +136,18 @@ def _current(index, root, keys, fit):
 
 
 def _read(index):
-    """The Decoded of an index, or None if a file is missing or damaged, by its checksums too."""
-    about = _read_index(index)
-    if about is None:
-        return None
-    images = about['images']
-    for i in _checked_rows(images):
-        if zlib.crc32(images[i]) != about['checksums'][i]:
-            return None
-    digests = np.array(about['digests'], np.uint64)
-    return Decoded(images, about['keys'], digests, about['damaged'])
-
-
-def _read_index(index):
-    """The dict in an index, and in it the images, not checked; None if it is damaged.
-
-    It is None, too, if the file of the images is missing or too short.
-    """
+    """The Decoded of an index, or None if a file is missing, cut, or of another kind."""
     try:
-        checksum, _, text = index.read_bytes().partition(b'\n')
-        if checksum != _checksum(text):
-            return None
-        about = json.loads(text)
-        shape = len(about['checksums']), 3, about['size'], about['size']
+        about = json.loads(index.read_bytes())
+        digests = np.array(about['digests'], np.uint64)
+        shape = int((digests != 0).sum()), 3, about['size'], about['size']
         if shape[0] == 0:  # an empty file cannot be mapped
             images = np.empty(shape, np.uint8)
         else:
             images = np.asarray(np.memmap(index.with_name(about['rows']), np.uint8, 'r', 0, shape))
-    except (OSError, ValueError):
+        return Decoded(images, about['keys'], digests, about['damaged'])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return about | dict(images=images)
-
-
-def _checksum(text):
-    return b'%08x' % zlib.crc32(text)
-
-
-def _checked_rows(images):
-    n = len(images)
-    if images.nbytes < CHECKED_WHOLE:
-        return range(n)
-    return sorted(random.sample(range(n), min(n, SAMPLE)))
 
 
 # Writing
@@ -202,8 +156,8 @@ def _checked_rows(images):
 def _decode_to(index, root, names, keys, form):
     """Write the rows, and then the index that names their file. form is (size, fit).
 
-    Rows of files that were decoded before are copied. What the index named before is deleted, and
-    what a process left that was killed; a process that maps rows keeps them until it ends.
+    Rows of files that have not changed are copied. What the index named before is deleted, and what
+    a process left that was killed; a process that maps rows keeps them until it ends.
     """
     size, _ = form
     _check_space(root, index.parent, len(names), size)
@@ -211,7 +165,7 @@ def _decode_to(index, root, names, keys, form):
         f'{root}: {len(names):,} images of {size} px take {_gigabytes(len(names), size):.2f} GB in '
         f'{index.parent}. Another place: --cache_dir'
     )
-    earlier = _earlier_rows(index, form)
+    earlier = _read(index)
     rows = index.with_name(f'{index.stem}-{secrets.token_hex(4)}.rows')
     try:
         # Plain writes: where a mapped file finds no room, the process ends.
@@ -221,8 +175,7 @@ def _decode_to(index, root, names, keys, form):
             about, dark = _write(out, names, bar)
             out.flush()
             os.fsync(out.fileno())
-        text = json.dumps(dict(rows=rows.name, size=size, keys=keys, **about)).encode()
-        write(index, _checksum(text) + b'\n' + text)
+        write(index, json.dumps(dict(rows=rows.name, size=size, keys=keys, **about)).encode())
     except BaseException:
         rows.unlink(missing_ok=True)
         raise
@@ -236,8 +189,8 @@ def tell_of_dark(root, names):
     """Say which images came out dark, if any."""
     if names:
         say_anywhere(
-            f'{root}: {len(names)} images of 16 bits come out dark, as they use less than 14 of '
-            f'them: scale them first, such as {names[0]}'
+            f'{root}: {len(names)} grey images of 16 bits come out dark, as they use less than 14 '
+            f'of them: scale them first, such as {names[0]}'
         )
 
 
@@ -254,45 +207,23 @@ def _check_space(root, directory, n, size):
         )
 
 
-def _earlier_rows(index, form):
-    """What was decoded before in a form, and so need not be decoded again.
-
-    Returns:
-        digests: the digest of each key in the folder's own indexes. A key says nothing of another
-            folder: archives give files of one name the same size and time.
-        rows: by digest, the dict in an index of the cache and the number of the row.
-    """
-    size, fit = form
-    digests, rows = {}, {}
-    for other in index.parents[1].glob(f'*/*-{fit}.index'):
-        about = _read_index(other)
-        if about is None or about['size'] != size:
-            continue
-        if other.parent == index.parent:
-            digests.update(zip(about['keys'], about['digests']))
-        intact = [digest for digest in about['digests'] if digest]
-        for i, digest in enumerate(intact):
-            rows[digest] = about, i
-    return digests, rows
-
-
 def _rows(paths, keys, earlier, form):
     """Yield the Row of each file, or what is wrong with it: an earlier one, or else decoded.
 
-    earlier is as _earlier_rows() returns it.
+    earlier is the Decoded of files of this folder, or None.
     """
-    digests, rows = earlier
+    size, _ = form
+    places = {}  # the number of an earlier row, and the file's digest, by key
+    if earlier and earlier.images.shape[2] == size:
+        for key, digest in zip(earlier.keys, earlier.digests.tolist()):
+            if digest:
+                places[key] = len(places), digest
 
     def row(path, key):
-        digest = digests.get(key)
-        if digest is None and rows:
-            digest = _digest_of_file(path)
-        if digest in rows:
-            about, i = rows[digest]
-            pixels = about['images'][i]
-            if zlib.crc32(pixels) == about['checksums'][i]:
-                # Whether it is dark was told when it was decoded.
-                return Row(pixels, digest, dark=False)
+        if key in places:
+            i, digest = places[key]
+            # Whether it is dark was told when it was decoded.
+            return Row(earlier.images[i], digest, dark=False)
         return decode_or_why(path, *form)
 
     threads = cores() * ranks().local_world  # the other ranks wait
@@ -304,7 +235,7 @@ def _rows(paths, keys, earlier, form):
 
 def _write(out, names, rows):
     """Write the intact rows. Returns what the index says of them, and the names of dark images."""
-    digests, checksums, dark = [], [], []
+    digests, dark = [], []
     damaged = {}
     for name, row in zip(names, rows):
         if isinstance(row, str):
@@ -312,11 +243,10 @@ def _write(out, names, rows):
             digests.append(0)
             continue
         out.write(row.pixels)
-        checksums.append(zlib.crc32(row.pixels))
         digests.append(row.digest)
         if row.dark:
             dark.append(name)
-    return dict(digests=digests, checksums=checksums, damaged=damaged), dark
+    return dict(digests=digests, damaged=damaged), dark
 
 
 # One image
@@ -370,36 +300,17 @@ def _opened(content, size):
         area = file.width * file.height
         # A JPEG is decoded smaller, but at least twice as large as needed.
         file.draft(file.mode, (2 * size, 2 * size))
-        sixteen_bits = _has_sixteen_bits(file, content)
         # Before EXIF is asked for: a damaged PNG would hide that it failed. It also turns a TIFF.
         file.load()
         orientation = None
         with contextlib.suppress(Exception):  # damaged EXIF does not damage the image
             orientation = file.getexif().get(ORIENTATION)
         image = _to_eight_bits(file)
-        dark = sixteen_bits and _brightest(image) < 64  # of 256, as 2^14 is of 2^16
+        dark = _is_wide(file) and image.getextrema()[1] < 64  # of 256, as 2^14 is of 2^16
         image = _to_rgb(image)
     if orientation in TURNS:
         image = image.transpose(TURNS[orientation])
     return _Opened(image, dark, area)
-
-
-def _has_sixteen_bits(file, content):
-    """Whether an image that is not loaded yet has 16 bits a channel. Of colours, Pillow keeps 8."""
-    if _is_wide(file):
-        return True
-    if file.format == 'JPEG2000':
-        codestream = content.find(b'\xff\x4f\xff\x51')
-        return content[codestream + 42] & 127 == 15  # Ssiz: the bits of a component, less one
-    if not file.tile:
-        return False
-    codec, _, _, args = file.tile[0]  # how the first part of the file is decoded
-    if codec in ('ppm', 'ppm_plain'):
-        return args[-1] == 65535  # the highest level
-    raw_mode = args
-    if isinstance(args, tuple) and args:
-        raw_mode = args[0]
-    return codec == 'SGI16' or raw_mode in SIXTEEN_BITS
 
 
 def _is_wide(image):
@@ -414,12 +325,6 @@ def _to_eight_bits(image):
     if image.mode in ('I', 'F'):
         raise ValueError('32 bits a pixel, of unknown range')
     return image
-
-
-def _brightest(image):
-    """The highest level of an image of 8 bits, in all channels but alpha."""
-    channels = zip(image.getbands(), image.split())
-    return max(channel.getextrema()[1] for name, channel in channels if name != 'A')
 
 
 def _to_rgb(image):

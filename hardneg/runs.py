@@ -585,13 +585,9 @@ def read_probe(directory, epochs, name, data_digest=None):
 def logged_accuracies(checkpoint):
     """The kNN accuracy (percent) of each encoder, by file name, in the log beside a checkpoint.
 
-    A log without a run's config.json beside it is another program's.
-
     Raises:
         UserError: the log is damaged.
     """
-    if read_config(checkpoint.with_name('config.json')) is None:
-        return {}
     log = read_table(checkpoint.with_name('log.csv'), LOG, LOG[2:])
     if log is None:
         return {}

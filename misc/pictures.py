@@ -14,12 +14,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import search
 from hardneg import flags, runtime
 from hardneg.augment import draw, transform
 from hardneg.batches import seeded
-from hardneg.decoding import decode_or_why
-from hardneg.embedded import read_embedded
 from hardneg.evaluate import Evaluator
 from hardneg.losses import contrastive_loss
 from hardneg.runs import OBJECTIVE, data_name, find_run, name_data
@@ -209,41 +206,35 @@ def histograms(panel, cosine, same):
 
 def neighbours(args):
     """A grid of images, each with the training images that each encoder finds nearest."""
-    if args.features:
-        return neighbours_by_features(args)
     opened = [open_checkpoint(path, args, unlabeled=True) for path in args.paths]
     _, run, data = opened[0]
     if any(other.digest != data.digest for _, _, other in opened):
         raise UserError(
             'the encoders were trained on different data: say with --root which images to search'
         )
-    images, chosen, memory = queries(args, run, data)
+    images, chosen, memory = queries(args, data)
     columns = min(max(3, 10 // len(opened)), len(memory) - 1)
     if columns < 1:
         raise UserError(f'{run["data"]}: one image has no neighbours')
-    with_classes = bool(data.classes) and not args.query
     truths = [-1] * len(chosen)  # classes of the queries
-    if with_classes:
+    if data.classes:
         truths = data.test_labels[chosen].tolist()
 
     figure, first, blocks = neighbour_grid(len(chosen), columns, len(opened))
     for axes, query, truth in zip(first, chosen, truths):
-        text = data.classes[truth] if with_classes else ''
+        text = data.classes[truth] if data.classes else ''
         picture(axes, images[query], text)
     titles = names([run for _, run, _ in opened])
     for title, block, (net, run, _) in zip(titles, blocks, opened):
         cosines, found = nearest(net, run, data, images, chosen, memory, columns)
         for axes, truth, values, indices in zip(block, truths, cosines.tolist(), found.tolist()):
             for panel, value, index in zip(axes, values, indices):
-                neighbour(panel, data, index, value, truth, named=args.query)
-        if with_classes:
+                neighbour(panel, data, index, value, truth)
+        if data.classes:
             right = data.train_labels[found] == torch.tensor(truths)[:, None]
             title += f": {right.sum()} of {right.numel()} of the query's class"
         place = dict(transform=block[0, 0].transAxes, fontsize=8, in_layout=False)
         block[0, 0].text(0, 1.15, shown(title), **place)
-        if args.query and data.names:
-            for query, indices in zip(args.query, found.tolist()):
-                print(f'{query}: {", ".join(data.names[i] for i in indices)}')
     kind = 'training images' if data.classes else 'images'
     about = f'{run["data"]}: images (left) and their nearest {kind} by cosine of features\n'
     figure.suptitle(shown(about), fontsize=9)
@@ -267,54 +258,13 @@ def nearest(net, run, data, images, chosen, memory, columns):
     return cosines, memory[places]
 
 
-def neighbours_by_features(args):
-    """A grid of images of a file of features, or of files, each with its nearest others."""
-    embedded = read_embedded(args.features, args.root)
-    columns = min(10, len(embedded.names) - 1)
-    if columns < 1:
-        raise UserError(f'{args.features}: one image has no neighbours')
-    if args.query:
-        paths = [Path(path) for path in args.query]
-        model_path = str(args.paths[0]) if args.paths else None
-        search.check_machine(embedded)
-        evaluator = search.open_encoder(embedded, runtime.start(), model_path, args.arch)
-        rows = search.encode(paths, embedded, evaluator)  # (q, F)
-    else:
-        chosen = some(len(embedded.names), 5, args.seed).numpy()
-        paths = [embedded.path(i) for i in chosen]
-        rows = embedded.features[chosen]
-    cosine = rows @ embedded.features.T  # (q, F) x (F, n) -> (q, n)
-    figure, first, (block,) = neighbour_grid(len(paths), columns, 1)
-    for query, panels, path, own in zip(first, block, paths, cosine):
-        picture(query, decode_or_grey(path, embedded.about))
-        found = search.best(own, path, embedded, columns)
-        for panel in panels[len(found) :]:
-            panel.axis('off')
-        for panel, i in zip(panels, found):
-            text = f'{Path(embedded.names[i]).stem[-11:]}\n{own[i]:.3f}'
-            picture(panel, decode_or_grey(embedded.path(i), embedded.about), text)
-        print(f'{path}: {", ".join(embedded.names[found])}')
-    about = f'{Path(embedded.about["root"]).name}: images (left) and their nearest others by cosine'
-    figure.suptitle(shown(about), fontsize=9)
-    return figure
-
-
-def decode_or_grey(path, about):
-    """The image in a file (3, 160, 160) uint8, square as for the encoder; grey if not readable."""
-    found = decode_or_why(path, 160, about['settings']['fit'])
-    if isinstance(found, str):
-        runtime.say(f'{path}: {found}. If the images have moved, give --root')
-        return torch.full((3, 160, 160), 200, dtype=torch.uint8)
-    return torch.from_numpy(found.pixels)
-
-
-def queries(args, run, data):
+def queries(args, data):
     """Images (N, 3, H, W), the indices of the queries among them, and of the training images
     that are searched.
 
-    Queries are the files of --query, or five test images or, without classes, training images.
+    Queries are five test images or, without classes, training images.
     """
-    if data.classes and not args.query:
+    if data.classes:
         memory = (data.train_labels >= 0).nonzero()[:, 0]  # (n, 1) -> (n,)
         return data.test, some(len(data.test), 5, args.seed), memory
     # Encoding millions would take hours on a CPU.
@@ -323,18 +273,7 @@ def queries(args, run, data):
         runtime.say(
             f'{len(memory):,} of {len(data.train):,} images are searched: more with --memory'
         )
-    if not args.query:
-        return data.train, memory[:5], memory
-    images = torch.from_numpy(np.stack([decode_query(path, data, run) for path in args.query]))
-    return images, torch.arange(len(images)), memory
-
-
-def decode_query(path, data, run):
-    """The image in a file as those of the run are kept: (3, H, W) uint8."""
-    found = decode_or_why(path, data.train.shape[2], run['settings']['fit'])
-    if isinstance(found, str):
-        raise UserError(f'--query {path}: {found}')
-    return found.pixels
+    return data.train, memory[:5], memory
 
 
 def neighbour_grid(rows, columns, encoders):
@@ -356,10 +295,10 @@ def neighbour_grid(rows, columns, encoders):
     return figure, grid[:, 0], blocks
 
 
-def neighbour(panel, data, index, cosine, truth, named):
+def neighbour(panel, data, index, cosine, truth):
     """Draw a training image. With the class of the query, its frame says whether it is the same.
 
-    Without it (-1), the cosine stands below and, if named, the name of the file.
+    Without it (-1), the cosine stands below.
     """
     colour = None
     text = f'{cosine:.3f}'
@@ -367,8 +306,6 @@ def neighbour(panel, data, index, cosine, truth, named):
     if truth >= 0:
         colour = RIGHT if label == truth else WRONG
         text = '' if label == truth else f'× {data.classes[label]}'
-    elif named and data.names:
-        text = f'{Path(data.names[index]).stem[-11:]}\n{cosine:.3f}'
     picture(panel, data.train[index], text, colour)
 
 

@@ -4,7 +4,6 @@
     python misc/plot.py temperature results/mine/*_?             # accuracy against temperature
     python misc/plot.py similarity results/mine/*_0/model_4.pth  # cosines of pairs, by class
     python misc/plot.py neighbours results/model_400.pth         # images and their nearest others
-    python misc/plot.py neighbours --features features.npz       # by a file of misc/embed.py
     python misc/plot.py negatives results/model_400.pth          # which negatives are pushed away
     python misc/plot.py graphs results/graphs                    # accuracies of misc/graphs.py
     python misc/plot.py circle --out circle.png                  # the idea of hard negatives
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hardneg import flags, runtime, timm_models
 from hardneg.files import write
 from hardneg.runs import PROBES, name_data, read_probe, read_run
-from hardneg.runtime import UsageError, UserError
+from hardneg.runtime import UserError
 from main import defaults
 
 # Columns of log.csv, and what stands on their axes
@@ -85,20 +84,12 @@ def make_parser():
         default=2000,
         help='test images, at most, drawn at random (%(default)s)',
     )
-    neighbours = add(pictures.neighbours, 'checkpoints, or timm/NAME', nargs='*')
-    neighbours.add_argument(
-        '--features',
-        type=flags.path,
-        help='search the images of this .npz file of misc/embed.py; the checkpoint is then needed '
-        'for a --query alone, and only if it has moved',
-    )
-    neighbours.add_argument(
-        '--query', nargs='+', type=flags.path, help='image files to search for (some test images)'
-    )
+    neighbours = add(pictures.neighbours, 'checkpoints, or timm/NAME')
     neighbours.add_argument(
         '--memory',
         type=flags.integer(2, 10_000_000),
-        help='images that are searched, at most, drawn at random (100000)',
+        default=100_000,
+        help='images without labels that are searched, at most, drawn at random (%(default)s)',
     )
     negatives = add(pictures.negatives, 'a checkpoint', nargs=1)
     negatives.add_argument(
@@ -121,13 +112,9 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     args.paths = [Path(path) for path in args.paths]
-    if args.what == 'neighbours':
-        check_features(args)
     beside_paths = args.out is None
     if beside_paths:
-        if getattr(args, 'features', None):
-            directory = Path(args.features).parent
-        elif args.what in OF_DIRECTORIES:
+        if args.what in OF_DIRECTORIES:
             directory = args.paths[0]
         else:
             source = str(args.paths[0])
@@ -144,27 +131,6 @@ def main(argv=None):
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write(args.out, png.getbuffer())
     print(args.out)
-
-
-def check_features(args):
-    """Complete the flags of neighbours.
-
-    Raises:
-        UsageError: they do not fit --features.
-    """
-    if not args.features:
-        if not args.paths:
-            raise UsageError('give a checkpoint, or --features')
-        args.memory = args.memory or 100_000
-        return
-    if len(args.paths) > 1:
-        raise UsageError('--features are of one encoder: give one checkpoint at most')
-    if not args.query and (args.paths or args.arch):
-        raise UsageError('--features need a checkpoint, or --arch, for a --query alone')
-    of_checkpoints = [name for name in flags.DATA if name != 'root']
-    for name in (*of_checkpoints, 'memory', 'results_dir', 'prefix'):
-        if getattr(args, name) is not None:
-            raise UsageError(f'--{name} has no effect on --features')
 
 
 # Runs

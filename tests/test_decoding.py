@@ -1,16 +1,12 @@
 """Decoding: pixels of every kind of image file, damaged files, and the file of decoded images."""
 
 import os
-import random
 import shutil
 import stat
-import struct
 import threading
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -173,8 +169,8 @@ def test_less_than_fourteen_bits_in_sixteen_are_reported_when_they_are_decoded(r
     for name, brightest in (('scan', 2**14 - 1), ('photo', 2**14)):
         Image.fromarray(np.minimum(WIDE, brightest)).save(root / f'{name}.png')
     told = (
-        '1 images of 16 bits come out dark, as they use less than 14 of them: scale them first, '
-        'such as scan.png'
+        '1 grey images of 16 bits come out dark, as they use less than 14 of them: scale them '
+        'first, such as scan.png'
     )
     load(root)
     assert told in capsys.readouterr().out
@@ -182,103 +178,12 @@ def test_less_than_fourteen_bits_in_sixteen_are_reported_when_they_are_decoded(r
     assert told not in capsys.readouterr().out
 
 
-def png_of_sixteen_bits(levels):
-    """A PNG of levels (H, W, channels) uint16. OpenCV writes none of grey with alpha."""
-    height, width, channels = levels.shape
-    colours = {1: 0, 2: 4, 3: 2, 4: 6}  # the format's numbers
-    header = struct.pack('>IIBBBBB', width, height, 16, colours[channels], 0, 0, 0)
-    lines = b''.join(b'\0' + line.astype('>u2').tobytes() for line in levels)
-    content = b'\x89PNG\r\n\x1a\n'
-    for name, body in ((b'IHDR', header), (b'IDAT', zlib.compress(lines)), (b'IEND', b'')):
-        checksum = zlib.crc32(name + body)
-        content += struct.pack('>I', len(body)) + name + body + struct.pack('>I', checksum)
-    return content
-
-
-def ppm_of_sixteen_bits(levels):
-    height, width, channels = levels.shape
-    magic = {1: 'P5', 3: 'P6'}[channels]
-    return f'{magic} {width} {height} 65535\n'.encode() + levels.astype('>u2').tobytes()
-
-
-def sgi_of_sixteen_bits(levels):
-    height, width, channels = levels.shape
-    axes = 2 if channels == 1 else 3
-    header = struct.pack('>HBBHHHHII', 474, 0, 2, axes, width, height, channels, 0, 65535)
-    return header.ljust(512, b'\0') + levels.transpose(2, 0, 1).astype('>u2').tobytes()
-
-
-def cmyk_of_sixteen_bits(levels):
-    """An uncompressed TIFF."""
-    height, width, _ = levels.shape
-    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 5, 273: 512, 277: 4, 278: height}
-    tags[279] = levels.nbytes
-    content = struct.pack('<2sHIH', b'II', 42, 8, len(tags))
-    for tag, value in tags.items():
-        if tag == 258:  # bits of each channel, which lie behind
-            content += struct.pack('<HHII', tag, 3, 4, 256)
-        else:
-            content += struct.pack('<HHII', tag, 4, 1, value)
-    content = content.ljust(256, b'\0') + struct.pack('<4H', 16, 16, 16, 16)
-    return content.ljust(512, b'\0') + levels.astype('<u2').tobytes()
-
-
-def by_opencv(suffix, *options):
-    return lambda levels: cv2.imencode(suffix, levels, options)[1].tobytes()
-
-
-WRITERS = [  # suffix, numbers of channels, and what writes them
-    ('.png', [1, 2, 3, 4], png_of_sixteen_bits),
-    ('.tif', [1, 3, 4], by_opencv('.tif', cv2.IMWRITE_TIFF_COMPRESSION, 1)),
-    ('.tif', [1, 3, 4], by_opencv('.tif', cv2.IMWRITE_TIFF_COMPRESSION, 8)),
-    ('.jp2', [1, 3, 4], by_opencv('.jp2')),
-    ('.ppm', [1, 3], ppm_of_sixteen_bits),
-    ('.sgi', [1, 3, 4], sgi_of_sixteen_bits),
-    ('.tif', [4], cmyk_of_sixteen_bits),
-]
-
-
-@pytest.mark.parametrize('seed', range(4))
-def test_few_bits_of_sixteen_are_reported_in_any_mode_and_format(root, seed, capsys):
-    """Of a whole alpha channel, too: the colours count."""
-    dice = np.random.default_rng(seed)
-    files = {}
-    for i, (suffix, channels, write) in enumerate(WRITERS):
-        for n in channels:
-            bits = int(dice.choice([9, 10, 12, 13, 15, 16]))
-            levels = dice.integers(2**bits, size=(64, 64, n)).astype(np.uint16)
-            levels[:32] = 2 ** (bits - 1)  # which JPEG 2000, as it is written, keeps
-            if n in (2, 4) and write != cmyk_of_sixteen_bits:
-                levels[..., -1] = 65535
-            name = f'{i}-{n}-{bits}{suffix}'
-            (root / name).write_bytes(write(levels))
-            files[name] = bits
-    for name, bits in files.items():
-        dark = decoding.decode(root / name, 24).dark
-        assert dark == (bits < 14), name
-    told = sum(bits < 14 for bits in files.values())
-    load(root)
-    assert f': {told} images of 16 bits come out dark, as they use' in capsys.readouterr().out
-
-
-def test_sixteen_bits_a_pixel_are_not_sixteen_a_channel(tmp_path):
-    """A dark BMP of 5, 6 and 5 bits a channel."""
-    file_header = struct.pack('<2sIHHI', b'BM', 66 + 2 * 8 * 8, 0, 0, 66)
-    image_header = struct.pack('<IiiHHIIiiII', 40, 8, 8, 1, 16, 3, 2 * 8 * 8, 0, 0, 0, 0)
-    masks = struct.pack('<III', 0xF800, 0x07E0, 0x001F)
-    pixels = struct.pack('<H', 3 << 11) * 64  # red: 3 of 31
-    (tmp_path / 'a.bmp').write_bytes(file_header + image_header + masks + pixels)
-    row = decoding.decode(tmp_path / 'a.bmp', 8)
-    assert row.pixels[:, 0, 0].tolist() == [3 * 255 // 31, 0, 0]
-    assert not row.dark
-
-
 def test_few_bits_are_reported_by_whichever_rank_decodes(root, monkeypatch, capsys):
     Image.fromarray(WIDE >> 4).save(root / 'b.png')
     monkeypatch.setattr(runtime, 'ranks', lambda: Ranks(1, 2, 1, 2))
     load(root)
     said = capsys.readouterr().out
-    assert '1 images of 16 bits come out dark' in said
+    assert '1 grey images of 16 bits come out dark' in said
     assert 'Another place: --cache_dir' in said
 
 
@@ -479,58 +384,6 @@ def test_images_are_decoded_once_and_only_new_ones_afterwards(root, cache, decod
     assert rows.read_bytes() == first.numpy().tobytes()
 
 
-def moved(place, dice):
-    return place.rename(place.with_name(f'moved {dice.random()}'))
-
-
-def added(place, dice):
-    side = dice.randrange(5, 40)
-    image = Image.new('RGB', (side, side), (dice.randrange(256), side, 0))
-    image.save(place / f'{dice.randrange(1000)}.png')
-    return place
-
-
-def deleted(place, dice):
-    path = dice.choice(sorted(place.iterdir()))
-    if len(list(place.iterdir())) > 1:
-        path.unlink()
-    return place
-
-
-def renamed(place, dice):
-    path = dice.choice(sorted(place.iterdir()))
-    path.rename(place / f'{dice.randrange(1000)}.png')
-    return place
-
-
-def touched(place, dice):
-    path = dice.choice(sorted(place.iterdir()))
-    os.utime(path, ns=(0, dice.randrange(10**18)))
-    return place
-
-
-def replaced(place, dice):
-    """As by `cp -p`: of another content, and of the same name, size and time."""
-    path = dice.choice(sorted(place.iterdir()))
-    about = path.stat()
-    grey_level = dice.randrange(256)
-    other = Image.new('L', (9, 9), grey_level)
-    other.save(path, format='BMP')
-    content = path.read_bytes()
-    path.write_bytes(content.ljust(about.st_size, b'\0'))
-    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
-    return place
-
-
-def copied(place, dice):
-    return shutil.copytree(place, place.with_name(f'copied {dice.random()}'))
-
-
-def back(place, dice):
-    """Another one of the directories that are there."""
-    return dice.choice(sorted(place.parent.iterdir()))
-
-
 def test_files_that_kept_their_name_size_and_times_are_not_read_again(root, monkeypatch):
     Image.new('RGB', (40, 40), (50, 50, 50)).save(root / 'b.png')
     load(root)
@@ -557,7 +410,7 @@ def gray_bmps(directory, levels):
 
 
 def test_of_two_folders_of_equal_names_sizes_and_times_each_has_its_own_images(
-    tmp_path, decoded, monkeypatch
+    tmp_path, monkeypatch
 ):
     """Even if all were made within a tick of the clock."""
     status = SimpleNamespace(st_mode=stat.S_IFREG, st_size=1000, st_mtime_ns=0, st_ctime_ns=0)
@@ -568,7 +421,6 @@ def test_of_two_folders_of_equal_names_sizes_and_times_each_has_its_own_images(
     assert clean.train[:, 0, 0, 0].tolist() == [10, 20]
     assert noisy.train[:, 0, 0, 0].tolist() == [30, 20]
     assert clean.digest != noisy.digest
-    assert decoded[2:] == ['0.bmp']
 
 
 def test_a_file_that_was_replaced_and_kept_its_size_and_time_is_noticed(tmp_path):
@@ -579,35 +431,6 @@ def test_a_file_that_was_replaced_and_kept_its_size_and_time_is_noticed(tmp_path
     after = load(tmp_path / 'photos')
     assert after.train[:, 0, 0, 0].tolist() == [30, 20]
     assert after.digest != before.digest
-
-
-@pytest.mark.parametrize('seed', range(6))
-def test_rows_are_reused_wherever_a_file_of_its_content_was_decoded_in_its_size_and_fit(
-    tmp_path, cache, decoded, seed
-):
-    dice = random.Random(seed)
-    place = tmp_path / 'photos'
-    place.mkdir()
-    for _ in range(4):
-        added(place, dice)
-    kept = {}  # what each index holds
-    for _ in range(15):
-        changes = [moved, added, deleted, renamed, touched, replaced, copied, back]
-        change = dice.choice(changes)
-        place = change(place, dice)
-        size, fit = dice.choice([16, 16, 24]), dice.choice(['crop', 'crop', 'pad'])
-        contents = {}
-        for path in sorted(place.iterdir()):
-            contents[path.name] = path.read_bytes(), size, fit
-        known = set().union(*kept.values())
-        decoded.clear()
-        images = load(place, size, fit=fit).train
-        new = [name for name, content in contents.items() if content not in known]
-        assert sorted(decoded) == new, change
-        kept[place, size, fit] = set(contents.values())
-        expected = [decoding.decode(place / name, size, fit).pixels for name in contents]
-        assert np.array_equal(images, np.stack(expected))
-    assert len(list(cache.glob('*/*.rows'))) == len(kept)
 
 
 def test_rows_that_a_process_maps_stay_as_they_are_when_the_folder_changes(root):
@@ -655,9 +478,8 @@ def test_images_that_keep_their_size_are_decoded_again_when_the_size_changes(roo
     assert load(root, size=0).train.shape == (2, 3, 96, 96)
 
 
-def test_a_damaged_file_is_noticed_and_made_again(root, cache, decoded, monkeypatch):
-    """The index or the rows: cut, of another kind, missing, or with a bit turned, as in a digit."""
-    monkeypatch.setattr(decoding, 'SAMPLE', 0)  # these files are checked whole
+def test_a_damaged_file_is_noticed_and_made_again(root, cache, decoded):
+    """The index or the rows: cut, of another kind, or missing."""
     (root / 'b.png').write_bytes(b'')
 
     def loaded():
@@ -665,51 +487,18 @@ def test_a_damaged_file_is_noticed_and_made_again(root, cache, decoded, monkeypa
         return data.digest, data.damaged, data.train.tolist()
 
     first = loaded()
-    for which, step in ((0, 5), (1, 71)):
+    for which in 0, 1:
         good = files_of(cache)[which].read_bytes()
-        damages = {'cut': good[:-1], 'empty': b'', 'text': b'hello', 'list': b'[1, 2]'}
-        for i in range(0, len(good), step):
-            damages[i] = good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :]
-        for where, content in damages.items():
+        for content in good[:-1], b'', b'hello', b'[1, 2]', b'{"digests": [5], "size": 24}':
             decoded.clear()
             files_of(cache)[which].write_bytes(content)
-            assert loaded() == first, where
-            assert 'a.png' in decoded, where
+            assert loaded() == first, content
+            assert 'a.png' in decoded, content
         files_of(cache)[which].unlink()
         for name in list(cache.glob('*/*.rows')):  # as a run leaves them that was killed
             shutil.copy(name, name.with_name('24-crop-killed.rows'))
         assert loaded() == first
         assert len(files_of(cache)) == 2
-
-
-def test_a_damaged_row_of_an_earlier_file_is_not_copied(root, cache, decoded):
-    Image.new('RGB', (40, 40), (50, 50, 50)).save(root / 'b.png')
-    load(root)
-    _, rows = files_of(cache)
-    content = bytearray(rows.read_bytes())
-    content[5] = 1
-    rows.write_bytes(content)
-    decoded.clear()
-    assert load(root).train.unique().tolist() == [0, 50]
-    assert decoded == ['a.png']
-
-
-def test_of_a_large_file_random_rows_are_checked(root, cache, decoded, monkeypatch):
-    for i in range(9):
-        Image.new('L', (24, 24), 10 * i + 10).save(root / f'{i}.png')
-    first = load(root).train.tolist()
-    monkeypatch.setattr(decoding, 'CHECKED_WHOLE', 0)
-    monkeypatch.setattr(decoding, 'SAMPLE', 3)
-    decoded.clear()
-    load(root)
-    assert decoded == []
-    _, rows = files_of(cache)
-    content = bytearray(rows.read_bytes())
-    for i in range(8):  # of 10: one of any three rows
-        content[i * 3 * 24**2] = 1
-    rows.write_bytes(content)
-    assert load(root).train.tolist() == first
-    assert len(decoded) == 8
 
 
 def test_where_the_file_lies(root, cache, tmp_path_factory, monkeypatch):

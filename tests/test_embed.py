@@ -323,5 +323,5 @@ def test_what_is_no_regular_file_is_left_out_and_heic_told(encoder, photos, tmp_
     said = capsys.readouterr().out
     assert f'1 no regular file, such as {photos}/pipe.png' in said
     assert f'1 in HEIC, which needs converting first, such as {photos}/phone.HEIC' in said
-    assert '1 images of 16 bits come out dark' in said
+    assert '1 grey images of 16 bits come out dark' in said
     assert 'such as dark.png' in said

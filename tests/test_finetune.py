@@ -11,7 +11,7 @@ import finetune
 import linear
 from hardneg import runs
 from hardneg.evaluate import resized
-from hardneg.files import crc, read_json, write_tensors
+from hardneg.files import crc, read_json, write_json, write_tensors
 from hardneg.runtime import UsageError, UserError
 from model import Model, load_model
 from utils import load_data
@@ -39,6 +39,7 @@ def test_a_fraction_is_drawn_anew_for_each_fraction_and_seed():
 def test_a_probe_learns_from_its_fraction_alone_and_says_so(tree, tmp_path, monkeypatch):
     for epochs in 0, 1:
         write_encoder(tmp_path / f'model_{epochs}.pth')
+    write_json(tmp_path / 'config.json', {name: kind() for name, kind in runs.CONFIG.items()})
     seen = []
     fit = linear.fit_logistic
 

@@ -130,6 +130,14 @@ def test_probes_of_two_checkpoints_share_the_lock_of_the_untrained_one_alone(cop
     assert locked == names
 
 
+def test_another_programs_model_0_is_not_called_untrained(copied, capsys):
+    shutil.copy(copied / 'model_3.pth', copied / 'model_0.pth')
+    (copied / 'config.json').unlink()
+    probe(copied, '--epochs', '1', '--dataset_name', 'shapes', '--image_size', '24')
+    assert 'untrained' not in capsys.readouterr().out
+    assert not list(copied.glob('model_0_*'))
+
+
 def test_a_checkpoint_alone_is_probed_on_stl10(finished, tmp_path, capsys):
     shutil.copy(finished / 'model_3.pth', tmp_path)
     with pytest.raises(UserError, match=r'STL10 is not in .*stl10_binary'):

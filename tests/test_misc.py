@@ -314,7 +314,7 @@ def test_wrong_flags_end_the_sweep_before_it_begins(words, message, tmp_path, ca
 
 def arguments(*paths, **others):
     """What plot.py parses, with other defaults that suit few images."""
-    values = dict.fromkeys([*flags.DATA, 'prefix', 'arch', 'query', 'features']) | dict(
+    values = dict.fromkeys([*flags.DATA, 'prefix', 'arch', 'query']) | dict(
         seed=0, images=9, memory=99
     )
     return Namespace(paths=list(paths), **{**values, **others})
@@ -425,15 +425,6 @@ def test_neighbours_are_the_nearest_and_framed_by_class(run_of_one_epoch, tree, 
             assert torch.equal(image, data.train[index])
 
 
-def test_neighbours_of_a_file_are_named(run_of_one_epoch, tree, capsys):
-    query = str(tree / 'train' / 'b' / '3.png')
-    checkpoint = run_of_one_epoch / 'model_1.pth'
-    pictures.neighbours(arguments(checkpoint, query=[query]))
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith(f'{query}: train/b/3.png, ')
-    assert said.count('train/') == 10 + 1  # in the query's own name too
-
-
 def test_push_is_the_derivative_of_the_loss_by_a_cosine():
     """By finite differences: the Gram matrix of the views, one cosine moved, factorised again."""
     torch.manual_seed(0)
@@ -508,7 +499,6 @@ def test_a_picture_lies_beside_its_run_or_checkpoint(run_of_one_epoch, tmp_path)
         ('curves nowhere', 'nowhere is not the directory of a run: config.json is missing'),
         ('similarity nowhere/model_1.pth', 'nowhere/model_1.pth: no such file'),
         ('neighbours {foreign}', 'foreign.pth: '),
-        ('neighbours {run}/model_1.pth --query {foreign}', '--query '),
         ('curves {run} --out nowhere/a.png', 'cannot write nowhere/a.png'),
         ('negatives {run}/model_1.pth', '9 images'),
         ('graphs {run}', 'holds no CSV files of misc/graphs.py, or others'),

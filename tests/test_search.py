@@ -15,7 +15,6 @@ from PIL import Image
 import embed
 import model
 import page
-import plot
 import search
 from hardneg.embedded import Embedded, read_embedded, write_embedded
 from hardneg.files import write_tensors
@@ -289,42 +288,3 @@ def test_a_photo_on_its_side_stands_upright_on_the_page(tmp_path):
     Image.new('RGB', (60, 30)).save(tmp_path / 'a.jpg', exif=exif)
     image = Image.open(io.BytesIO(page.thumbnail(tmp_path / 'a.jpg')))
     assert image.size == (30, 60)
-
-
-# The picture
-
-
-def test_neighbours_by_a_file_of_features_are_those_of_a_search(made, tmp_path, capsys):
-    words = ['neighbours', '--features', str(made / 'f.npz')]
-    plot.main(words)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == str(made / 'neighbours.png')
-    assert len(lines) == 6
-    found = read_embedded(made / 'f.npz')
-    for line in lines[:5]:
-        name, _, names = line.partition(': ')
-        row = found.names.tolist().index(name.removeprefix(f'{made}/photos/'))
-        cosine = found.features @ found.features[row]
-        cosine[row] = -2
-        expected = np.sort(cosine)[::-1][:10]
-        own = [cosine[found.names.tolist().index(name)] for name in names.split(', ')]
-        np.testing.assert_allclose(own, expected, atol=1e-6)
-    photo = tmp_path / 'mine.png'
-    shutil.copy(made / 'photos' / '3.png', photo)
-    plot.main([*words, '--query', str(photo), '--out', str(tmp_path / 'n.png')])
-    first = capsys.readouterr().out.splitlines()[0].partition(': ')[2]
-    assert set(first.split(', ')[:2]) == {'3.png', 'sub/copy of 3.png'}
-
-
-@pytest.mark.parametrize(
-    'words, message',
-    [
-        ([], 'give a checkpoint, or --features'),
-        (['--features', 'f.npz', '--fit', 'pad'], '--fit has no effect on --features'),
-        (['--features', 'f.npz', '--memory', '5'], '--memory has no effect on --features'),
-        (['a.pth', 'b.pth', '--features', 'f.npz'], 'give one checkpoint at most'),
-    ],
-)
-def test_flags_that_do_not_fit_features_are_usage_errors(words, message):
-    with pytest.raises(UserError, match=message):
-        plot.main(['neighbours', *words])
