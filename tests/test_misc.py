@@ -635,7 +635,8 @@ def test_python_of_the_pages_gives_what_their_comments_say(tmp_path, monkeypatch
     )
     (loss,) = re.findall('```python\n(.*?)```', (HOME / 'README.md').read_text(), re.S)
     own_images = (HOME / 'docs' / 'own_images.md').read_text()
-    _, encoder, views = re.findall('```python\n(.*?)```', own_images, re.S)  # the first needs faiss
+    # The first needs faiss, the second a file of features.
+    _, _, encoder, views = re.findall('```python\n(.*?)```', own_images, re.S)
 
     exec(loss, {})
     printed = re.findall(r'tensor\((.*)\)', capsys.readouterr().out)
