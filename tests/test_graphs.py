@@ -450,65 +450,42 @@ def test_the_picture_has_a_dot_for_each_repeat_beside_mean_and_deviation(tmp_pat
 # Data sets
 
 
-def test_accuracies_are_those_of_what_the_files_hold_and_no_others(tiny, root, tmp_path, capsys):
-    dice = random.Random(0)
+def test_data_of_one_name_are_told_apart_by_their_digests(tiny, root, tmp_path, capsys):
+    shutil.copytree(root / 'TINY' / 'raw', tmp_path / 'TINY' / 'raw')
+    file = tmp_path / 'TINY' / 'raw' / 'TINY_graph_labels.txt'
+    lines = file.read_text().splitlines(True)
+    file.write_text(''.join(random.Random(0).sample(lines, len(lines))))
+    flags = '--betas 0 --repeats 1 --root'
+    tiny(flags, tmp_path)
+    rows = tiny(flags, root)
+    assert len(rows) == 4
+    shuffled, true = (own['accuracy'].iloc[0] for _, own in rows.groupby('digest', sort=False))
+    assert shuffled < true - 10
+    table = capsys.readouterr().out
+    for digest, accuracy in zip(rows['digest'].unique(), (shuffled, true)):
+        assert f'| TINY {digest} | untrained |  |  | 1 | {accuracy:.1f} ± nan |' in table
+
+
+def test_the_digest_is_that_of_edges_classes_and_labels(root, tmp_path):
+    digests = {g.load(root, 'TINY')[2]}
     changes = dict(
-        graph_labels=lambda lines: dice.sample(lines, len(lines)),
+        graph_labels=lambda lines: lines[::-1],
         A=lambda lines: lines[2:],
         node_labels=lambda lines: [*lines[:-1], '1\n'],
-        graph_indicator=lambda lines: lines,
     )
-    flags = '--betas 0 --repeats 1 --root'
-    digests = {}
     for part, change in changes.items():
-        place = tmp_path / part
-        shutil.copytree(root / 'TINY', place / 'TINY')
-        file = place / 'TINY' / 'raw' / f'TINY_{part}.txt'
-        lines = change(file.read_text().splitlines(True))
-        file.write_text(''.join(lines), newline='\r\n')  # which alone changes nothing
-        rows = tiny(flags, place)
-        lone = tiny(flags, place, '--results_dir', place, file=f'{part}/TINY.csv')
-        digests[part] = lone['digest'][0]
-        own = rows[rows['digest'] == digests[part]].reset_index(drop=True)
-        pd.testing.assert_frame_equal(own.drop(columns='seconds'), lone.drop(columns='seconds'))
-        # PyG's cache would keep old graphs.
-        assert [path.name for path in (place / 'TINY').iterdir()] == ['raw']
-    rows = tiny(flags, root)
-    assert len(rows) == 8
-    assert rows['digest'].nunique() == 4
-    assert digests['graph_indicator'] == g.load(root, 'TINY')[2]
-    table = capsys.readouterr().out
-    accuracies = {}
-    for digest, own in rows.groupby('digest'):
-        accuracies[digest] = own['accuracy'].iloc[0]
-        line = f'| TINY {digest} | untrained |  |  | 1 | {accuracies[digest]:.1f} ± nan |'
-        assert line in table
-    shuffled, true = accuracies[digests['graph_labels']], accuracies[digests['graph_indicator']]
-    assert shuffled < true - 10
-
-
-def test_graphs_are_those_that_pyg_reads(root, tmp_path):
-    raw = shutil.copytree(root / 'TINY', tmp_path / 'TINY') / 'raw'
-    edges = (raw / 'TINY_A.txt').read_text().splitlines()
-    random.Random(0).shuffle(edges)
-    edges += ['7, 7', *edges[:9]]  # a loop, and some edges twice
-    (raw / 'TINY_A.txt').write_text('\n'.join(edges) + '\n')
-    # -1 and 0 are nobody's label.
-    labels = [f'{3 * (i % 2) - 2}, {-i % 3 + 5}\n' for i in range(120)]
-    (raw / 'TINY_node_labels.txt').write_text(''.join(labels))
-    graphs, y, _ = g.load(tmp_path, 'TINY')
-    theirs = pyg.datasets.TUDataset(tmp_path, 'TINY')
-    assert len(graphs) == len(theirs) == 24
-    assert list(y) == [graph.y.item() for graph in theirs]
-    for graph, other in zip(graphs, theirs):
-        assert graph.x.equal(other.x)
-        assert graph.x.shape[1] == 4 + 3
-        assert graph.edge_index.equal(other.edge_index)
+        raw = tmp_path / part / 'TINY' / 'raw'
+        shutil.copytree(root / 'TINY' / 'raw', raw)
+        file = raw / f'TINY_{part}.txt'
+        file.write_text(''.join(change(file.read_text().splitlines(True))))
+        digests.add(g.load(tmp_path / part, 'TINY')[2])
+    assert len(digests) == 4
 
 
 def test_attributes_are_features_standardised(tmp_path):
+    write_tu(tmp_path, 'BARE', [SHAPES['ring']] * 40)
     raw = write_tu(tmp_path, 'ATTR', [SHAPES['ring']] * 40)
-    graphs, y, _ = g.load(tmp_path, 'ATTR')
+    graphs, y, _ = g.load(tmp_path, 'BARE')
     bare = g.train(graphs, y, 'untrained', 0, 0, seed=0)
     dice = random.Random(0)
     lines = []
@@ -526,163 +503,33 @@ def test_attributes_are_features_standardised(tmp_path):
     assert g.train(graphs, y, 'untrained', 0, 0, seed=0) == 100 > bare + 30
 
 
-# Damaged files
-
-
-def numbers(raw, part, kind):
-    """The rows of a file, or None if not every line holds equally many numbers of the kind."""
-    text = (raw / f'TINY_{part}.txt').read_text()
-    if not text.endswith('\n'):
-        return None
-    rows = []
-    try:
-        for line in text.split('\n'):
-            if line:
-                rows.append([kind(cell) for cell in line.split(',')])
-    except ValueError:
-        return None
-    if not rows or any(len(row) != len(rows[0]) for row in rows):
-        return None
-    if kind is int and any(abs(x) >= 2**63 for row in rows for x in row):
-        return None
-    return rows
-
-
-def held(raw):
-    """What the files of TINY hold: the set of edges of each graph, and its class.
-
-    None if they are damaged.
-    """
-    parts = {part: numbers(raw, part, kind) for part, kind in g.PARTS.items()}
-    if None in parts.values():
-        return None
-    A, owner, y = parts['A'], parts['graph_indicator'], parts['graph_labels']
-    if not len(A[0]) - 1 == len(owner[0]) == len(y[0]) == 1:
-        return None
-    owner, y = [row[0] for row in owner], [row[0] for row in y]
-    n, labels, attributes = len(owner), parts['node_labels'], parts['node_attributes']
-    if not n == len(labels) == len(attributes):
-        return None
-    if not all(math.isfinite(x) for row in attributes for x in row):
-        return None
-    if any(abs(x) >= 10_000 for row in labels for x in row):
-        return None
-    if owner != sorted(owner) or sorted(set(owner)) != list(range(1, len(y) + 1)):
-        return None
-    if len(set(y)) < 2 or min(y.count(label) for label in y) < 10:
-        return None
-    edges = [set() for _ in y]
-    for a, b in A:
-        if not 0 < a <= n or not 0 < b <= n or owner[a - 1] != owner[b - 1]:
-            return None
-        first = owner.index(owner[a - 1]) + 1
-        if a != b:
-            edges[owner[a - 1] - 1].add((a - first, b - first))
-    classes = sorted(set(y))
-    return edges, [classes.index(label) for label in y]
-
-
-def damaged_lines(text, dice):
-    """What editors, transfers and other programs make of a file of numbers."""
-    lines = text.splitlines(True)
-    i = dice.choice([dice.randrange(len(lines)), len(lines) - 1])
-    before, line, after = lines[:i], lines[i], lines[i + 1 :]
-    cells = line.rstrip('\n').split(', ')
-    others = '-1 0 1 2 121 999999999999999999999999999999 x nan inf 0.53 1000000000'.split()
-    cells[dice.randrange(len(cells))] = dice.choice(others)
-    changed = [*before, ', '.join(cells) + '\n', *after]
-    choices = [
-        text[: dice.randrange(len(text))],
-        '',
-        '\n',
-        '<!DOCTYPE html>\n<p>Not, found\n',
-        ''.join(before + after),
-        ''.join(changed),
-        ''.join(changed),
-        ''.join(before),
-        text + line,
-        ''.join([*before, line[:-1] + ', 1\n', *after]),
-        text.replace('1', '2'),
-        text.replace('120', '0'),
-        ''.join(dice.sample(lines, len(lines))),
-        text.replace('\n', '.5\n'),
-        text[:-1],
-    ]
-    return dice.choice(choices)
-
-
-@pytest.mark.filterwarnings('ignore:invalid value encountered in cast')  # as the script does
-@pytest.mark.parametrize('part', g.PARTS)
-def test_damaged_files_are_read_as_they_are_or_are_one_line(part, root, tmp_path):
-    raw = shutil.copytree(root / 'TINY', tmp_path / 'TINY') / 'raw'
-    dice = random.Random(part)
-    attributes = ''.join(f'{dice.random()}\n' for _ in range(120))
-    (raw / 'TINY_node_attributes.txt').write_text(attributes)
-    file = raw / f'TINY_{part}.txt'
-    whole = file.read_text()
-    named, digests = 0, {}
-    for i in range(90):
-        text = whole if i == 0 else damaged_lines(whole, dice)
-        file.write_text(text)
-        wanted = held(raw)
-        before = {path: path.read_bytes() for path in tmp_path.rglob('*.*')}
-        try:
-            graphs, y, digest = g.load(tmp_path, 'TINY')
-        except UserError as error:
-            named += 1
-            assert wanted is None, (text, error)
-            assert '\n' not in str(error)
-            assert str(raw) in str(error)
-        else:
-            edges = [set(map(tuple, graph.edge_index.T.tolist())) for graph in graphs]
-            assert wanted == (edges, y.tolist()), text
-            same = digests.setdefault(digest, text) == text
-            assert same or part == 'node_attributes'  # 0.50 is 0.5
-        assert {path: path.read_bytes() for path in tmp_path.rglob('*.*')} == before
-    assert 30 < named < 90
-
-
 def test_sets_are_downloaded(root, tmp_path, monkeypatch):
     monkeypatch.setattr(pyg.datasets.TUDataset, 'url', tmp_path.as_uri())
     shutil.copytree(root / 'TINY/raw', tmp_path / 'zip/TINY')
     shutil.make_archive(tmp_path / 'TINY', 'zip', tmp_path / 'zip')
-    written = []
-    write = g.files.write
-
-    def watched(path, data):
-        written.append(path.name)
-        write(path, data)
-
-    monkeypatch.setattr(g.files, 'write', watched)
     graphs, y, digest = g.load(tmp_path / 'new', 'TINY')
     assert digest == g.load(root, 'TINY')[2]
     assert len(graphs) == len(y) == 24
-    assert len(written) == 4
-    assert written[-1] == 'TINY_A.txt'  # by which a later run knows that all are there
     (tmp_path / 'TINY.zip').unlink()
-    g.load(tmp_path / 'new', 'TINY')
+    assert g.load(tmp_path / 'new', 'TINY')[2] == digest
 
 
-def test_a_download_that_is_no_zip_file_leaves_nothing(tmp_path, monkeypatch):
+def test_data_that_are_missing_or_damaged_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(pyg.datasets.TUDataset, 'url', tmp_path.as_uri())
-    (tmp_path / 'TINY.zip').write_text('<!DOCTYPE html>')
-    with pytest.raises(UserError, match=r'cannot download .*TINY.zip .*not a zip file') as error:
-        g.load(tmp_path / 'new', 'TINY')
-    assert '\n' not in str(error.value)
-    assert not (tmp_path / 'new').exists()
-
-
-def test_missing_data_is_one_line_that_names_folder_and_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(pyg.datasets.TUDataset, 'url', tmp_path.as_uri())
+    raw = write_tu(tmp_path, 'BAD', [SHAPES['ring']] * 24)
+    (raw / 'BAD_graph_labels.txt').write_text('<!DOCTYPE html>\n')
     out = tmp_path / 'out'
-    with pytest.raises(UserError) as error:
-        g.main(['--dataset_name', 'NONE', '--root', str(tmp_path), '--results_dir', str(out)])
-    text = str(error.value)
-    assert '\n' not in text
-    assert f'{tmp_path}/NONE/raw' in text
-    for part in 'A', 'graph_indicator', 'graph_labels', 'node_labels':
-        assert f'NONE_{part}.txt' in text
-    assert not (out / 'NONE.csv').exists()
+    for name in 'NONE', 'BAD':
+        with pytest.raises(UserError, match=f'cannot download or read {name} in ') as error:
+            g.main(['--dataset_name', name, '--root', str(tmp_path), '--results_dir', str(out)])
+        assert '\n' not in str(error.value)
+        assert not (out / f'{name}.csv').exists()
+
+
+def test_classes_of_few_graphs_are_one_line(tmp_path):
+    write_tu(tmp_path, 'FEW', [SHAPES['ring']] * 18)
+    with pytest.raises(UserError, match='FEW must have two classes or more, each of 10 graphs'):
+        g.load(tmp_path, 'FEW')
 
 
 # What users do wrong
