@@ -302,7 +302,7 @@ def train_linear(probe, evaluator, layer, out):
     if args.cached:
         features = all_features(probe, evaluator, data.train)
     else:
-        loader = random_views(probe, batches)
+        loader = labelled_views(args, data.train, batches, probe.device, probe.recipe)
     update_bn = args.bn == 'train'
     if not update_bn:
         test_features = all_features(probe, evaluator, data.test)
@@ -311,7 +311,7 @@ def train_linear(probe, evaluator, layer, out):
     epochs = range(1, args.epochs + 1)
     for epoch in tqdm(epochs, out.name, disable=runtime.no_bar(), leave=False):
         if args.cached:
-            pairs = cached_pairs(features, labels, batches.epoch(epoch))
+            pairs = cached_pairs(features, labels, batches.epoch(epoch, features.device))
         else:
             views = loader.epoch(epoch)
             pairs = features_of_views(net, views, labels, evaluator.autocast, update_bn)
@@ -356,12 +356,11 @@ def all_features(probe, evaluator, images):
     return features
 
 
-def random_views(probe, batches):
-    """DeviceViews of the training images, which move to a GPU if they fit on it."""
-    images = probe.data.train
-    if runtime.fits(probe.device, images):
-        images = images.to(probe.device)
-    return DeviceViews(images, batches, probe.args.image_size, probe.device, probe.recipe)
+def labelled_views(args, images, batches, device, recipe):
+    """DeviceViews of the images, which move to a GPU if they fit on it."""
+    if runtime.fits(device, images):
+        images = images.to(device)
+    return DeviceViews(images, batches, args.image_size, device, recipe)
 
 
 def write_rows(out, rows):

@@ -25,7 +25,7 @@ from hardneg import shapes
 from hardneg.augment import BLUR_SIGMA, CROP_RATIO, JITTER, MEAN, STD, blur_kernel_size
 from hardneg.batches import seeded
 from hardneg.decoding import decoded
-from hardneg.folder import TEST, TRAIN, find_folder, in_any_form
+from hardneg.folder import TEST, TRAIN, find_folder
 from hardneg.runtime import STOP_SIGNALS, UserError, ranks, say
 
 # The data sets
@@ -93,9 +93,9 @@ def load_data(
     if name == 'shapes':
         return shapes_data()
     if name == 'stl10':
-        return stl10_data(in_any_form(root), unlabeled)
+        return stl10_data(root, unlabeled)
     if name in ('cifar10', 'cifar100'):
-        return cifar_data(name.upper(), in_any_form(root))
+        return cifar_data(name.upper(), root)
     if found is None:
         found = find_folder(root, unlabeled, holdout)
     return folder_data(

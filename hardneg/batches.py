@@ -41,8 +41,8 @@ class Batches:
         self.drop_last = drop_last
         self.rank, self.world, _, _ = ranks()
 
-    def epoch(self, epoch):
-        """The shuffle of an epoch, batch by batch: indices (W, B) of images.
+    def epoch(self, epoch, device='cpu'):
+        """The shuffle of an epoch, batch by batch: indices (W, B) of images, on the device.
 
         W is 1, or with labels V.
         """
@@ -52,7 +52,8 @@ class Batches:
             for view in range(1, self.views):
                 other = same_class(self.labels, seeded(self.seed, epoch, 0, view))
                 orders.append(other[order])
-        batches = torch.stack(orders).split(self.batch_size, dim=1)  # W x (n,) -> (W, n) -> (W, B)
+        order = torch.stack(orders).to(device)  # W x (n,) -> (W, n)
+        batches = order.split(self.batch_size, dim=1)  # (W, n) -> (W, B)
         if self.drop_last:
             batches = batches[: self.n // self.batch_size]
         return batches
@@ -108,12 +109,8 @@ class DeviceViews:
             self.stream = torch.cuda.Stream(self.device)
 
     def epoch(self, epoch, start=0):
-        batches = self.batches.epoch(epoch)
-        sizes = [batch.shape[1] for batch in batches]
-        order = torch.cat(batches, dim=1)  # (W, steps * B)
-        if self.resident:
-            order = order.to(self.device)  # once an epoch
-        parts = [self.batches.part(batch, dim=1) for batch in order.split(sizes, dim=1)]
+        batches = self.batches.epoch(epoch, self.images.device)
+        parts = [self.batches.part(batch, dim=1) for batch in batches]
         ahead = None
         if start < len(parts):
             ahead = self.fetch(parts[start])
@@ -123,7 +120,7 @@ class DeviceViews:
             views = []
             for v in range(self.batches.views):
                 own = images[min(v, len(images) - 1)]  # the same images for every view, or its own
-                views.append(self.view(own, sizes[step], generator))
+                views.append(self.view(own, batches[step].shape[1], generator))
             if step + 1 < len(parts):  # while the device makes the views
                 ahead = self.fetch(parts[step + 1])
             yield views, index

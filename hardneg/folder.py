@@ -91,7 +91,7 @@ def find_folder(root, unlabeled=True, holdout=0.0):
     Raises:
         UserError: directories or images are missing, or cannot be read. It names all of them.
     """
-    root = Path(os.path.abspath(in_any_form(Path(root))))  # one name from any directory
+    root = Path(os.path.abspath(root))  # one name from any directory
     listing = Listing(root)
     classes, groups = _layout(listing, unlabeled, holdout)
     files, parts, labels = [], [], []
@@ -461,17 +461,6 @@ def _status(path):
         return os.stat(path)
     except OSError:
         return os.lstat(path)
-
-
-def in_any_form(path):
-    """The path, or the one that is there and differs in Unicode form (NFC, NFD) alone."""
-    if path.exists() or path == path.parent:
-        return path
-    parent = in_any_form(path.parent)
-    for other in parent.glob('*'):
-        if nfc(other.name) == nfc(path.name):
-            return other
-    return parent / path.name
 
 
 def nfc(name):

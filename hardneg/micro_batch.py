@@ -67,10 +67,8 @@ class MicroBatches:
         with self.autocast:
             for part in parts:
                 z.extend(self.embed(*part))
-        for kind in {x.dtype for x in buffers}:  # tensors of one kind are copied by one kernel
-            torch._foreach_copy_(
-                [x for x in buffers if x.dtype == kind], [x for x in before if x.dtype == kind]
-            )
+        for x, old in zip(buffers, before):
+            x.copy_(old)
         return [torch.cat(z[v::V]).requires_grad_() for v in range(V)]  # b/m x (m, D) -> (b, D)
 
     def _reduced(self, last):

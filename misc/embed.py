@@ -32,7 +32,7 @@ from hardneg.decoding import FITS, decode_or_why, tell_of_dark
 from hardneg.embedded import ARRAYS, Embedded, read_embedded, write_embedded
 from hardneg.evaluate import Evaluator
 from hardneg.files import lock
-from hardneg.folder import Listing, in_any_form, own_size
+from hardneg.folder import Listing, own_size
 from hardneg.runtime import UserError, ranks, say
 from model import load_encoder, unit
 
@@ -98,7 +98,7 @@ def main(argv=None):
         )
     fill_sizes(args, net)
     device = runtime.start()
-    root = in_any_form(Path(args.root)).absolute()
+    root = Path(args.root).absolute()
     files = runtime.on_rank0(lambda: image_files(root))  # others may find a new image already
     if before:
         size = before.about['size']

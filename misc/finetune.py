@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hardneg import flags, runs, runtime, timm_models
-from hardneg.batches import Batches, DeviceViews
+from hardneg.batches import Batches
 from hardneg.evaluate import Evaluator
 from hardneg.files import lock, write_table
 from hardneg.runtime import UserError, ranks, say
@@ -29,6 +29,7 @@ from linear import (
     add_label_fraction,
     features_of_views,
     labelled_data,
+    labelled_views,
     one_epoch,
     probe_name,
     replace_files,
@@ -173,12 +174,9 @@ def finetune(args, net, data, out, about):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     autocast = runtime.autocast(device, args.precision)
     evaluator = Evaluator(net, device, autocast)
-    images = data.train
-    if runtime.fits(device, images):
-        images = images.to(device)
     labels, test_labels = data.train_labels.to(device), data.test_labels.to(device)
     batches = Batches(len(labels), args.batch_size, views=1, seed=args.seed, drop_last=False)
-    views = DeviceViews(images, batches, args.image_size, device, flags.recipe(vars(args)))
+    views = labelled_views(args, data.train, batches, device, flags.recipe(vars(args)))
 
     rows = []
     epochs = range(1, args.epochs + 1)

@@ -299,8 +299,8 @@ def test_without_two_classes_all_images_train_without_labels(tmp_path, directori
 
 def test_classes_match_in_any_unicode_form(tmp_path):
     nfc, nfd = (unicodedata.normalize(form, 'é') for form in ('NFC', 'NFD'))
-    make(tmp_path / nfd, f'train/{nfc}', 'train/a', f'test/{nfd}', 'test/a')
-    found = find_folder(tmp_path / nfc)  # the root too
+    make(tmp_path, f'train/{nfc}', 'train/a', f'test/{nfd}', 'test/a')
+    found = find_folder(tmp_path)
     assert found.classes == ['a', nfc]
     assert names(found) == [
         'train/a/x.png',
