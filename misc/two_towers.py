@@ -4,7 +4,7 @@
 
 The modalities are the upper and the lower halves of scikit-learn's digits (8 x 8 pixels). Retrieval
 @1 says how often the other half of a test image is the nearest of all test halves, in both
-directions, as mean and standard deviation over seeds. The script takes seconds on a CPU. It shows
+directions, as mean and standard deviation over seeds. The script takes minutes on a CPU. It shows
 that the call works and learns, on 450 images of ten digits. CLIP's own loss retrieves best here,
 where halves of one digit are often alike. Images and texts may differ.
 """

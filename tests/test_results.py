@@ -1,5 +1,7 @@
 """The kept results: tables and figures of the pages are those of the kept logs."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -68,18 +70,37 @@ def test_figures_of_imagenette_are_those_of_the_logs_kept():
     assert f'kNN is {found[0]}, {found[1]} and {found[2]} % at t = 0.1, 0.2 and 0.3' in text
 
 
-def test_hcl_leads_early_on_photos_and_gains_nothing_in_knn_in_the_end():
-    kept = RESULTS / 'imagenette'
-    leads = []
-    for seed in 0, 1:
+def leads(kept, seeds):
+    """HCL's kNN accuracy less SimCLR's, at the same temperature: a column for each seed, by epoch.
+
+    In points.
+    """
+    found = []
+    for seed in range(seeds):
         simclr, hcl = (
-            pd.read_csv(kept / f'{name}_{seed}' / 'log.csv')['test_acc@1']
+            pd.read_csv(kept / f'{name}_{seed}' / 'log.csv', index_col='epoch')['test_acc@1']
             for name in ('standard', 'hard_b1')
         )
-        leads.append(hcl - simclr)
-    lead = pd.concat(leads, axis=1).mean(axis=1)
+        found.append(hcl - simclr)
+    return pd.concat(found, axis=1)
+
+
+def test_the_lead_of_hcl_on_cifar10_shrinks_as_the_page_says():
+    lead = leads(RESULTS / 'cifar10_30', seeds=3).mean(axis=1)
+    at = [f'{lead[epoch]:.1f}' for epoch in (5, 15, 30)]
+    text = f'{at[0]} points at epoch 5, {at[1]} at epoch 15 and {at[2]} at epoch 30'
+    assert text in ' '.join(PAGE.split())
+
+
+def test_hcl_leads_early_on_photos_and_gains_nothing_in_knn_in_the_end():
+    kept = RESULTS / 'imagenette'
+    own = leads(kept, seeds=2)
+    lead = own.mean(axis=1)
     assert lead[[10, 20, 30, 60]].round().tolist() == [3, 3, 3, 1]
-    assert lead[[80, 90, 100]].abs().max() < 0.5
+    late = [80, 90, 100]
+    assert lead[late].abs().max() < 0.5
+    least, most = own.loc[late].min(axis=None), own.loc[late].max(axis=None)
+    assert f'single seeds by −{-least:.1f} to +{most:.1f}' in ' '.join(PAGE.split())
     row = sweep.make_table(kept, 0.5).set_index('estimator').loc['hard']
     knn, probe = (
         f'{row[f"{name}_gain"]:+.1f} ± {row[f"{name}_gain_std"]:.1f}'
@@ -106,12 +127,29 @@ def test_probes_on_random_views_are_those_of_the_logs_kept():
                 found = f'{pd.read_csv(file)["test_acc@1"].iloc[-1]:.2f}'
             cells.append(found)
         assert f'| {" | ".join(cells)} |' in PAGE
-    means = []
+    last, mean = [], []
     for name in 'standard_0', 'hard_b1_0':
         accuracies = pd.read_csv(kept / name / 'model_100_linear.csv')['test_acc@1']
-        means.append(f'{accuracies[-20:].mean():.1f} % for')
-    words = f'last twenty epochs is {means[0]} SimCLR and {means[1]} HCL'
-    assert words in ' '.join(PAGE.split())
+        last.append(accuracies.iloc[-1])
+        mean.append(accuracies[-20:].mean())
+    page = ' '.join(PAGE.split())
+    assert f'by {last[1] - last[0]:.1f} points after the last epoch' in page
+    apart = f'{mean[1] - mean[0]:.1f}'
+    words = f'{mean[0]:.1f} % for SimCLR and {mean[1]:.1f} % for HCL, {apart} points apart'
+    assert f'last twenty epochs is {words}' in page
+    first = ' '.join((HOME / 'README.md').read_text().split())
+    assert f'{apart} in the probe on random views (one seed, the mean of its last 20' in first
+
+
+def test_figures_of_digits_and_sequences_are_those_that_were_printed():
+    digits = (RESULTS / 'timings' / 'two_towers.txt').read_text()
+    clip, half, one, _ = re.findall(r'[\d.]+ ± [\d.]+', digits)
+    recipes = ' '.join((HOME / 'docs' / 'recipes.md').read_text().split())
+    told = f'{clip} % over five seeds (chance: 0.2 %), against {half} with β = 0.5 and {one} with'
+    assert told in recipes
+    sequences = (RESULTS / 'timings' / 'sequences.txt').read_text()
+    for figures in re.findall(r'kNN ([\d.]+ ± [\d.]+)', sequences):
+        assert figures in ' '.join(PAGE.split())
 
 
 # What alignment, uniformity and RankMe say
