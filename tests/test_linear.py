@@ -130,10 +130,11 @@ def test_probes_of_two_checkpoints_share_the_lock_of_the_untrained_one_alone(cop
     assert locked == names
 
 
-def test_another_programs_model_0_is_not_called_untrained(copied, capsys):
+def test_another_programs_model_0_is_not_called_untrained(copied, tree, capsys):
     shutil.copy(copied / 'model_3.pth', copied / 'model_0.pth')
     (copied / 'config.json').unlink()
-    probe(copied, '--epochs', '1', '--dataset_name', 'shapes', '--image_size', '24')
+    data = ['--dataset_name', 'folder', '--root', str(tree), '--image_size', '8']
+    probe(copied, '--epochs', '1', *data)
     assert 'untrained' not in capsys.readouterr().out
     assert not list(copied.glob('model_0_*'))
 

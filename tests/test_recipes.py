@@ -17,10 +17,10 @@ RECIPES = dict(re.findall(r'## ([^\n]*)\n(?:[^`#][^\n]*\n|\n)*```python\n(.*?)``
 ALONE = (
     'A plain loop',
     'A batch larger than memory',
-    'A queue of keys, as in MoCo',
+    'A queue of keys and a momentum encoder, after MoCo',
     'Mined hard negatives of retrieval',
     'CLIP with a learnable temperature',
-    'Known classes: supervised contrastive learning with hard negatives',
+    'Known classes: no false negatives',
 )
 
 
