@@ -459,6 +459,17 @@ def test_the_push_on_the_circle_is_the_derivative_of_one_images_loss(tau_plus, b
     torch.testing.assert_close(found, cosine.grad)
 
 
+def test_negatives_that_the_loss_pulls_are_hollow_and_no_part_of_the_push():
+    figure = pictures.circle(None)
+    hollow, shares = [], []
+    for panel in figure.axes:
+        points = [points for points in panel.collections if len(points.get_facecolors()) == 0]
+        hollow.append(sum(len(some.get_offsets()) for some in points))
+        shares.append(panel.texts[0].get_text().partition('\n')[0])
+    assert hollow == [0, 0, 17]  # of SimCLR, DCL and HCL
+    assert shares == ['68 % of the push', '68 % of the push', '98 % of the push']
+
+
 def test_the_circle_needs_no_run(tmp_path):
     plot.main(['circle', '--out', str(tmp_path / 'circle.png')])
     assert plt.imread(tmp_path / 'circle.png').shape[1] == 1280
