@@ -17,7 +17,13 @@ PAGE = (RESULTS / 'README.md').read_text()
 
 @pytest.mark.parametrize(
     'name, seeds',
-    [('cifar10', 3), ('cifar10_temperature', 3), ('cifar10_labels', 1), ('cifar100', 3)],
+    [
+        ('cifar10', 3),
+        ('cifar10_temperature', 3),
+        ('cifar10_labels', 1),
+        ('cifar100', 3),
+        ('imagenette_20_epochs', 1),
+    ],
 )
 def test_tables_kept_are_those_of_the_logs_kept(name, seeds):
     kept = RESULTS / name
@@ -110,6 +116,23 @@ def test_hcl_leads_early_on_photos_and_gains_nothing_in_knn_in_the_end():
     assert f'{knn} in kNN, {probe} in the probe on fixed features' in text
 
 
+def test_the_leads_of_all_objectives_after_20_epochs_are_those_of_the_logs_kept():
+    kept = RESULTS / 'imagenette_20_epochs'
+    accuracies = {}
+    for directory in kept.glob('*_0'):
+        log = pd.read_csv(directory / 'log.csv', index_col='epoch')['test_acc@1']
+        accuracies[directory.name] = log
+    gain = pd.DataFrame(accuracies).sub(accuracies['standard_0'], axis=0)
+    hcl = gain[['hard_b0.5_0', 'hard_b1_0', 'hard_b2_0']].round()
+    assert (hcl.loc[10].min(), hcl.loc[10].max()) == (4, 6)
+    assert (hcl.loc[20].min(), hcl.loc[20].max()) == (1, 2)
+    assert gain.loc[[10, 20], 'debiased_0'].tolist() == pytest.approx([-1.5, -1.5], abs=0.1)
+    in_bf16 = leads(RESULTS / 'imagenette', seeds=2).loc[20]
+    assert f'{in_bf16.min():.1f} and {in_bf16.max():.1f} points at epoch 20' in ' '.join(
+        PAGE.split()
+    )
+
+
 def test_probes_on_random_views_are_those_of_the_logs_kept():
     kept = RESULTS / 'imagenette'
     encoders = {
@@ -160,7 +183,8 @@ def test_figures_of_digits_and_sequences_are_those_that_were_printed():
     [
         ('CIFAR-10, 5 epochs', ['cifar10', 'cifar10_temperature']),
         ('CIFAR-10, 30 epochs', ['cifar10_30']),
-        ('Imagenette, 20 epochs', ['imagenette_held_out']),
+        ('Imagenette, held out, 20 epochs', ['imagenette_held_out']),
+        ('Imagenette, 20 epochs', ['imagenette_20_epochs']),
         ('Imagenette, 100 epochs', ['imagenette']),
     ],
 )
