@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import secrets
 import shutil
@@ -141,12 +142,14 @@ def _read(index):
         about = json.loads(index.read_bytes())
         digests = np.array(about['digests'], np.uint64)
         shape = int((digests != 0).sum()), 3, about['size'], about['size']
-        if shape[0] == 0:  # an empty file cannot be mapped
-            images = np.empty(shape, np.uint8)
-        else:
-            images = np.asarray(np.memmap(index.with_name(about['rows']), np.uint8, 'r', 0, shape))
+        rows = index.with_name(about['rows'])
+        if rows.stat().st_size != math.prod(shape):
+            return None
+        images = np.empty(shape, np.uint8)
+        if len(images):  # an empty file cannot be mapped
+            images = np.asarray(np.memmap(rows, np.uint8, 'r', 0, shape))
         return Decoded(images, about['keys'], digests, about['damaged'])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

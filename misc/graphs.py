@@ -328,7 +328,8 @@ def load(root, name):
     except Exception as error:  # whatever the network, or pyg's parser of damaged files, ends with
         reason = ' '.join(str(error).split())
         raise UserError(
-            f'cannot download or read {name} in {root} ({type(error).__name__}: {reason:.200})'
+            f'cannot download or read {name} in {root} ({type(error).__name__}: {reason:.200}). If '
+            f'{Path(root, name)} is damaged, delete it, and it is downloaded again'
         ) from None
     _, members = y.unique(return_counts=True)
     if y.is_floating_point() or len(members) < 2 or members.min() < 10:
@@ -352,7 +353,8 @@ def features(graphs, attributes):
         for values in x[:, :attributes].double().T:
             if (values != values[0]).any():  # a constant tells nothing
                 columns.append(standardized(values))
-        columns.append(x[:, attributes:])
+        if x.shape[1] > attributes:
+            columns.append(x[:, attributes:])
     if not columns:
         degrees = [graph.edge_index[0].bincount(minlength=graph.num_nodes) for graph in graphs]
         degrees = torch.cat(degrees)

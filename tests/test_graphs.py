@@ -246,6 +246,13 @@ def test_nodes_without_features_get_their_degree_one_hot(tmp_path):
     assert graphs[0].x.tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]]
 
 
+def test_nodes_with_constant_attributes_alone_get_their_degree(tmp_path):
+    raw = write_tu(tmp_path, 'SAME', [SHAPES['path']] * 20, labels=False)
+    (raw / 'SAME_node_attributes.txt').write_text('7.5\n' * 80)
+    graphs, _, _ = g.load(tmp_path, 'SAME')
+    assert graphs[0].x.tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0]]
+
+
 def test_degrees_of_1000_and_more_are_standardised(tmp_path):
     star = [(0, k) for k in range(1, 1001)]
     write_tu(tmp_path, 'STAR', [star] + [SHAPES['path']] * 19, labels=False)
