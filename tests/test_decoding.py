@@ -487,14 +487,20 @@ def test_a_damaged_file_is_noticed_and_made_again(root, cache, decoded):
         return data.digest, data.damaged, data.train.tolist()
 
     first = loaded()
+    damages = [
+        lambda good: good[:-1],
+        lambda good: b'',
+        lambda good: b'hello',
+        lambda good: b'[1, 2]',
+        lambda good: b'{"digests": [-5]}',
+        lambda good: good.replace(b'"size": 24', b'"size": 16') + b' ',
+    ]
     for which in 0, 1:
-        good = files_of(cache)[which].read_bytes()
-        damages = [good[:-1], b'', b'hello', b'[1, 2]']
-        if which == 0:
-            damages += [good.replace(b'"size": 24', b'"size": 16'), b'{"digests": [-5]}']
-        for content in damages:
+        for damage in damages:
             decoded.clear()
-            files_of(cache)[which].write_bytes(content)
+            file = files_of(cache)[which]
+            content = damage(file.read_bytes())
+            file.write_bytes(content)
             assert loaded() == first, content
             assert 'a.png' in decoded, content
         files_of(cache)[which].unlink()
