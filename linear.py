@@ -12,9 +12,9 @@ probe writes model_400_linear.csv, with a row for each epoch, its settings in a 
 weights and classes in a .pth, beside the checkpoint. With the flags above the names are
 linear_bn_train, linear_cached, logistic and linear_0.01; with another data set they have its name.
 An earlier probe's files are replaced only when the new probe has ended. The result is that of the
-last epoch, not the best on the test set. If the encoder before training, model_0.pth, lies beside
-the checkpoint, it is probed too, once for all probes with the same flags and data. --prefix takes
-one encoder of a checkpoint that holds several, as MoCo's do.
+last epoch, not the best on the test set. If the checkpoint is of a run, and the encoder before
+training, model_0.pth, lies beside it, that is probed too, once for all probes with the same flags
+and data. --prefix takes one encoder of a checkpoint that holds several, as MoCo's do.
 """
 
 import math

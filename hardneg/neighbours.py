@@ -74,9 +74,10 @@ def joined_by_cosine(features, least):
     """Labels (n,) of the rows, equal if a chain of pairs with a cosine of `least` joins them."""
     label = torch.arange(len(features))
     waiting, count = [], 0
-    for first, second in _pairs_in_tiles(features, least):
-        waiting.append((first, second))
-        count += len(first)
+    for a, b, cosine in _tiles(features):
+        i, j = cosine.ge(least - COSINE_ROUNDING).nonzero().T  # (links, 2) -> 2 x (links,)
+        waiting.append(((i + a).cpu(), (j + b).cpu()))
+        count += len(i)
         if count > LINKS:
             label = _joined(label, *(torch.cat(rows) for rows in zip(*waiting)))
             waiting, count = [], 0
@@ -149,14 +150,6 @@ def _tiles(features):
             lower = torch.ones_like(cosine, dtype=torch.bool).tril()
             cosine.masked_fill_(lower, -math.inf)
         yield a, b, cosine
-
-
-def _pairs_in_tiles(features, least):
-    """Yield i and j, (pairs,) each, of the pairs of each tile that has some, on the CPU."""
-    for a, b, cosine in _tiles(features):
-        i, j = cosine.ge(least - COSINE_ROUNDING).nonzero().T  # (pairs, 2) -> 2 x (pairs,)
-        if len(i):
-            yield (i + a).cpu(), (j + b).cpu()
 
 
 def _joined(label, first, second):

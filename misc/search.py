@@ -170,11 +170,11 @@ def search_photos(args, embedded, device, out):
     print(out)
 
 
-def open_encoder(embedded, device, model_path=None, arch=None):
+def open_encoder(embedded, device, model_path, arch):
     """The Evaluator of the encoder of an Embedded.
 
     Args:
-        model_path: the encoder, if it is not where it was.
+        model_path: the encoder, if it is not where it was, or None.
         arch: timm/NAME, of a file of timm's weights; None: that of the Embedded.
 
     Raises:
