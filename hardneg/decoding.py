@@ -145,9 +145,10 @@ def _read(index):
         rows = index.with_name(about['rows'])
         if rows.stat().st_size != math.prod(shape):
             return None
-        images = np.empty(shape, np.uint8)
-        if len(images):  # an empty file cannot be mapped
+        if shape[0]:
             images = np.asarray(np.memmap(rows, np.uint8, 'r', 0, shape))
+        else:  # an empty file cannot be mapped
+            images = np.empty(shape, np.uint8)
         return Decoded(images, about['keys'], digests, about['damaged'])
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
