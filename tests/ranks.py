@@ -161,14 +161,14 @@ SMALL = '--arch resnet18 --width 0.25 --feature_dim 8 --hidden_dim 16 --optimize
 
 
 def weights_after_steps(rank, world):
-    """The weights after ten steps of SGD in float64, by the images of a part and joint views.
+    """The weights after four steps of SGD in float64, by the images of a part and joint views.
 
     On one process for the parts of any number of ranks; on several, also for all of a rank's
     images at once.
     """
     B, found = 32, {}
     generator = torch.Generator().manual_seed(2)
-    steps = torch.randn(10, 2, B, 3, 8, 8, generator=generator).double()
+    steps = torch.randn(4, 2, B, 3, 8, 8, generator=generator).double()
     sizes = (16, 8)
     if world > 1:
         sizes = (None, 8)

@@ -189,28 +189,6 @@ def test_the_roof_is_that_of_the_slower_of_matmul_and_copy(copy, expected, monke
     assert least == pytest.approx(expected)
 
 
-def test_all_keeps_the_rows_of_every_bench(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, 'LOSS_SIZES', (16,))
-    monkeypatch.setattr(bench, 'LARGE_LOSS', 64)
-    monkeypatch.setattr(bench, 'AUGMENT_SIZE', 32)
-    threads = []
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
-    monkeypatch.setattr(torch, 'set_num_threads', threads.append)
-    file = tmp_path / 'rows.csv'
-    bench.main(['all', '--device', 'cpu', '--repeat', '1', '--csv', str(file), *tiny])
-    assert threads == [1, 2]  # one for the views alone
-    rows, printed = pd.read_csv(file), capsys.readouterr().out
-    for part, count in (('loss', 4), ('views', 3), ('step', 2), ('main.py', 1)):
-        assert rows['what'].str.contains(part).sum() >= count, part
-    assert (rows['ours_ms'] > 0).all()
-    assert rows['ratio'].isna().sum() == 1  # the loss that nothing else can compute
-    expected = rows['reference_ms'] / rows['ours_ms']
-    assert rows['ratio'].dropna().tolist() == pytest.approx(expected.dropna().tolist())
-    for what, ratio in zip(rows['what'][1:], rows['ratio'][1:]):
-        assert f'{what}, ' in printed
-        assert f'ratio {ratio:.3g}' in printed
-
-
 def test_views_of_other_libraries_look_alike(monkeypatch):
     """The same recipe by other hands agrees in mean, spread and sharpness."""
     monkeypatch.setattr(bench, 'AUGMENT_SIZE', 32)
