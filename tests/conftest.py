@@ -28,6 +28,7 @@ HOME = Path(__file__).parents[1]
 CACHE = tempfile.TemporaryDirectory()  # the user's is never written; deleted when this process ends
 os.environ['XDG_CACHE_HOME'] = CACHE.name
 os.environ['OMP_NUM_THREADS'] = '1'
+os.fsync = lambda descriptor: None  # it is slow, and no test ends in a power cut
 os.environ['PYTHONPATH'] = os.pathsep.join(str(HOME / part) for part in ('', 'misc', 'tests'))
 # The tensors of the tests are too small to share, and their bits must not depend on the machine.
 torch.set_num_threads(1)
@@ -88,12 +89,15 @@ class Job:
         cwd: its working directory.
         strike: (call, n, signum) sends a forked script the signal when it calls the function of
             this name, such as 'os.replace', for the nth time.
+        encoding: of what a forked script prints; None: the locale's.
     """
 
-    def __init__(self, script, flags, torchrun=(), env=None, cwd=None, strike=None, **popen):
+    def __init__(
+        self, script, flags, torchrun=(), env=None, cwd=None, strike=None, encoding=None, **popen
+    ):
         command = [str(HOME / script), *map(str, flags)]
         if not (torchrun or env or popen):
-            self.process = Forked(command, cwd, strike)
+            self.process = Forked(command, cwd, strike, encoding)
             return
         start = [sys.executable]
         if torchrun:
@@ -125,10 +129,10 @@ class Job:
 class Forked:
     """What a Job needs of subprocess.Popen, of a process that starts in a tenth of a second."""
 
-    def __init__(self, command, cwd, strike):
+    def __init__(self, command, cwd, strike, encoding):
         self.texts = [Path(tempfile.mkstemp()[1]) for _ in range(2)]  # of stdout and stderr
         forkserver = multiprocessing.get_context('forkserver')
-        arguments = command, dict(os.environ), cwd or os.getcwd(), self.texts, strike
+        arguments = command, dict(os.environ), cwd or os.getcwd(), self.texts, strike, encoding
         self.forked = forkserver.Process(target=execute, args=arguments)
         self.forked.start()
         self.pid = self.forked.pid
@@ -154,12 +158,12 @@ class Forked:
         return said
 
 
-def execute(command, environment, cwd, texts, strike):
+def execute(command, environment, cwd, texts, strike, encoding):
     """Become `python COMMAND`."""
     for descriptor, path in zip((1, 2), texts):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
-    sys.stdout = open(1, 'w', closefd=False)
-    sys.stderr = open(2, 'w', closefd=False)
+    sys.stdout = open(1, 'w', encoding=encoding, closefd=False)
+    sys.stderr = open(2, 'w', encoding=encoding, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

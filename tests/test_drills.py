@@ -1,12 +1,18 @@
-"""The real scripts as processes: signals, two runs in one place, places that cannot be written."""
+"""Processes: signals, two runs in one place, places that cannot be written, freed memory."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import Job, assert_same_outcome, outcome
+
+from hardneg import runtime
 
 
 def wait_for(condition, job, timeout=300):
@@ -70,7 +76,7 @@ def test_a_second_run_in_one_directory_is_refused(flags, run, tmp_path):
 def test_a_terminal_without_letters_but_ascii_changes_nothing(tiny, run, tmp_path):
     results = tmp_path / 'Ergebnisse ü 結果'
     command = [*tiny, '--epochs', '1', '--results_dir', results]
-    job = run('main.py', command, env={'PYTHONIOENCODING': 'ascii'})
+    job = run('main.py', command, encoding='ascii')
     assert job.code == 0
     assert job.err == ''
     assert job.out.splitlines()[-1].startswith('Finished')
@@ -103,3 +109,27 @@ def test_damaged_images_end_a_run_before_training(tiny, run, tmp_path):
     assert '4 images damaged or too large' in job.err
     assert 'Traceback' not in job.err
     assert not (tmp_path / 'r').exists()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc alone is told')
+def test_on_a_cpu_freed_memory_stays_for_what_comes_next():
+    forkserver = multiprocessing.get_context('forkserver')
+    with forkserver.Pool(1, maxtasksperchild=1) as fresh:  # a process for each
+        alone = fresh.apply(memory_after_use, (False,))
+        started = fresh.apply(memory_after_use, (True,))
+    assert alone < 50
+    assert started > 190
+
+
+def memory_after_use(started):
+    """The growth of the resident memory, in MB, after 200 MB were used and freed."""
+    if started:
+        runtime.start()
+
+    def resident():
+        return int(Path('/proc/self/statm').read_text().split()[1]) * 4096 / 1e6
+
+    before = resident()
+    x = torch.ones(50_000_000)
+    del x
+    return resident() - before

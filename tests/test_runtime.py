@@ -1,13 +1,10 @@
 """Ranks, devices and signals; what a machine cannot do is said before any data is read."""
 
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
@@ -202,30 +199,6 @@ def test_a_rank_joins_its_group_with_its_device(
     else:
         assert done == [(backend, 1, 4, runtime.TIMEOUT, None)]
     assert whole.get(f'{restart or 0}/key') == b'value'
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='glibc alone is told')
-def test_on_a_cpu_freed_memory_stays_for_what_comes_next():
-    forkserver = multiprocessing.get_context('forkserver')
-    with forkserver.Pool(1, maxtasksperchild=1) as fresh:  # a process for each
-        alone = fresh.apply(memory_after_use, (False,))
-        started = fresh.apply(memory_after_use, (True,))
-    assert alone < 50
-    assert started > 190
-
-
-def memory_after_use(started):
-    """The growth of the resident memory, in MB, after 200 MB were used and freed."""
-    if started:
-        runtime.start()
-
-    def resident():
-        return int(Path('/proc/self/statm').read_text().split()[1]) * 4096 / 1e6
-
-    before = resident()
-    x = torch.ones(50_000_000)
-    del x
-    return resident() - before
 
 
 def test_a_rank_that_waits_for_others_says_where(monkeypatch, capsys):
