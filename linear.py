@@ -125,6 +125,10 @@ def arguments(argv=None):
     return args
 
 
+class NotFinite(UserError):
+    """Features overflow the precision."""
+
+
 @dataclass
 class Probe:
     """What the probes of the trained and of the untrained encoder share."""
@@ -142,9 +146,10 @@ def main(argv=None):
     net = load_encoder(args.model_path, args.prefix, args.arch)
     flags.fill_precision(args, arch=net.backbone['arch'])
     path = timm_models.place(args.model_path, args.results_dir)
-    config = runs.read_config(path.with_name('config.json'))
+    config = config_of(args.model_path)
     data, settings, own = labelled_data(args, config, net)
     device = runtime.start()
+    runtime.check_same_data(data.digest, device)
     name = probe_name(args, data, own, kind(args))
     untrained = path.with_name('model_0.pth')
     logged = {}
@@ -163,12 +168,22 @@ def main(argv=None):
         accuracy = runtime.on_rank0(lambda: probed_before(probe, untrained))
         if accuracy is None:
             start = load_model(untrained, head=False)
-            accuracy, _ = probe_encoder(probe, untrained, start, untrained)
+            try:
+                accuracy, _ = probe_encoder(probe, untrained, start, untrained)
+            except NotFinite:  # the trained encoder's are
+                accuracy = math.nan
         before = 'untrained'
         if settings.get('init'):
             before = 'before training'
         text += f'; {before}: {summary(args.probe, accuracy, knn.get(untrained.name))}'
     say(f'{text}; files in {path.parent}')
+
+
+def config_of(source):
+    """The config.json beside a checkpoint, or None; None for timm's weights."""
+    if timm_models.names_weights(source):
+        return None
+    return runs.read_config(Path(source).with_name('config.json'))
 
 
 def summary(probe, accuracy, knn):
@@ -348,11 +363,11 @@ def train_logistic(probe, evaluator, layer):
 
 
 def all_features(probe, evaluator, images):
-    """f's features (n, F) of all images at the size for tests; UserError if they overflow."""
+    """f's features (n, F) of all images at the size for tests; NotFinite if they overflow."""
     features = evaluator.features(images, torch.arange(len(images)), probe.args.test_size)
     if not features.isfinite().all():
         precision = probe.args.precision
-        raise UserError(f'features are not finite with --precision {precision}: try fp32')
+        raise NotFinite(f'features are not finite with --precision {precision}: try fp32')
     return features
 
 

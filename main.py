@@ -423,6 +423,7 @@ def main(argv=None):
     data = load(args, needs_no_labels(args), found)
     check_data(args, data)
     device = runtime.start()
+    runtime.check_same_data(data.digest, device)
     saved = runtime.on_rank0(lambda: runs.open_run(results, vars(args), defaults(), data, device))
 
     torch.backends.cudnn.benchmark = True
@@ -430,14 +431,16 @@ def main(argv=None):
     net, scaler = train_step.net, train_step.scaler
     steps = len(data.train) // args.batch_size
     progress = runs.Progress(losses=torch.zeros(steps, device=device))
-    if saved:
+    resumed = saved is not None
+    if resumed:
         runs.restore(results, saved, progress, net, train_step.optimizer, scaler)
+    del init, found, saved  # they may take gigabytes
     if progress.epoch == args.epochs:
         # A kill between the two writes leaves last.pth without the last row of the log.
         runtime.on_rank0(lambda: write_table(results / 'log.csv', progress.log, runs.LOG))
         say(f'{results} holds this run, finished: {describe(progress.log[-1])}')
         return
-    if saved:
+    if resumed:
         say(f'Continuing {results} in epoch {progress.epoch + 1} after step {progress.step}')
     if args.compile:
         say('Compiling takes one to three minutes, before the first step')
@@ -448,7 +451,6 @@ def main(argv=None):
     loader = training_views(args, data, device)
     labels = data.train_labels.to(device)
     identity = dict(settings=vars(args), data_digest=data.digest)
-    resumed = saved is not None
     saver = runs.Saver(results, identity, net, train_step.optimizer, scaler, resumed)
     look_every = 20 if device.type == 'cuda' else 1  # a look waits for the device
     bar = tqdm(
@@ -782,9 +784,14 @@ def monitor(args, data, evaluator):
 
 
 def knn_accuracies(args, data, evaluator, labelled):
-    """kNN accuracies @1 and @5, in percent, by the training images at the indices labelled (n,)."""
+    """kNN accuracies @1 and @5, in percent, by the training images at the indices labelled (n,).
+
+    They are NaN if features overflow, as fp16 does in untrained networks of 100 layers.
+    """
     memory = evaluator.features(data.train, labelled, args.test_size)
     queries = evaluator.features(data.test, torch.arange(len(data.test)), args.test_size)
+    if not (memory.isfinite().all() and queries.isfinite().all()):
+        return math.nan, math.nan
     memory_labels = data.train_labels[labelled].to(memory.device)
     labels = data.test_labels.to(memory.device)
     return knn(memory, queries, memory_labels, labels, args.k, args.knn_temperature)

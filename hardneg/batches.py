@@ -7,8 +7,8 @@ import torch
 from hardneg.augment import parameters, transform, uniforms
 from hardneg.runtime import ranks
 
-# What is made into views at a time: on a CPU images that fit a core's cache; on a GPU pixels of
-# images, as they take some 60 bytes each
+# What is made into views at a time: on a CPU images, which fit a core's cache if they are small; on
+# a GPU pixels of images, as they take some 60 bytes each
 CPU_IMAGES = 48
 GPU_PIXELS = 2**24
 
@@ -76,6 +76,19 @@ def same_class(labels, generator):
 def random_views(images, u, size, **recipe):
     """Images (n, 3, H, W) uint8 and their uniforms() u -> views (n, 3, size, size) uint8."""
     return transform(images, parameters(u, *images.shape[2:], **recipe), size)
+
+
+def views_in_parts(images, u, size, recipe, make=random_views):
+    """random_views() of a few images at a time, or make() of them, as they take much memory."""
+    n = CPU_IMAGES
+    if images.device.type != 'cpu':
+        H, W = images.shape[2:]
+        n = max(1, GPU_PIXELS // (H * W))
+    views = []
+    for i in range(0, max(1, len(images)), n):
+        some = [x[i : i + n] for x in u]
+        views.append(make(images[i : i + n], some, size, **recipe))
+    return torch.cat(views)
 
 
 class DeviceViews:
@@ -153,12 +166,4 @@ class DeviceViews:
     def view(self, images, whole, generator):
         """A random view of each image. Every rank draws the numbers of the whole batch."""
         u = [self.batches.part(x) for x in uniforms(whole, generator)]
-        n = CPU_IMAGES
-        if self.device.type != 'cpu':
-            H, W = images.shape[2:]
-            n = max(1, GPU_PIXELS // (H * W))
-        views = []
-        for i in range(0, max(1, len(images)), n):
-            some = [x[i : i + n] for x in u]
-            views.append(self.random_views(images[i : i + n], some, self.size, **self.recipe))
-        return torch.cat(views)
+        return views_in_parts(images, u, self.size, self.recipe, self.random_views)

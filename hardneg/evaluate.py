@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hardneg.augment import draw, transform
-from hardneg.batches import seeded
+from hardneg.augment import uniforms
+from hardneg.batches import seeded, views_in_parts
 from hardneg.runtime import no_bar, ranks, sum_ranks
 
 BLOCK = 256  # images that one rank encodes before the next block
@@ -59,9 +59,8 @@ class Evaluator:
         """
         z = torch.zeros(len(index), self.net.g[-1].out_features, device=self.device)
         for i, x in self._blocks(images, index):
-            generator = seeded(view, i, device=self.device)
-            parameters = draw(len(x), *x.shape[2:], generator, **recipe)
-            feature = self.encode(transform(x, parameters, size), size)
+            u = uniforms(len(x), seeded(view, i, device=self.device))
+            feature = self.encode(views_in_parts(x, u, size, recipe), size)
             with self.autocast:
                 z[i : i + BLOCK] = self.net.embed(feature)
         return sum_ranks(z)

@@ -17,7 +17,7 @@ import filelock
 import pandas as pd
 import torch
 
-from hardneg.runtime import UserError
+from hardneg.runtime import UserError, is_memory_error
 
 # What every JSON file of a run or a probe holds, and no other program's
 MARK = 'data_digest'
@@ -43,9 +43,11 @@ def write_by(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too
         with contextlib.suppress(OSError):
             part.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f'cannot write {path} ({error.strerror}); what was saved before is untouched'
         ) from error
@@ -74,7 +76,7 @@ def write_json(path, content):
 
 def write_tensors(path, content):
     """torch.save() to path."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # on a full disk torch.save() raises errors that do not say so
     torch.save(content, buffer)
     write(path, buffer.getbuffer())
 
@@ -238,6 +240,8 @@ def read_checkpoint(path):
             f'{_saving_tensors(Path(path))}'
         ) from error
     except Exception as error:  # torch.load and zipfile raise many kinds for a damaged file
+        if is_memory_error(error):
+            raise
         reason = ''
         if isinstance(error, (OSError, zipfile.BadZipFile)):
             reason = f' ({error})'

@@ -113,8 +113,8 @@ def contrastive_loss(
         group: a torch.distributed ProcessGroup. None: the default group, if initialised.
             False: this process alone.
 
-    Returns a scalar: float64 if an input is float64, else float32, under autocast too. NaN in a
-    view gives NaN.
+    Returns a scalar: float64 if a view or a negative is float64, else float32, under autocast too.
+    NaN in a view gives NaN.
 
     Raises ValueError that names the argument and what it got. A second derivative raises
     RuntimeError.
@@ -123,8 +123,8 @@ def contrastive_loss(
     batch. `negatives` meet the anchors of their rank alone. Gradients at views and negatives are
     scaled so that DistributedDataParallel's mean over ranks is the whole batch's gradient. A
     tensor temperature gets the whole batch's gradient on every rank. Unequal numbers of samples
-    are a ValueError on every rank on a CPU. On a GPU the check would make the host wait: there
-    the job hangs or crashes.
+    are a ValueError on every rank on a CPU. On a GPU the check would make the host wait, and
+    compiled code has none: there the job hangs or crashes.
     """
     _check_rows(views, negatives)
     _check_numbers(temperature, tau_plus, beta, chunk_size, views[0].device)

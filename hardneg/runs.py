@@ -90,7 +90,7 @@ STATE = (
     'optimizer',
     'scaler',
 )
-SAVE_SECONDS = 600  # last.pth is never older
+SAVE_SECONDS = 600  # last.pth is not older while steps are taken
 
 
 # A run that is going on

@@ -174,6 +174,16 @@ def on_rank0(function):
     return result
 
 
+def check_same_data(digest, device):
+    """Raise UserError on every rank if the digest of the data is not the same on all of them."""
+    differs = digest != on_rank0(lambda: digest)
+    if sum_ranks(torch.tensor(int(differs), device=device)):
+        raise UserError(
+            'the ranks found different images: a machine has another copy, or files came or went '
+            'as the run started'
+        )
+
+
 def sum_ranks(x):
     """The sum of x over all ranks, in place."""
     if ranks().world > 1:
@@ -212,8 +222,9 @@ def averaged_buffers(net):
     world = ranks().world
     averaged = {}
     if world > 1:
+        kept = net.state_dict()  # timm's networks have buffers that are not in it
         for name, buffer in net.named_buffers():
-            if buffer.is_floating_point():
+            if name in kept and buffer.is_floating_point():
                 averaged[name] = sum_ranks(buffer.clone()).div_(world)
     return averaged
 
@@ -467,6 +478,11 @@ class Signals:
 # How a script ends
 
 
+def is_memory_error(error):
+    """Whether the host's memory is full, by an error of Python or of torch."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 def memory_reason(error):
     """The first sentence of an out-of-memory error; the rest are numbers for programmers."""
     return str(error).partition('. ')[0]
@@ -497,7 +513,7 @@ def run(main):
             'the CPU by CUDA_VISIBLE_DEVICES='
         )
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words
+        if is_memory_error(error):
             sys.exit('error: memory is full: lower --batch_size, or free memory')
         if 'DataLoader worker' in str(error):
             sys.exit(

@@ -13,9 +13,10 @@ what it has every ten minutes, and the same command goes on from there.
 Sizes, and how images become squares, are the run's, from the config.json beside the checkpoint.
 Damaged and too large images are left out; about names them. misc/search.py searches the file, and
 finds near-duplicates in it. The features are kept in memory: 2 GB for a million images by a
-ResNet-18, 8 GB by a ResNet-50.
+ResNet-18, 8 GB by a ResNet-50. A name takes four bytes for each letter of the longest one.
 """
 
+import glob
 import os
 import sys
 import time
@@ -83,6 +84,8 @@ def main(argv=None):
     out = Path(args.out)
     if ranks().rank == 0:  # it also tells, before hours of work, where nothing can be written
         lock(out.parent, f'.{out.stem}.lock')
+        for part in out.parent.glob(f'{glob.escape(out.name)}.*.part'):
+            part.unlink()  # of a process that was killed
     before = None
     if out.exists():
         before = read_embedded(out)

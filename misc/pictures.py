@@ -128,7 +128,8 @@ def open_checkpoint(path, args, unlabeled=False, head=False):
     flags.fill_data_flags(named, known)
     for name in flags.DATA:
         run['settings'][name] = getattr(named, name)
-    data = load(named, unlabeled)
+    # STL10's 100,000 images without labels are neither searched nor shown.
+    data = load(named, unlabeled and named.dataset_name == 'folder')
     run['data'] = data_name(run['settings'])
     run['data_digest'] = data.digest
     return net, run, data

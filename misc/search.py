@@ -6,7 +6,8 @@
     python misc/search.py features.npz --top_pairs 100           # the 100 nearest pairs
 
 misc/embed.py makes the file. A search prints names and cosines. All commands write a page of the
-photos beside the file, features_search.html or features_groups.html, which any browser opens.
+photos beside the file, such as features_search.html or features_groups.html, which any browser
+opens.
 
 Near-duplicates are photos that are much nearer to each other than to all others, by a rule in which
 there is no cosine to choose (hardneg/neighbours.py). features_groups.csv has a row for each photo

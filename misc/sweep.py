@@ -15,7 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
@@ -208,8 +208,12 @@ def train_all(planned, probe, jobs):
     before = {signum: signal.signal(signum, sweep.stop) for signum in runtime.stop_signals()}
     try:
         with ThreadPoolExecutor(jobs) as pool:
-            for line in pool.map(sweep.train_and_probe, *zip(*planned)):
-                print(line, flush=True)
+            futures = [pool.submit(sweep.train_and_probe, *run) for run in planned]
+            try:
+                for future in as_completed(futures):
+                    print(future.result(), flush=True)
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error, what has not begun
     except runtime.Stopped as stopped:
         print('Stopped; the same command continues the sweep', file=sys.stderr)
         sys.exit(128 + stopped.signum)

@@ -51,6 +51,7 @@ def features_of(encoder, images):
 
 def test_features_are_those_of_load_model_under_their_names(encoder, tree, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, 'BLOCK', 7)  # the last block is smaller
+    (tmp_path / 'f.npz.17.part').write_text('of a process that was killed')
     run(encoder, tree, tmp_path / 'f.npz')
     found = np.load(tmp_path / 'f.npz')
     names, features = found['names'].tolist(), found['features']

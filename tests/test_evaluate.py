@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hardneg import evaluate
+from hardneg import augment, batches, evaluate
 from hardneg.augment import MEAN, STD, standardize
 from hardneg.evaluate import Evaluator
 from model import Model
@@ -126,3 +126,21 @@ def test_a_block_goes_through_the_network_in_slices_of_so_many_pixels(monkeypatc
     for x, y in zip(encoded(), whole):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
     assert seen == [3, 3, 2, 2] + [8, 2] * 2
+
+
+def test_views_for_the_embeddings_are_made_of_few_images_at_a_time(monkeypatch):
+    net = Model(8, 'resnet18', width=0.25)
+    images = torch.randint(256, (10, 3, 16, 16), dtype=torch.uint8)
+    seen = []
+
+    def spy(images, *args):
+        seen.append(len(images))
+        return augment.transform(images, *args)
+
+    monkeypatch.setattr(batches, 'transform', spy)
+    found = []
+    for few in 4, 48:
+        monkeypatch.setattr(batches, 'CPU_IMAGES', few)
+        found.append(evaluator(net).embeddings(images, torch.arange(10), 8, view=1, recipe={}))
+    assert seen == [4, 4, 2, 10]
+    assert torch.equal(*found)

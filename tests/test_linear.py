@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -325,6 +326,21 @@ def test_another_data_set_is_probed_at_the_encoders_sizes(copied, monkeypatch):
             probe(copied, *flags)
     own_root = files.read_json(copied / 'config.json')['settings']['root']
     assert given == [('stl10', 'data', 16, 8), ('folder', own_root, 16, 8)]
+
+
+def test_where_the_untrained_encoder_overflows_the_probe_of_the_other_is_told(
+    finished, tmp_path, monkeypatch, capsys
+):
+    results = shutil.copytree(finished, tmp_path / 'run')
+    for path in results.glob('model_0_*'):
+        path.unlink()
+    weights = files.read_checkpoint(results / 'model_0.pth')
+    weights['f.1.weight'] *= 1e38  # finite, but not what they make of an image
+    files.write_tensors(results / 'model_0.pth', weights)
+    probe(results, '--cached', '--epochs', '1')
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r'linear probe \d+\.\d+ % .*; untrained: .*linear probe nan %; files', said)
+    assert not list(results.glob('model_0_*.csv'))
 
 
 @pytest.mark.parametrize('kind', ['--cached', '--probe=logistic'])

@@ -600,6 +600,23 @@ def test_the_first_loss_that_is_not_finite_is_told():
         main.check_finite(losses, NO_SCALER, 3)
 
 
+def test_features_that_overflow_have_no_knn_accuracy(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Evaluator, 'encode', overflowing(Evaluator.encode))
+    main.main([*tiny, '--epochs', '1', '--results_dir', str(tmp_path)])
+    log = pd.read_csv(tmp_path / 'log.csv')
+    assert log['epoch'].tolist() == [0, 1]
+    assert log[['test_acc@1', 'test_acc@5', 'rankme']].isna().all(axis=None)
+
+
+def overflowing(encode):
+    def encoded(self, images, size):
+        features = encode(self, images, size)
+        features[0] = math.inf
+        return features
+
+    return encoded
+
+
 def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
     nets = keep_network(monkeypatch)
 

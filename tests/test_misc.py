@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import subprocess
+import threading
 from argparse import Namespace
 
 import matplotlib.pyplot as plt
@@ -307,6 +308,33 @@ def test_wrong_flags_end_the_sweep_before_it_begins(words, message, tmp_path, ca
     assert message in error
     assert error.count('\n') == 1
     assert not results.exists()
+
+
+def test_a_run_that_ends_is_told_at_once_and_after_an_error_none_begins(monkeypatch, capsys):
+    begun, told = [], threading.Event()
+
+    def train_and_probe(self, directory, words):
+        begun.append(directory)
+        if directory == 'fails':
+            raise UserError('it fails')
+        if directory == 'short':
+            return 'short: ended'
+        assert told.wait(60)
+        return 'long: ended'
+
+    def tell(line, **options):
+        assert line == 'short: ended'
+        told.set()
+        raise UserError('enough')
+
+    monkeypatch.setattr(sweep.Sweep, 'train_and_probe', train_and_probe)
+    monkeypatch.setattr(sweep, 'print', tell, raising=False)
+    with pytest.raises(UserError, match='enough'):
+        sweep.train_all([('long', []), ('short', [])], [], jobs=2)
+    begun.clear()
+    with pytest.raises(UserError, match='it fails'):
+        sweep.train_all([('fails', []), *[('long', [])] * 50], [], jobs=1)
+    assert len(begun) < 5
 
 
 # Pictures

@@ -306,6 +306,30 @@ def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkey
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_nothing_is_left_of_a_write_that_ctrl_c_ended(tmp_path):
+    def save(file):
+        file.write(b'half')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_by(tmp_path / 'f', save)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    'error', [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_checkpoint_that_memory_does_not_hold_is_not_called_damaged(tmp_path, monkeypatch, error):
+    files.write_tensors(tmp_path / 'f', {'x': torch.zeros(3)})
+
+    def full(*args, **options):
+        raise error
+
+    monkeypatch.setattr(torch, 'load', full)
+    with pytest.raises(type(error)):
+        files.read_checkpoint(tmp_path / 'f')
+
+
 def test_a_column_that_an_earlier_log_lacks_is_empty(begun, tmp_path):
     results = copy_of(begun, tmp_path / 'results')
     log = pd.read_csv(results / 'log.csv')

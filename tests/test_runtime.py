@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -199,6 +200,39 @@ def test_a_rank_joins_its_group_with_its_device(
     else:
         assert done == [(backend, 1, 4, runtime.TIMEOUT, None)]
     assert whole.get(f'{restart or 0}/key') == b'value'
+
+
+def test_buffers_that_are_not_in_the_state_are_not_averaged(monkeypatch):
+    """Such as Swin's masks: a state with them would not fit the network again."""
+    net = torch.nn.BatchNorm1d(3)
+    net.register_buffer('mask', torch.ones(3), persistent=False)
+    monkeypatch.setattr(runtime, 'ranks', lambda: runtime.Ranks(0, 2, 0, 2))
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda x: x.mul_(2).add_(1))
+    averaged = runtime.averaged_buffers(net)
+    assert averaged.keys() == {'running_mean', 'running_var'}
+    assert averaged['running_mean'].tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize('other', ['a', 'b'])
+@pytest.mark.parametrize('rank', [0, 1])
+def test_ranks_with_other_images_end_together(monkeypatch, rank, other):
+    own = 'ab'[rank] if other == 'b' else 'a'
+    monkeypatch.setattr(runtime, 'ranks', lambda: runtime.Ranks(rank, 2, rank, 2))
+
+    def from_rank_0(both):
+        both[0] = 'a'
+
+    def with_the_other_rank(x):
+        differs = 1 - rank if other == 'b' else 0
+        x += differs
+
+    monkeypatch.setattr(torch.distributed, 'broadcast_object_list', from_rank_0)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', with_the_other_rank)
+    expected = nullcontext()
+    if other == 'b':
+        expected = pytest.raises(UserError, match='the ranks found different images')
+    with expected:
+        runtime.check_same_data(own, torch.device('cpu'))
 
 
 def test_a_rank_that_waits_for_others_says_where(monkeypatch, capsys):

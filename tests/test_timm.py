@@ -202,6 +202,17 @@ def test_a_probe_of_timms_weights_needs_no_run(tiny, tree, tmp_path, weights, mo
     assert (tmp_path / 'p' / 'neighbours.png').exists()
 
 
+def test_a_run_in_the_directory_is_not_that_of_timms_weights(
+    tiny, tree, tmp_path, weights, monkeypatch, capsys
+):
+    main.main([*tiny, '--epochs', '1', '--results_dir', str(tmp_path)])
+    data = ['--dataset_name', 'folder', '--root', str(tree), '--store_size', '32', '--cached']
+    sizes = ['--image_size', '32', '--test_size', '32', '--results_dir', str(tmp_path)]
+    linear.main(['--model_path', KINDS[0], *data, *sizes, '--epochs', '1'])
+    assert 'untrained' not in capsys.readouterr().out.splitlines()[-1]
+    assert not list(tmp_path.glob('model_0_*'))
+
+
 def read_json_of(features):
     return json.loads(str(np.load(features)['about']))
 
