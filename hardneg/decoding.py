@@ -161,7 +161,8 @@ def _decode_to(index, root, names, keys, form):
     """Write the rows, and then the index that names their file. form is (size, fit).
 
     Rows of files that have not changed are copied. What the index named before is deleted, and what
-    a process left that was killed; a process that maps rows keeps them until it ends.
+    a process left that was killed; a process that maps rows keeps them until it ends, unless they
+    are on NFS and another machine deletes them.
     """
     size, _ = form
     _check_space(root, index.parent, len(names), size)
