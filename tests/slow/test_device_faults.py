@@ -29,7 +29,7 @@ FAULTS = [
     (augment, 'resize_weights', 'torch.arange(size, device=start.device)', 'torch.arange(size)'),
     (augment, 'gaussian_blur', 'r = ', 'if not sigma.any(): return x\n    r = '),
     (augment, 'luma', 'return ', 'torch.tensor(LUMA, device=x.device); return '),
-    (augment, 'uniforms', 'device=generator.device', "device='cpu'"),
+    (batches, 'uniforms', 'device=generator.device', "device='cpu'"),
     (batches.DeviceViews, 'epoch', 'epoch, step, device=self.device', 'epoch, step'),
     (batches.DeviceViews, 'fetch', ', pin_memory=True', ''),
     (batches.DeviceViews, 'arrived', 'current.wait_stream(self.stream)', 'pass'),
