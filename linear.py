@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from hardneg import flags, runs, runtime, timm_models
 from hardneg.batches import Batches, DeviceViews, seeded
-from hardneg.evaluate import Evaluator, hits
+from hardneg.evaluate import Evaluator, all_finite, hits
 from hardneg.files import lock, write_table, write_tensors
 from hardneg.runtime import UsageError, UserError, ranks, say
 from hardneg.timm_models import encoder_crc
@@ -146,7 +146,7 @@ def main(argv=None):
     net = load_encoder(args.model_path, args.prefix, args.arch)
     flags.fill_precision(args, arch=net.backbone['arch'])
     path = timm_models.place(args.model_path, args.results_dir)
-    config = config_of(args.model_path)
+    config = runs.config_beside(args.model_path)
     data, settings, own = labelled_data(args, config, net)
     device = runtime.start()
     runtime.check_same_data(data.digest, device)
@@ -170,20 +170,13 @@ def main(argv=None):
             start = load_model(untrained, head=False)
             try:
                 accuracy, _ = probe_encoder(probe, untrained, start, untrained)
-            except NotFinite:  # the trained encoder's are
+            except NotFinite:  # the accuracy of the trained encoder is told all the same
                 accuracy = math.nan
         before = 'untrained'
         if settings.get('init'):
             before = 'before training'
         text += f'; {before}: {summary(args.probe, accuracy, knn.get(untrained.name))}'
     say(f'{text}; files in {path.parent}')
-
-
-def config_of(source):
-    """The config.json beside a checkpoint, or None; None for timm's weights."""
-    if timm_models.names_weights(source):
-        return None
-    return runs.read_config(Path(source).with_name('config.json'))
 
 
 def summary(probe, accuracy, knn):
@@ -365,7 +358,7 @@ def train_logistic(probe, evaluator, layer):
 def all_features(probe, evaluator, images):
     """f's features (n, F) of all images at the size for tests; NotFinite if they overflow."""
     features = evaluator.features(images, torch.arange(len(images)), probe.args.test_size)
-    if not features.isfinite().all():
+    if not all_finite(features):
         precision = probe.args.precision
         raise NotFinite(f'features are not finite with --precision {precision}: try fp32')
     return features

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hardneg import flags, runs, runtime, timm_models
 from hardneg.batches import Batches, DeviceViews
-from hardneg.evaluate import Evaluator, knn, label_free
+from hardneg.evaluate import Evaluator, all_finite, knn, label_free
 from hardneg.files import crc, write_table
 from hardneg.folder import find_folder
 from hardneg.losses import TILE_SIZE, contrastive_loss
@@ -790,7 +790,7 @@ def knn_accuracies(args, data, evaluator, labelled):
     """
     memory = evaluator.features(data.train, labelled, args.test_size)
     queries = evaluator.features(data.test, torch.arange(len(data.test)), args.test_size)
-    if not (memory.isfinite().all() and queries.isfinite().all()):
+    if not (all_finite(memory) and all_finite(queries)):
         return math.nan, math.nan
     memory_labels = data.train_labels[labelled].to(memory.device)
     labels = data.test_labels.to(memory.device)

@@ -94,6 +94,12 @@ class Evaluator:
                 self.signals.check()
 
 
+def all_finite(x):
+    """Whether all numbers of x are finite. isfinite() makes a copy of x, which may not fit."""
+    least, most = x.aminmax()  # NaN if any number is
+    return bool(least.isfinite() & most.isfinite())
+
+
 def resized(images, size):
     """(n, 3, H, W) uint8 -> grey levels (n, 3, size, size), resized with antialiasing.
 
@@ -124,7 +130,7 @@ def label_free(evaluator, images, view_size, size, recipe, n=1024):
     alignment = (z1 - z2).square().sum(1).mean()
     uniformity = (_uniformity(z1) + _uniformity(z2)) / 2
     features = evaluator.features(images, chosen, size)
-    if not features.isfinite().all():  # the encoder diverges: they have no singular values
+    if not all_finite(features):  # the encoder diverges: they have no singular values
         features = features.new_zeros(1, 1)
     sigma = torch.linalg.svdvals(features)
     rankme = torch.special.entr(sigma / sigma.sum()).sum().exp()

@@ -53,6 +53,13 @@ def write_by(path, save):
         ) from error
 
 
+def delete_parts(directory, name):
+    """Delete what killed processes left of files whose names match a regular expression."""
+    for path in Path(directory).glob('*.part'):
+        if re.fullmatch(rf'{name}\.\d+\.part', path.name):
+            path.unlink()
+
+
 def write_table(path, rows, columns):
     """Write rows, a DataFrame or a list of dicts or sequences, as a CSV file with these columns.
 

@@ -18,8 +18,10 @@ import PIL
 import torch
 import torchvision
 
+from hardneg import timm_models
 from hardneg.files import (
     crc,
+    delete_parts,
     lock,
     read_checkpoint,
     read_json,
@@ -135,9 +137,7 @@ def open_run(results, settings, defaults, data, device):
             been changed then.
     """
     lock(results)
-    for path in results.glob('*.part'):
-        if re.fullmatch(r'(config\.json|log\.csv|last\.pth|model_\d+\.pth)\.\d+\.part', path.name):
-            path.unlink()  # of a run that was killed
+    delete_parts(results, r'(config\.json|log\.csv|last\.pth|model_\d+\.pth)')
     config_file, state_file = results / 'config.json', results / 'last.pth'
     images = dict(train=len(data.train), test=len(data.test))
     if data.damaged:
@@ -419,6 +419,13 @@ def read_config(path, kinds=CONFIG):
             raise UserError(f'{path} is damaged or not of a run: {name} is not a directory')
     config['settings'] = _moved(config['settings'], Path(path).parent, '.')
     return config
+
+
+def config_beside(source):
+    """read_config() of the config.json beside a checkpoint; None for timm's weights, timm/NAME."""
+    if timm_models.names_weights(source):
+        return None
+    return read_config(Path(source).with_name('config.json'))
 
 
 def write_config(path, config):

@@ -16,8 +16,8 @@ finds near-duplicates in it. The features are kept in memory: 2 GB for a million
 ResNet-18, 8 GB by a ResNet-50. A name takes four bytes for each letter of the longest one.
 """
 
-import glob
 import os
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ from hardneg import flags, runs, runtime, timm_models
 from hardneg.decoding import FITS, decode_or_why, tell_of_dark
 from hardneg.embedded import ARRAYS, Embedded, read_embedded, write_embedded
 from hardneg.evaluate import Evaluator
-from hardneg.files import lock
+from hardneg.files import delete_parts, lock
 from hardneg.folder import Listing, own_size
 from hardneg.runtime import UserError, ranks, say
 from model import load_encoder, unit
@@ -84,8 +84,7 @@ def main(argv=None):
     out = Path(args.out)
     if ranks().rank == 0:  # it also tells, before hours of work, where nothing can be written
         lock(out.parent, f'.{out.stem}.lock')
-        for part in out.parent.glob(f'{glob.escape(out.name)}.*.part'):
-            part.unlink()  # of a process that was killed
+        delete_parts(out.parent, re.escape(out.name))
     before = None
     if out.exists():
         before = read_embedded(out)
@@ -166,7 +165,7 @@ def fill_from_file(args, before):
 def fill_sizes(args, net):
     """Give sizes and precision, where not given, the values of the encoder's run or weights."""
     flags.fill_precision(args, arch=net.backbone['arch'])
-    config = runs.read_config(Path(args.model_path).with_name('config.json')) or {}
+    config = runs.config_beside(args.model_path) or {}
     sizes = {name: flags.DATA[name] for name in SIZES}
     flags.fill(args, sizes, config.get('settings') or net.sizes())
 

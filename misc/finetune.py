@@ -27,7 +27,6 @@ from hardneg.runtime import UserError, ranks, say
 from hardneg.timm_models import encoder_crc
 from linear import (
     add_label_fraction,
-    config_of,
     features_of_views,
     labelled_data,
     labelled_views,
@@ -123,7 +122,7 @@ def main(argv=None):
     encoder = encoder_crc(source, net)
     flags.fill_precision(args, arch=net.backbone['arch'])
     path = timm_models.place(source, args.results_dir)
-    data, settings, own = labelled_data(args, config_of(source), net)
+    data, settings, own = labelled_data(args, runs.config_beside(source), net)
     flags.fill(args, flags.VIEWS, settings)
     flags.check_views(args.image_size, net.backbone['stem'])
     device = runtime.start()

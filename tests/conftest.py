@@ -89,15 +89,12 @@ class Job:
         cwd: its working directory.
         strike: (call, n, signum) sends a forked script the signal when it calls the function of
             this name, such as 'os.replace', for the nth time.
-        encoding: of what a forked script prints; None: the locale's.
     """
 
-    def __init__(
-        self, script, flags, torchrun=(), env=None, cwd=None, strike=None, encoding=None, **popen
-    ):
+    def __init__(self, script, flags, torchrun=(), env=None, cwd=None, strike=None, **popen):
         command = [str(HOME / script), *map(str, flags)]
         if not (torchrun or env or popen):
-            self.process = Forked(command, cwd, strike, encoding)
+            self.process = Forked(command, cwd, strike)
             return
         start = [sys.executable]
         if torchrun:
@@ -129,10 +126,10 @@ class Job:
 class Forked:
     """What a Job needs of subprocess.Popen, of a process that starts in a tenth of a second."""
 
-    def __init__(self, command, cwd, strike, encoding):
+    def __init__(self, command, cwd, strike):
         self.texts = [Path(tempfile.mkstemp()[1]) for _ in range(2)]  # of stdout and stderr
         forkserver = multiprocessing.get_context('forkserver')
-        arguments = command, dict(os.environ), cwd or os.getcwd(), self.texts, strike, encoding
+        arguments = command, dict(os.environ), cwd or os.getcwd(), self.texts, strike
         self.forked = forkserver.Process(target=execute, args=arguments)
         self.forked.start()
         self.pid = self.forked.pid
@@ -158,10 +155,11 @@ class Forked:
         return said
 
 
-def execute(command, environment, cwd, texts, strike, encoding):
+def execute(command, environment, cwd, texts, strike):
     """Become `python COMMAND`."""
     for descriptor, path in zip((1, 2), texts):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
+    encoding = environment.get('PYTHONIOENCODING')  # which Python reads as it starts
     sys.stdout = open(1, 'w', encoding=encoding, closefd=False)
     sys.stderr = open(2, 'w', encoding=encoding, closefd=False)
     os.environ.clear()

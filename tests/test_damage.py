@@ -265,7 +265,7 @@ def test_encoders_load_as_they_were_or_are_named(copied, tmp_path):
         except UserError as error:
             named += 1
             assert one_line(error, path)
-    assert named >= 23
+    assert named >= 24
 
 
 def test_a_state_is_restored_whole_or_named_and_nothing_is_written(copied, tiny, capsys):

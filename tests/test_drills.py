@@ -73,10 +73,11 @@ def test_a_second_run_in_one_directory_is_refused(flags, run, tmp_path):
     assert second.err.count('\n') == 1
 
 
-def test_a_terminal_without_letters_but_ascii_changes_nothing(tiny, run, tmp_path):
+def test_a_terminal_without_letters_but_ascii_changes_nothing(tiny, run, tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
     results = tmp_path / 'Ergebnisse ü 結果'
     command = [*tiny, '--epochs', '1', '--results_dir', results]
-    job = run('main.py', command, encoding='ascii')
+    job = run('main.py', command)
     assert job.code == 0
     assert job.err == ''
     assert job.out.splitlines()[-1].startswith('Finished')

@@ -13,6 +13,7 @@ from hardneg.augment import MEAN, STD, standardize
 from hardneg.evaluate import Evaluator
 from model import Model
 
+BAD = math.inf, -math.inf, math.nan
 CPU = torch.device('cpu')
 NO_AUTOCAST = torch.autocast('cpu', enabled=False)
 
@@ -43,6 +44,13 @@ def test_knn_is_the_weighted_vote(temperature):
         hits += [ranked[0] == label, label.item() in ranked[:5]]
     found = evaluate.knn(memory, queries, memory_labels, labels, k=30, temperature=temperature)
     assert found == pytest.approx(list(100 * hits / 30))
+
+
+@pytest.mark.parametrize('value, finite', [(3e38, True), *[(x, False) for x in BAD]])
+def test_one_number_that_is_not_finite_is_noticed(value, finite):
+    x = torch.randn(4, 5)
+    x[2, 3] = value
+    assert evaluate.all_finite(x) == finite
 
 
 def test_knn_holds_no_second_copy_of_its_memory():
